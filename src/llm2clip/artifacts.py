@@ -1,0 +1,227 @@
+"""Artifact folders: written under a lock, file by file through a rename, `manifest.json` last.
+
+A folder holds `run.json` from the first moment (the resolved configuration of the run) and `manifest.json`
+only once everything else is whole. So a folder without a manifest is unfinished, and the same command goes on
+where it stopped; other settings are refused, naming what differs. A manifest holds no time of day and no
+absolute path of the folder itself: two runs that do the same thing write the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2clip.errors import ArtifactError, UsageError
+
+MANIFEST = "manifest.json"
+RUN = "run.json"
+LOCK = ".lock"
+FORMAT_VERSION = 1
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def fingerprint(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of `value` as canonical JSON.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well, after an fsync.
+
+    The temporary name is fixed (`.NAME.tmp`), so what a killed run left is overwritten, not collected.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+        ArtifactError: if the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it or its folder and make it again") from None
+
+
+def write_manifest(folder: Path, kind: str, *, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Write `folder/manifest.json`, the last file of an artifact, and return its content.
+
+    Args:
+        kind: what the folder is: "teacher", "bank", "student", "report", "export", "demo".
+        config: the resolved configuration of the run.
+        facts: whatever a reader needs: shapes, dtypes, counts, `fingerprint`.
+    """
+    from llm2clip import __version__
+
+    manifest = {
+        "format": f"llm2clip/{kind}",
+        "format_version": FORMAT_VERSION,
+        "llm2clip_version": __version__,
+        **facts,
+        "config": dict(config),
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
+    """The manifest of a whole artifact of `kind`.
+
+    Raises:
+        UsageError: if `folder` does not exist or is another kind of artifact.
+        ArtifactError: if it is unfinished, damaged or from a newer format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; expected a {kind} made by llm2clip")
+    if not (folder / MANIFEST).exists():
+        if (folder / RUN).exists():
+            raise ArtifactError(
+                f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped"
+            )
+        raise UsageError(f"{folder} is no {kind}: it holds no {MANIFEST}")
+    manifest = read_json(folder / MANIFEST)
+    found = str(manifest.get("format", "")).removeprefix("llm2clip/") if isinstance(manifest, dict) else ""
+    if found != kind:
+        raise UsageError(f"{folder} holds a {found or 'folder of another program'}, not a {kind}")
+    if manifest.get("format_version", 0) > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format {manifest['format_version']}; this llm2clip reads up to {FORMAT_VERSION}, upgrade"
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], shared: bool = False) -> Iterator[bool]:
+    """Hold `folder` for writing an artifact of `kind`; yields whether a run of the same settings began in it before.
+
+    The folder is created, locked against other processes while the block runs, and `run.json` is written. A folder
+    that holds anything this function did not begin is never touched.
+
+    Args:
+        config: the settings that decide what is written. Leave out what only changes speed (workers, device).
+        shared: let in other processes that say `shared` with the same settings; they must agree among themselves who
+            writes what.
+
+    Raises:
+        UsageError: if the folder is in use, holds something else, or was begun with other settings (named).
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file; name a folder")
+    if folder.is_dir() and not (folder / RUN).exists() and any(_is_foreign(path) for path in folder.iterdir()):
+        raise UsageError(f"--out {folder} is in use: it holds files of another program; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder, shared=shared)
+    try:
+        began = _check_same_run(folder, kind, config)
+        if not began:
+            _begin_run(folder, {"kind": kind, "config": dict(config)})
+            _check_same_run(folder, kind, config)  # of several that began at once, one has written it
+        yield began
+    finally:
+        if _try_lock(lock, fcntl.LOCK_EX):  # else another shared run still holds it
+            (folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.name != LOCK and not path.name.startswith(f".{RUN}.")
+
+
+def _lock(folder: Path, *, shared: bool) -> int:
+    """A descriptor that holds the folder's lock.
+
+    Raises:
+        UsageError: if another process holds it.
+    """
+    while True:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if not _try_lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            os.close(lock)
+            raise UsageError(f"--out {folder} is in use by another process; wait for it or name another folder")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
+                return lock
+        os.close(lock)  # the process that held it has just removed the file: lock the new one
+
+
+def _try_lock(lock: int, mode: int) -> bool:
+    try:
+        fcntl.flock(lock, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _begin_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Write `run.json` unless another process was first."""
+    temporary = folder / f".{RUN}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        os.link(temporary, folder / RUN)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(temporary, folder / RUN)
+    temporary.unlink(missing_ok=True)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether an artifact folder is whole: its manifest, written last, is there."""
+    return (Path(folder) / MANIFEST).exists()
+
+
+def _check_same_run(folder: Path, kind: str, config: Mapping[str, Any]) -> bool:
+    if not (folder / RUN).exists():
+        return False
+    earlier = read_json(folder / RUN)
+    wanted = json.loads(canonical_json({"kind": kind, "config": dict(config)}))
+    if earlier == wanted:
+        return True
+    if earlier.get("kind") != kind:
+        raise UsageError(f"--out {folder} is in use: it holds a {earlier.get('kind')}; name a new folder")
+    before, now = earlier["config"], wanted["config"]
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    detail = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
+    raise UsageError(
+        f"--out {folder} is in use by a run with other settings ({detail}); name a new folder or delete it"
+    )

@@ -1,0 +1,297 @@
+"""`build-bank`: collect the captions, encode each distinct one, write the manifest last; goes on after any death."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip.artifacts import MANIFEST, fingerprint, open_output, read_json, write_json, write_manifest
+from llm2clip.bank.claims import FINISH_TASK, TABLE_TASK, Claims
+from llm2clip.bank.collect import Intake, collect
+from llm2clip.bank.config import BankConfig, EncodeConfig
+from llm2clip.bank.dtypes import row_bytes
+from llm2clip.bank.encoder import CaptionEncoder
+from llm2clip.bank.fill import WAIT_SECONDS, fill
+from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, pick_device, pick_precision, resolve_prompt
+from llm2clip.bank.reader import VECTORS, Bank
+from llm2clip.bank.reuse import Reuse
+from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
+from llm2clip.bank.table import FACTS, TABLE, Table
+from llm2clip.captions.sources import open_source
+from llm2clip.errors import UsageError
+
+logger = logging.getLogger("llm2clip")
+TEACHER = "teacher.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A bank to be written.
+
+    Attributes:
+        settings: what decides its content, for `run.json` and the manifest.
+        teacher: what encodes.
+        encoder: encodes; None if every caption comes from another bank.
+        intake: opens the samples; its fingerprint is checked on every run.
+        dtype: how vectors are stored.
+        shard_rows: captions in one file of vectors.
+        base: a bank whose shards are this one's first.
+        reuse: further banks to copy vectors from.
+        part: (i, n): make only every n-th shard.
+    """
+
+    out: Path
+    settings: Mapping[str, Any]
+    teacher: TeacherFacts
+    encoder: CaptionEncoder | None
+    intake: Callable[[], Intake]
+    dtype: str
+    shard_rows: int
+    base: Bank | None = None
+    reuse: tuple[Bank, ...] = ()
+    part: tuple[int, int] = (0, 1)
+
+
+def build_bank(config: BankConfig) -> Path:
+    """Build a bank and return its folder; with `--shard`, build that part of it.
+
+    Several processes may run this on one folder at once (torchrun, accelerate launch, or by hand on machines that
+    share it): each takes the shards that no other is working on, and all return when the bank is whole.
+
+    Raises:
+        UsageError: if the folder is in use for something else, or was begun with another teacher (both are named).
+        LLM2CLIPError: if the disk is full, too many samples are bad, a vector cannot be stored.
+
+    Example:
+        >>> build_bank(BankConfig(data=("captions.csv",), teacher="teacher", out="bank"))     # doctest: +SKIP
+        PosixPath('bank')
+    """
+    out = Path(config.out)
+    encoder, teacher = load_encoder(
+        config, config.teacher, out, config.dtype, prompt=config.prompt, prompt_name=config.prompt_name
+    )
+    settings = same_teacher_settings(out, config.settings(), teacher)
+
+    def intake() -> Intake:
+        source = open_source(config)
+        return Intake(source, source.fingerprint, source.bad)
+
+    return write_bank(
+        Plan(
+            out=out,
+            settings=settings,
+            teacher=teacher,
+            encoder=encoder,
+            intake=intake,
+            dtype=config.dtype,
+            shard_rows=config.shard_rows,
+            reuse=tuple(Bank.open(bank) for bank in config.reuse),
+            part=config.part(),
+        )
+    )
+
+
+def load_encoder(
+    config: EncodeConfig,
+    name: str,
+    out: Path,
+    dtype: str,
+    *,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    auto_precision: str = "auto",
+) -> tuple[CaptionEncoder, TeacherFacts]:
+    """The teacher `name`, ready to encode, and its facts.
+
+    Args:
+        out: the bank's folder; one begun there fixes what `--precision auto` means.
+        auto_precision: what it means otherwise, if not the best for the hardware.
+    """
+    device = pick_device(config.device)
+    begun = out / TEACHER
+    precision = config.precision if config.precision != "auto" else auto_precision
+    if config.precision == "auto" and begun.exists():
+        precision = read_json(begun)["precision"]
+    precision = pick_precision(precision, device)
+    teacher = load_for_encoding(
+        name,
+        revision=config.teacher_revision,
+        device=device,
+        precision=precision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    text = resolve_prompt(teacher, prompt, prompt_name)
+    encoder = CaptionEncoder(
+        teacher, prompt=text, dtype=dtype, batch_tokens=config.batch_tokens, compile=config.compile
+    )
+    return encoder, facts_of(teacher, name, prompt=text, precision=precision, dim=encoder.dim)
+
+
+def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherFacts) -> dict[str, Any]:
+    """`settings` for a bank begun in `out`, whose teacher may lie elsewhere by now.
+
+    Raises:
+        UsageError: if the bank was begun with another teacher, naming both fingerprints.
+    """
+    if not (out / TEACHER).exists():
+        return settings
+    begun = TeacherFacts(**read_json(out / TEACHER))
+    if begun.fingerprint != teacher.fingerprint:
+        raise UsageError(
+            f"--out {out} holds a bank by another teacher: its fingerprint is {begun.fingerprint} ({begun.name}), that "
+            f"of {teacher.name} is {teacher.fingerprint}; name a new folder"
+        )
+    return {**settings, "teacher": begun.name} if "teacher" in settings else settings
+
+
+def write_bank(plan: Plan) -> Path:
+    """Write what `plan` says, or go on with it; returns the folder."""
+    with open_output(plan.out, "bank", config=plan.settings, shared=True), Claims(plan.out) as claims:
+        (plan.out / VECTORS).mkdir(exist_ok=True)
+        if not (plan.out / TEACHER).exists():
+            write_json(plan.out / TEACHER, dataclasses.asdict(plan.teacher))
+        table = _table(plan, claims)
+        dtype, rows = plan.dtype, table.num_rows
+        layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, plan.teacher.dim, base=plan.base)
+        if (plan.out / MANIFEST).exists() and _is_whole(layout):
+            logger.info("%s is already complete", plan.out)
+            claims.remove_file()
+            return plan.out
+        _say_size(layout, table)
+        if plan.base is not None:
+            link_shards(layout, plan.base)
+        reuse = Reuse(plan.reuse, teacher=plan.teacher, dtype=dtype)
+        fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
+        _finish(plan, layout, table, claims)
+    return plan.out
+
+
+def _table(plan: Plan, claims: Claims) -> Table:
+    """The table of samples and captions, made by one process while the others wait.
+
+    Raises:
+        UsageError: if the sources changed since it was made.
+    """
+    intake = plan.intake()
+    while not _has_table(plan.out):
+        if claims.take(TABLE_TASK):
+            try:
+                if not _has_table(plan.out):
+                    collect(intake, plan.out)
+            finally:
+                claims.release(TABLE_TASK)
+        else:
+            time.sleep(WAIT_SECONDS)
+    table = Table(plan.out)
+    if table.facts["source_fingerprint"] != intake.fingerprint:
+        raise UsageError(
+            f"the sources of {plan.out} changed since it was begun (fingerprint {table.facts['source_fingerprint']}, "
+            f"now {intake.fingerprint}); name a new folder, or add to the bank with: llm2clip bank add"
+        )
+    return table
+
+
+def _has_table(folder: Path) -> bool:
+    """Whether the table is there with all its files."""
+    if not (folder / TABLE / FACTS).exists():
+        return False
+    return all((folder / TABLE / name).exists() for name in read_json(folder / TABLE / FACTS)["files"])
+
+
+def _is_whole(layout: Layout) -> bool:
+    return all(shard_facts(layout, shard) is not None for shard in range(layout.num_shards))
+
+
+def _rank_offset() -> float:
+    """Where among the shards this process begins, by its rank under torchrun or accelerate."""
+    return int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say_size(layout: Layout, table: Table) -> None:
+    needed = layout.num_bytes()
+    there = sum(
+        file.stat().st_size for file in (layout.folder / VECTORS).glob("[0-9]*.npy") if not file.name.startswith(".")
+    )
+    free = shutil.disk_usage(layout.folder).free
+    logger.info(
+        "%s captions of %s samples, %s distinct: %s vectors of %s x %s, %s",
+        f"{table.facts['num_captions']:,}",
+        f"{table.num_samples:,}",
+        f"{table.num_rows:,}",
+        human_bytes(needed),
+        layout.dim,
+        layout.dtype,
+        f"{human_bytes(row_bytes(layout.dtype, layout.dim))} each; {human_bytes(free)} free on the disk",
+    )
+    if needed - there > free:
+        logger.warning("the disk will be full before the bank is whole: free %s", human_bytes(needed - there - free))
+
+
+def human_bytes(count: float) -> str:
+    """A size for a person.
+
+    >>> human_bytes(8192), human_bytes(94e9)
+    ('8.19 kB', '94 GB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"
+
+
+def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
+    """Write the manifest, if every shard is whole; the last of several processes does."""
+    shards = [shard_facts(layout, shard) for shard in range(layout.num_shards)]
+    whole = [facts for facts in shards if facts is not None]
+    if len(whole) < len(shards):
+        logger.info(
+            "part %d/%d is done; %d of %d shards are made, the part that ends last completes the bank",
+            *plan.part,
+            len(whole),
+            len(shards),
+        )
+        return
+    while not claims.take(FINISH_TASK):
+        time.sleep(0.1)
+    try:
+        write_bank_manifest(plan, table, whole)
+        for leftover in (*plan.out.glob(".*.tmp"), *(plan.out / VECTORS).glob(".*.tmp")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        claims.remove_file()
+    finally:
+        claims.release(FINISH_TASK)
+
+
+def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
+    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file."""
+    facts = table.facts
+    digests = [entry["sha256"] for entry in facts["files"].values()]
+    digests += [entry["sha256"] for shard in shards for entry in shard["files"].values()]
+    write_manifest(
+        plan.out,
+        "bank",
+        fingerprint=fingerprint([plan.teacher.fingerprint, plan.teacher.prompt, digests]),
+        teacher_fingerprint=plan.teacher.fingerprint,
+        teacher=dataclasses.asdict(plan.teacher),
+        source_fingerprint=facts["source_fingerprint"],
+        dtype=plan.dtype,
+        dim=plan.teacher.dim,
+        shard_rows=plan.shard_rows,
+        num_samples=facts["num_samples"],
+        num_captions=facts["num_captions"],
+        num_rows=facts["num_rows"],
+        num_tokens=sum(shard["tokens"] for shard in shards),
+        kinds=facts["kinds"],
+        bad_samples=facts["bad"],
+        table={f"{TABLE}/{name}": entry for name, entry in facts["files"].items()},
+        shards=shards,
+        config=dict(plan.settings),
+    )

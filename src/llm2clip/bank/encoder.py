@@ -1,0 +1,219 @@
+"""Captions to vectors as fast as the teacher runs: no padding to speak of, nothing that waits for something else.
+
+Three things happen at once: texts of the next shard are tokenised in another thread (`llm2clip.bank.fill`), the
+teacher works on a batch, and the vectors of the batch before travel to the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from llm2clip.bank.dtypes import Stored, pack, read_dtype, unpack
+from llm2clip.bank.tokens import (
+    CHARACTERS_PER_TOKEN,
+    TokenBlock,
+    can_tokenise_ahead,
+    pad,
+    plan_batches,
+    tokenise,
+)
+from llm2clip.errors import LLM2CLIPError
+
+logger = logging.getLogger("llm2clip")
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Tokens a batch: enough that the matrix products run at full speed; more leaves a CPU's cache, and on a GPU an 8B LLM
+(16 GB) must leave room in 24 GB for the activations."""
+IN_FLIGHT = 2
+"""Batches whose vectors may still be on their way to the CPU."""
+Sink = Callable[[NDArray[np.int64], Stored], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Texts ready to be encoded: which go together, and their tokens, or the texts if the teacher tokenises itself."""
+
+    batches: list[NDArray[np.int64]]
+    tokens: TokenBlock | None
+    texts: list[str]
+
+
+class CaptionEncoder:
+    """A teacher that encodes captions by the shard.
+
+    Args:
+        prompt: put before every caption; "" for none.
+        dtype: how vectors are to be stored (see `llm2clip.bank.dtypes`).
+        batch_tokens: tokens at once; None for the device's default.
+        compile: run the teacher through torch.compile.
+
+    Example:
+        >>> encoder = CaptionEncoder(teacher, dtype="float16")                          # doctest: +SKIP
+        >>> vectors, tokens = encoder.encode(["a red disc", "a blue square"])           # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        teacher: SentenceTransformer,
+        *,
+        prompt: str = "",
+        dtype: str = "float16",
+        batch_tokens: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.teacher, self.prompt, self.dtype = teacher.eval(), prompt or None, dtype
+        self._first: Any = teacher[0]
+        self.device = torch.device(teacher.device)
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        self.ahead = can_tokenise_ahead(teacher)
+        self.varlen = self.ahead and take_over_flattening(teacher[0])
+        if compile:
+            self._first.compile(dynamic=True)
+        self.dim = int(self._forward(self._own_features(["a"])).shape[1])
+
+    def prepare(self, texts: list[str]) -> Prepared:
+        """Tokenise and plan batches; runs in another thread than `run`."""
+        tokens = tokenise(self.teacher, texts, self.prompt) if self.ahead and texts else None
+        if tokens is not None:
+            return Prepared(plan_batches(tokens.lengths, self.batch_tokens), tokens, [])
+        lengths = np.array([len(text) + len(self.prompt or "") for text in texts], np.int64)
+        return Prepared(plan_batches(lengths, CHARACTERS_PER_TOKEN * self.batch_tokens), None, texts)
+
+    @torch.inference_mode()
+    def run(self, prepared: Prepared, sink: Sink) -> NDArray[np.int32]:
+        """Encode; `sink(places, (vectors [n, T], scales or None))` gets each batch as stored.
+
+        Returns:
+            Tokens of each text `[N]`; 0 where the teacher does not tell.
+
+        Raises:
+            LLM2CLIPError: if not even one caption fits the device's memory.
+        """
+        lengths = np.zeros(sum(len(batch) for batch in prepared.batches), np.int32)
+        waiting: deque[tuple[NDArray[np.int64], Callable[[], Any]]] = deque()
+        for batch in prepared.batches:
+            for places, vectors, counts in self._encode_batch(prepared, batch):
+                lengths[places] = counts
+                waiting.append((places, self._to_cpu(*pack(vectors, self.dtype))))
+                if len(waiting) >= IN_FLIGHT:
+                    _deliver(waiting, sink)
+        while waiting:
+            _deliver(waiting, sink)
+        return lengths
+
+    def encode(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Vectors `[N, T]` as a reader would get them from a bank, and tokens of each text `[N]`."""
+        out = np.empty((len(texts), self.dim), read_dtype(self.dtype))
+
+        def sink(places: NDArray[np.int64], stored: Stored) -> None:
+            out[places] = unpack(*stored, self.dtype)
+
+        return out, self.run(self.prepare(texts), sink)
+
+    def _encode_batch(
+        self, prepared: Prepared, places: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor, NDArray[np.int64]]]:
+        """Places, vectors `[n, T]` and token counts `[n]` of a batch, in parts if the device's memory is too small."""
+        features = self._features(prepared, places)
+        counts = token_counts(features, len(places)) if prepared.tokens is None else prepared.tokens.lengths[places]
+        try:
+            vectors = self._forward(features)
+        except torch.OutOfMemoryError:
+            vectors = None
+        if vectors is not None:
+            yield places, vectors, counts
+        elif len(places) == 1:
+            raise LLM2CLIPError(f"one caption of {counts[0]} tokens does not fit into the memory of {self.device}")
+        else:
+            del features
+            torch.cuda.empty_cache()
+            for half in np.array_split(places, 2):
+                yield from self._encode_batch(prepared, half)
+
+    def _features(self, prepared: Prepared, places: NDArray[np.int64]) -> dict[str, Any]:
+        """What the teacher's forward takes, on the device."""
+        if prepared.tokens is None:
+            return self._own_features([prepared.texts[place] for place in places])
+        block, first = prepared.tokens, self._first
+        features: dict[str, Any]
+        if self.varlen:
+            ids = [block.arrays["input_ids"][block.start[place] : block.start[place + 1]].tolist() for place in places]
+            features = dict(first.data_collator([{"input_ids": row} for row in ids]))
+            features.pop("labels", None)
+            features["position_ids"] = features["position_ids"] + first._flatten_position_offset
+        else:
+            features = {name: torch.from_numpy(array) for name, array in pad(block, places, first.tokenizer).items()}
+        features = self._to_device(features)
+        features["modality"] = "text" if "text" in first.modality_config else "message"
+        if block.prompt_length is not None:
+            features["prompt_length"] = block.prompt_length
+        return features
+
+    def _own_features(self, texts: list[str]) -> dict[str, Any]:
+        return self._to_device(dict(self.teacher.preprocess(texts, prompt=self.prompt)))
+
+    def _to_device(self, features: dict[str, Any]) -> dict[str, Any]:
+        if self.device.type == "cuda":  # from pinned memory, so that nobody waits for the copy
+            features = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in features.items()}
+        return {
+            name: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in features.items()
+        }
+
+    @torch.inference_mode()
+    def _forward(self, features: dict[str, Any]) -> Tensor:
+        """Vectors `[n, T]`; a teacher cut to fewer dimensions (Matryoshka) gives those."""
+        vectors: Tensor = self.teacher(features)["sentence_embedding"]
+        return vectors if self.teacher.truncate_dim is None else vectors[:, : self.teacher.truncate_dim]
+
+    def _to_cpu(self, vectors: Tensor, scale: Tensor | None) -> Callable[[], Any]:
+        """Start copying stored vectors to the CPU; the function returned waits for them."""
+        if self.device.type != "cuda":
+            return lambda: (_stored(vectors.cpu(), self.dtype), None if scale is None else scale.cpu().numpy())
+        on_cpu = [None if t is None else torch.empty_like(t, device="cpu", pin_memory=True) for t in (vectors, scale)]
+        for target, tensor in zip(on_cpu, (vectors, scale), strict=True):
+            if target is not None and tensor is not None:
+                target.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait() -> Any:
+            event.synchronize()
+            assert on_cpu[0] is not None
+            return _stored(on_cpu[0], self.dtype), None if on_cpu[1] is None else on_cpu[1].numpy()
+
+        return wait
+
+
+def take_over_flattening(transformer: Any) -> bool:
+    """Whether a transformer runs without padding (flash attention); from here on its batches are laid flat by us."""
+    flat = bool(transformer.can_flatten_inputs)
+    transformer.can_flatten_inputs = False  # so that `tokenise` gets plain lists from it
+    return flat
+
+
+def token_counts(features: dict[str, Any], num_texts: int) -> NDArray[np.int64]:
+    """Tokens of each text of a batch `[num_texts]`; 0 where a teacher's own features do not tell."""
+    if "attention_mask" in features:
+        return np.asarray(features["attention_mask"].sum(1).cpu())
+    if "offsets" in features:
+        return np.diff([*features["offsets"].tolist(), len(features["input_ids"])])
+    return np.zeros(num_texts, np.int64)
+
+
+def _deliver(waiting: deque[tuple[NDArray[np.int64], Callable[[], Any]]], sink: Sink) -> None:
+    places, vectors = waiting.popleft()
+    sink(places, vectors())
+
+
+def _stored(vectors: Tensor, dtype: str) -> NDArray[Any]:
+    array: NDArray[Any] = vectors.numpy()
+    return array.view(np.uint16) if dtype == "bfloat16" else array

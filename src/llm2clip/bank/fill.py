@@ -1,0 +1,120 @@
+"""The second pass of a bank: shard by shard, captions to vectors, by one process or many at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm2clip.bank.claims import FIRST_SHARD_TASK, Claims
+from llm2clip.bank.dtypes import Stored
+from llm2clip.bank.encoder import CaptionEncoder, Prepared
+from llm2clip.bank.reuse import Reuse
+from llm2clip.bank.shards import Layout, ShardBuffer, shard_facts
+from llm2clip.bank.table import Table
+from llm2clip.progress import Progress
+
+WAIT_SECONDS = 2.0
+"""Between two looks at shards that other processes are working on."""
+
+
+@dataclass
+class Job:
+    """A shard this process has claimed: what to copy is in the buffer already, what to encode is prepared."""
+
+    shard: int
+    buffer: ShardBuffer
+    places: NDArray[np.int64]
+    prepared: Prepared | None
+
+
+def fill(
+    layout: Layout,
+    table: Table,
+    encoder: CaptionEncoder | None,
+    reuse: Reuse,
+    *,
+    claims: Claims,
+    part: tuple[int, int] = (0, 1),
+    offset: float = 0.0,
+) -> None:
+    """Make every shard that is not whole, together with whoever else works on this folder; returns when all are.
+
+    The next shard is tokenised in the background while one is encoded.
+
+    Args:
+        part: (i, n) to see to shards i, i + n, i + 2n, ... only.
+        offset: where in the list of shards to begin, 0..1: processes that begin elsewhere rarely meet.
+    """
+    mine = list(range(part[0], layout.num_shards, part[1]))
+    first = int(offset * len(mine))
+    mine = mine[first:] + mine[:first]
+    missing = [shard for shard in mine if shard_facts(layout, shard) is None]
+    total = sum(len(layout.rows(shard)) for shard in mine)
+    done = total - sum(len(layout.rows(shard)) for shard in missing)
+    jobs = _jobs(layout, table, encoder, reuse, claims, missing)
+    with (
+        Progress(total, description="encode", unit="captions", initial=done) as progress,
+        ThreadPoolExecutor(1, thread_name_prefix="tokenise") as background,
+    ):
+        upcoming = background.submit(next, jobs, None)
+        while (job := upcoming.result()) is not None:
+            upcoming = background.submit(next, jobs, None)
+            if isinstance(job, Job):
+                _encode(job, encoder, table, progress)
+                claims.release(FIRST_SHARD_TASK + job.shard)
+            else:
+                progress.advance(len(layout.rows(job)))
+
+
+def _jobs(
+    layout: Layout,
+    table: Table,
+    encoder: CaptionEncoder | None,
+    reuse: Reuse,
+    claims: Claims,
+    missing: list[int],
+) -> Iterator[Job | int]:
+    """Claimed and prepared shards; the bare number of those that another process made in the meantime."""
+    while missing:
+        left = []
+        for shard in missing:
+            if not claims.take(FIRST_SHARD_TASK + shard):
+                left.append(shard)
+            elif shard_facts(layout, shard) is not None:
+                claims.release(FIRST_SHARD_TASK + shard)
+                yield shard
+            else:
+                yield _prepare(layout, table, encoder, reuse, shard)
+        missing = left
+        if missing:
+            time.sleep(WAIT_SECONDS)  # others hold them: wait until they are made, or free because a process died
+
+
+def _prepare(layout: Layout, table: Table, encoder: CaptionEncoder | None, reuse: Reuse, shard: int) -> Job:
+    buffer = ShardBuffer(layout, shard)
+    rows = layout.rows(shard)
+    places = reuse.copy(table.hashes[rows.start : rows.stop], buffer)
+    if not len(places):
+        return Job(shard, buffer, places, None)
+    assert encoder is not None, "without a teacher every caption comes from another bank"
+    texts = table.texts([rows.start + int(place) for place in places])
+    return Job(shard, buffer, places, encoder.prepare(texts))
+
+
+def _encode(job: Job, encoder: CaptionEncoder | None, table: Table, progress: Progress) -> None:
+    progress.advance(len(job.buffer.vectors) - len(job.places))
+    if job.prepared is not None:
+        assert encoder is not None
+
+        def sink(places: NDArray[np.int64], stored: Stored) -> None:
+            job.buffer.put(job.places[places], stored)
+            progress.advance(len(places))
+
+        job.buffer.tokens[job.places] = encoder.run(job.prepared, sink)
+    job.buffer.check(table.text)
+    job.buffer.write()

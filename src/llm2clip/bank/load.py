@@ -1,0 +1,133 @@
+"""The teacher, loaded for encoding: arithmetic that the hardware is good at, the device, the best attention."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from llm2clip.config import check_choice
+from llm2clip.errors import UsageError
+from llm2clip.teacher.model import load_teacher, teacher_fingerprint
+
+logger = logging.getLogger("llm2clip")
+PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PROBES = ["a red disc, drawn on a plain dark background, sits near the bottom left corner", "two discs"]
+SAME_COSINE = 0.98
+"""Two attention backends that compute the same differ by rounding; a causal one instead of two-way by far more."""
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What decides a vector beside the caption itself; part of a bank's manifest."""
+
+    name: str
+    fingerprint: str
+    prompt: str
+    precision: str
+    dim: int
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device that a process encodes on: `device` if given, else the GPU of its local rank, else the CPU.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device is {device!r}; write cpu, cuda or cuda:1") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device is {device}, but there is no GPU that torch can use; leave it out or write cpu")
+    return chosen
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """`precision`, or for "auto" bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AVX512_BF16, AMX, or Arm's)."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def load_for_encoding(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: torch.device,
+    precision: str,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """The teacher `name` in `precision` on `device`, with flash attention where it is installed and right."""
+    dtype = PRECISION_DTYPES[precision]
+    teacher = load_teacher(name, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    for module in list(teacher)[1:]:  # a Dense layer is loaded in fp32 whatever was asked for
+        module.to(dtype)
+    if device.type == "cuda":
+        use_flash_attention(teacher)
+    return teacher
+
+
+def use_flash_attention(teacher: SentenceTransformer) -> bool:
+    """Switch to flash attention, which needs no padding; returns whether it is in use.
+
+    It is left alone where flash-attn is not installed or does not support the model, and where the vectors of
+    two test captions change: then it would not attend as the teacher was trained to.
+    """
+    first: Any = teacher[0]
+    if importlib.util.find_spec("flash_attn") is None or not hasattr(first, "unpad_inputs"):
+        return False
+    before = torch.as_tensor(teacher.encode(PROBES, convert_to_tensor=True)).float()
+    earlier = first.model.config._attn_implementation
+    try:
+        first.model.set_attn_implementation("flash_attention_2")
+        first.unpad_inputs = None  # looks again whether padding can be dropped
+        after = torch.as_tensor(teacher.encode(PROBES, convert_to_tensor=True)).float()
+        same = float(torch.cosine_similarity(before, after).min()) > SAME_COSINE
+    except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
+        logger.info("flash attention does not fit this teacher (%s)", " ".join(str(error).split())[:200])
+        same = False
+    if not same:
+        first.model.set_attn_implementation(earlier)
+        first.unpad_inputs = None
+        logger.info("encoding with %s attention and padded batches of near-equal length", earlier)
+    return same
+
+
+def resolve_prompt(teacher: SentenceTransformer, prompt: str | None, prompt_name: str | None) -> str:
+    """The text put before every caption: `prompt`, the teacher's prompt of that name, or its default one.
+
+    Raises:
+        UsageError: if the teacher has no prompt of that name.
+    """
+    if prompt is not None:
+        return prompt
+    if prompt_name is not None:
+        if not teacher.prompts:
+            raise UsageError(f"--prompt-name is {prompt_name!r}, but this teacher has no prompts; use --prompt TEXT")
+        return teacher.prompts[check_choice("--prompt-name", prompt_name, teacher.prompts)] or ""
+    return teacher.prompts.get(teacher.default_prompt_name or "") or ""
+
+
+def facts_of(teacher: SentenceTransformer, name: str, *, prompt: str, precision: str, dim: int) -> TeacherFacts:
+    """What a bank's manifest says of its teacher."""
+    return TeacherFacts(name, teacher_fingerprint(teacher), prompt, precision, dim)

@@ -1,0 +1,123 @@
+"""`bank merge` and `bank add`: a new bank out of existing ones; only captions that none of them holds are encoded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm2clip.artifacts import fingerprint
+from llm2clip.bank.build import Plan, load_encoder, same_teacher_settings, write_bank
+from llm2clip.bank.collect import Intake, collect
+from llm2clip.bank.config import BankAddConfig, BankMergeConfig
+from llm2clip.bank.load import TeacherFacts
+from llm2clip.bank.reader import Bank
+from llm2clip.bank.reuse import check_same_teacher
+from llm2clip.bank.table import Table, joined
+from llm2clip.captions.bad import BadSamples
+from llm2clip.captions.sample import Sample
+from llm2clip.captions.sources import Source, open_source
+
+ADDED = ".added.tmp"
+
+
+def merge_banks(config: BankMergeConfig) -> Path:
+    """Write the bank that holds what several banks by one teacher hold, and return its folder.
+
+    Raises:
+        UsageError: if their teachers, prompts or stored dtypes differ.
+    """
+    banks = [Bank.open(folder) for folder in config.banks]
+    teacher = teacher_of(banks[0])
+    for bank in banks[1:]:
+        check_same_teacher(bank, teacher)
+
+    def intake() -> Intake:
+        return Intake(
+            joined([bank.table for bank in banks]),
+            fingerprint([bank.fingerprint for bank in banks]),
+            bad_of(banks),
+            base=banks[0].table,
+        )
+
+    return write_bank(
+        Plan(
+            out=Path(config.out),
+            settings=config.settings(),
+            teacher=teacher,
+            encoder=None,
+            intake=intake,
+            dtype=banks[0].dtype,
+            shard_rows=banks[0].manifest["shard_rows"],
+            base=banks[0],
+            reuse=tuple(banks[1:]),
+        )
+    )
+
+
+def add_to_bank(config: BankAddConfig) -> Path:
+    """Write the bank that holds what `config.bank` and further sources hold, and return its folder.
+
+    Raises:
+        UsageError: if the teacher is another than the bank's, naming both fingerprints.
+    """
+    bank, out = Bank.open(config.bank), Path(config.out)
+    recorded = teacher_of(bank)
+    encoder, teacher = load_encoder(
+        config,
+        config.teacher or recorded.name,
+        out,
+        bank.dtype,
+        prompt=recorded.prompt,
+        auto_precision=recorded.precision,
+    )
+    check_same_teacher(bank, teacher)
+    settings = same_teacher_settings(out, {**config.settings(), "teacher": teacher.name}, teacher)
+
+    def intake() -> Intake:
+        source = open_source(config)
+        bad = bad_of([bank])
+        samples = samples_with(bank, source, out / ADDED, bad)
+        return Intake(samples, fingerprint([bank.fingerprint, source.fingerprint]), bad, base=bank.table)
+
+    return write_bank(
+        Plan(
+            out=out,
+            settings=settings,
+            teacher=teacher,
+            encoder=encoder,
+            intake=intake,
+            dtype=bank.dtype,
+            shard_rows=bank.manifest["shard_rows"],
+            base=bank,
+            part=config.part(),
+        )
+    )
+
+
+def samples_with(bank: Bank, source: Source, folder: Path, bad: BadSamples) -> Iterator[Sample]:
+    """The samples of `bank` with the captions that `source` has for their pictures, then its other samples.
+
+    The source is laid down as a table of its own in `folder` first: it may name pictures in another order.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        collect(Intake(source, source.fingerprint, source.bad), folder)
+        bad.merge(source.bad)
+        yield from joined([bank.table, Table(folder)])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def teacher_of(bank: Bank) -> TeacherFacts:
+    """What a bank's manifest says of its teacher."""
+    return TeacherFacts(**bank.manifest["teacher"])
+
+
+def bad_of(banks: list[Bank]) -> BadSamples:
+    """What was bad in the sources of `banks`; it was weighed when they were built, and stops nothing now."""
+    bad = BadSamples(1.0)
+    for bank in banks:
+        bad.merge(bank.manifest["bad_samples"])
+    return bad

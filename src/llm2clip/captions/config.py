@@ -1,0 +1,53 @@
+"""The flags that every stage reading pictures and captions shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llm2clip.config import Columns
+from llm2clip.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where pictures and captions come from.
+
+    Example:
+        >>> SourceConfig(data=("shards/{00000..00012}.tar",), captions={"long": "dense_caption"}).max_bad_fraction
+        0.05
+    """
+
+    data: tuple[str, ...]
+    """Sources, one or several: a path, glob or brace range ({00000..00012}) ending in .tar .csv .tsv .jsonl .json or
+    .parquet; a folder (of such tars, of pictures with metadata.csv or .txt files, saved by datasets);
+    hf:org/name[:split]; or a URL of such files (hf:// s3:// https://)."""
+
+    captions: Columns = field(default_factory=dict)
+    """Which column holds the captions of which kind: short=caption long=dense_caption. A kind may take several columns
+    (raw=caption_0,caption_1). Columns of JSON files inside tars count too. Usual names are recognised without it."""
+
+    image: str | None = None
+    """Column that holds the picture (a path, or embedded bytes); in a tar, its extension. Usual names are known."""
+
+    allow_outside: bool = False
+    """Let a table name pictures outside its own folder."""
+
+    max_bad_fraction: float = 0.05
+    """Share (0..1) of bad samples (unreadable picture, no caption) skipped and counted; more stop the run."""
+
+    revision: str | None = None
+    """Commit, branch or tag of a Hub id (hf:org/name)."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            UsageError: for an impossible value.
+        """
+        if isinstance(self.data, str) or not all(isinstance(spec, str) and spec.strip() for spec in self.data):
+            raise UsageError(f"--data is {self.data!r}; give one or several paths, for example --data captions.csv")
+        if not isinstance(self.captions, Mapping):
+            raise UsageError(f"--captions is {self.captions!r}; write kind=column, for example short=caption")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")

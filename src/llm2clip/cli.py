@@ -1,0 +1,234 @@
+"""The command line: a table of verbs, each a config dataclass and the function that takes it.
+
+Exit code 0 only when the artifact is whole, 2 for wrong use, 1 for a run that failed, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip.errors import LLM2CLIPError, UsageError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does, and where its config and its function live ("module:name")."""
+
+    summary: str
+    config: str
+    function: str
+
+
+VERBS = {
+    "train-teacher": Verb(
+        "turn an LLM into a caption encoder (stage 1)",
+        "llm2clip.teacher.config:TeacherConfig",
+        "llm2clip.teacher.train:train_teacher",
+    ),
+    "build-bank": Verb(
+        "encode every caption once with the teacher",
+        "llm2clip.bank.config:BankConfig",
+        "llm2clip.bank.build:build_bank",
+    ),
+    "bank info": Verb("what a bank holds", "llm2clip.bank.config:BankInfoConfig", "llm2clip.bank.info:bank_info"),
+    "bank verify": Verb(
+        "read every checksum, encode a sample again and compare",
+        "llm2clip.bank.config:BankVerifyConfig",
+        "llm2clip.bank.verify:verify_bank",
+    ),
+    "bank add": Verb(
+        "add captions or a kind, encoding only what is new",
+        "llm2clip.bank.config:BankAddConfig",
+        "llm2clip.bank.merge:add_to_bank",
+    ),
+    "bank merge": Verb(
+        "one bank out of several", "llm2clip.bank.config:BankMergeConfig", "llm2clip.bank.merge:merge_banks"
+    ),
+    "bank export": Verb(
+        "the vectors as Parquet or a datasets folder",
+        "llm2clip.bank.config:BankExportConfig",
+        "llm2clip.bank.export:export_bank",
+    ),
+    "train-student": Verb(
+        "fine-tune a vision tower on pictures and a bank (stage 2)",
+        "llm2clip.student.config:StudentConfig",
+        "llm2clip.student.train:train_student",
+    ),
+    "evaluate": Verb(
+        "score retrieval and caption retrieval; writes report.json, .md, .html",
+        "llm2clip.eval.config:EvaluateConfig",
+        "llm2clip.eval.run:evaluate",
+    ),
+    "export": Verb(
+        "write a folder for transformers, sentence-transformers, or the plain tower",
+        "llm2clip.export.config:ExportConfig",
+        "llm2clip.export.run:export",
+    ),
+    "demo": Verb(
+        "the whole pipeline on generated pictures with mini models, in minutes",
+        "llm2clip.scenes.config:DemoConfig",
+        "llm2clip.scenes.demo:run_demo",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the verb that `arguments` name and return the exit code; errors go to stderr as one line."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from llm2clip import __version__
+
+        sys.stdout.write(f"llm2clip {__version__}\n")
+        return 0
+    _start_logging()
+    try:
+        verb, rest = find_verb(arguments)
+        config = parse(verb, rest)
+        result = _load(VERBS[verb].function)(config)
+    except LLM2CLIPError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:  # a full disk, a missing right: the system's own words and the file it speaks of
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where it stopped", 130)
+    if _is_main_process() and isinstance(result, os.PathLike):
+        sys.stdout.write(f"{os.fspath(result)}\n")
+    return 0
+
+
+def find_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb (one or two words) at the head of `arguments`, and what follows it.
+
+    Raises:
+        UsageError: if there is no such verb; the nearest is offered.
+    """
+    from llm2clip.config import check_choice
+
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in VERBS:
+            return name, arguments[words:]
+    tools = [verb.split()[1] for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
+    if tools:
+        given = arguments[1] if len(arguments) > 1 else ""
+        check_choice(f"llm2clip {arguments[0]}: verb", given, tools)
+    check_choice("verb", arguments[0], VERBS)
+    raise AssertionError(arguments)
+
+
+def parse(verb: str, arguments: list[str]) -> Any:
+    """The verb's config from its flags; `--config FILE` gives the settings of an earlier run as defaults.
+
+    Raises:
+        UsageError: for a misspelt flag, a bad value or file.
+    """
+    import tyro
+
+    from llm2clip.config import from_file
+
+    cls = _load(VERBS[verb].config)
+    rest, file = _take_config_flag(arguments)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                cls,
+                prog=f"llm2clip {verb}",
+                args=rest,
+                default=None if file is None else from_file(cls, file),
+                description=f"{inspect.getdoc(cls)}\n\n--config FILE takes the settings of an earlier run "
+                "(its run.json or manifest.json); flags given beside it win.",
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(f"{_one_line(complaint.getvalue())} (llm2clip {verb} --help lists the flags)") from None
+
+
+def _one_line(box: str) -> str:
+    """The parser's framed complaint as one line: its sections without frame, help texts and pointers."""
+    lines = [line for line in box.splitlines() if not line.startswith("╭")]
+    text = "\n".join(line.strip("│╰╯ ") for line in lines)
+    sections = [" ".join(section.split()) for section in re.split(r"\n─{3,}\n|─{3,}", text)]
+    kept = [part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))]
+    return re.sub(r"Error parsing [A-Z]\w*: ", "", "; ".join(kept))
+
+
+def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
+    """`arguments` without `--config FILE` (or `--config=FILE`), and the file."""
+    rest: list[str] = []
+    file = None
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            file = next(words, None)
+            if file is None:
+                raise UsageError("--config needs a file: the run.json or manifest.json of an earlier run")
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return rest, file
+
+
+def overview() -> str:
+    """The text of `llm2clip --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: llm2clip VERB [flags]      llm2clip VERB --help      llm2clip --version",
+            "",
+            "captions -> teacher -> bank -> student -> evaluate -> export",
+            "",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"llm2clip: error: {' '.join(message.split())}\n")
+    return code
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _start_logging() -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log with fragments
+    from tqdm import tqdm
+
+    class Handler(logging.Handler):
+        """Lines on stderr that do not tear a progress bar apart."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    logger = logging.getLogger("llm2clip")
+    logger.handlers[:] = [Handler()]
+    logger.setLevel(logging.INFO if _is_main_process() else logging.WARNING)
+    logger.propagate = False

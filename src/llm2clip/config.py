@@ -1,0 +1,120 @@
+"""Stage configs as plain data: `kind=value` options, JSON beside artifacts, names checked with the nearest one offered.
+
+A stage's config is one frozen keyword-only dataclass with a docstring under each field (tyro shows it as --help)
+and every check in `__post_init__`. Only the stage's top function sees it; modules and losses take plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from llm2clip.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def _parse_columns(words: list[str]) -> dict[str, str]:
+    """`["short=caption", "long=dense"]` as `{"short": "caption", "long": "dense"}`."""
+    pairs = [word.partition("=") for word in words]
+    for kind, equals, value in pairs:
+        if not (kind and equals and value):
+            raise UsageError(
+                f"{kind + equals + value!r} is not of the form name=value; write for example short=caption"
+            )
+    return {kind: value for kind, _, value in pairs}
+
+
+def _parse_weights(words: list[str]) -> dict[str, float]:
+    """`["short=0.5", "long=0.5"]` as `{"short": 0.5, "long": 0.5}`."""
+    weights = {}
+    for kind, value in _parse_columns(words).items():
+        try:
+            weights[kind] = float(value)
+        except ValueError:
+            raise UsageError(f"{kind}={value}: {value!r} is no number; write for example {kind}=0.5") from None
+    return weights
+
+
+def _spec(parse: Any, metavar: str) -> Any:
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{kind}={item}" for kind, item in value.items()],
+    )
+
+
+Columns = Annotated[Mapping[str, str], _spec(_parse_columns, "KIND=COLUMN ...")]
+"""A config field given as `--field kind=column ...` on the command line, as a dict in Python."""
+Weights = Annotated[Mapping[str, float], _spec(_parse_weights, "KIND=WEIGHT ...")]
+"""A config field given as `--field kind=weight ...` on the command line, as a dict in Python."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON-ready data: tuples as lists, paths as text."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_plain))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def from_file(cls: type[Config], path: str | Path) -> Config:
+    """The config of an earlier run, from its `run.json` or `manifest.json`, or a bare JSON object of fields.
+
+    Raises:
+        UsageError: if the file is no such JSON or names an unknown field (the nearest name is offered).
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
+    fields = data.get("config", data) if isinstance(data, dict) else data
+    if not isinstance(fields, dict):
+        raise UsageError(f"--config {path} holds no JSON object of settings")
+    known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    for name in fields:
+        check_choice(f"--config {path}: field", name, known)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        bare = field.default is field.default_factory is dataclasses.MISSING
+        if field.init and bare and field.name not in values:
+            values[field.name] = tyro.MISSING  # such as `out`, which no run records: to be given as a flag
+    return cls(**values)
+
+
+def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
+    """`value`, if it is one of `allowed`.
+
+    Raises:
+        UsageError: naming the nearest allowed value and all of them.
+
+    >>> check_choice("--precision", "bf16", ["fp32", "bf16"])
+    'bf16'
+    """
+    allowed = list(allowed)
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise UsageError(f"{what} {value!r} is unknown{hint}; choose from {', '.join(allowed)}")
+
+
+def check_positive(**values: float) -> None:
+    """Check that each value is above zero; the keyword is the flag's name.
+
+    Raises:
+        UsageError: naming the first that is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be above 0")

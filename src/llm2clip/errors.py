@@ -1,0 +1,36 @@
+"""The exceptions of llm2clip, as a tree; the command line prints each as one line.
+
+LLM2CLIPError            the run failed                                  exit code 1
+├── UsageError           wrong use: a value to change, a flag to type    exit code 2 (also a ValueError)
+├── SourceError          a picture-caption source cannot be read         exit code 1
+├── TooManyBadSamples    more bad samples than --max-bad-fraction        exit code 1
+└── ArtifactError        a bank, teacher or student folder is damaged    exit code 1
+
+Every message is one line: what was wrong, its value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class LLM2CLIPError(Exception):
+    """A run that cannot go on; its message is one line for the user."""
+
+    exit_code = 1
+
+
+class UsageError(LLM2CLIPError, ValueError):
+    """A wrong argument, setting or combination of them; the message says what to type."""
+
+    exit_code = 2
+
+
+class SourceError(LLM2CLIPError):
+    """A source of pictures and captions, as a whole, cannot be read."""
+
+
+class TooManyBadSamples(LLM2CLIPError):
+    """More samples were bad than `--max-bad-fraction` allows."""
+
+
+class ArtifactError(LLM2CLIPError):
+    """A folder written by an earlier stage is unfinished, damaged or of another kind."""

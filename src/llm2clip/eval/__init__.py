@@ -1,0 +1,1 @@
+"""Evaluate: retrieval scores of any encoder, and reports of them."""

@@ -1,0 +1,64 @@
+"""The settings of `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip.captions.config import SourceConfig
+from llm2clip.config import check_choice, check_positive, to_dict
+from llm2clip.errors import UsageError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SPEED_FIELDS = ("out", "batch_size", "device")
+"""Fields that do not decide the scores (beyond rounding)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SourceConfig):
+    """Score a model on pictures and captions: image to text and text to image R@1/5/10, and caption retrieval.
+
+    With --teacher alone, any text encoder's captions are scored. Each --data is a dataset of its own with its own
+    name and pool, but tars of one folder are one dataset.
+    """
+
+    out: Path
+    """Folder of report.json, report.md and report.html; made if it is not there."""
+    model: str | None = None
+    """The model: a student, an exported folder, a CLIP or SigLIP of transformers, or a SentenceTransformer that encodes
+    pictures; a local folder or a Hub id. Without it the teacher alone is scored, on captions."""
+    teacher: str | None = None
+    """The student's teacher; or alone any text encoder: a teacher, an LLM, a SentenceTransformer; folder or Hub id."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub `model`."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a Hub `teacher`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model or teacher. Only for sources you trust."""
+    precision: str = "auto"
+    """Arithmetic of the models: fp32, bf16, fp16, or auto (as their weights are saved)."""
+    batch_size: int = 64
+    """Pictures or texts in a model at once."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; by default a GPU if there is one."""
+    seed: int = 0
+    """Which pictures' captions the similarity figures are drawn from, where there are more than 10,000 captions."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            UsageError: for an impossible value or combination.
+        """
+        super().__post_init__()
+        check_choice("--precision", self.precision, PRECISIONS)
+        check_positive(batch_size=self.batch_size)
+        if self.model is None and self.teacher is None:
+            raise UsageError(
+                "nothing to score: give --model DIR, and for a student --teacher DIR, or --teacher DIR alone"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}

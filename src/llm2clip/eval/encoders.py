@@ -1,0 +1,186 @@
+"""Other people's models as encoders: CLIP and SigLIP of transformers, and SentenceTransformers that take pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm2clip.captions.pictures import load_picture
+from llm2clip.errors import UsageError
+
+logger = logging.getLogger("llm2clip")
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+
+
+class ClipEncoder:
+    """A two-tower model of transformers (CLIP, SigLIP, SigLIP 2, ...), captions prepared as it was trained.
+
+    SigLIP models were trained on lower-case text padded to a fixed length, without an attention mask: anything else
+    costs them tens of points. Captions longer than the model's context are cut, and counted in `num_cut`.
+
+    Args:
+        model: with `get_image_features` and `get_text_features`.
+        tokenizer: its tokenizer.
+        processor: its image processor.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
+        self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
+        self.fixed_length = model.config.model_type.startswith("siglip")
+        text = getattr(model.config, "text_config", model.config)
+        self.context = min(int(getattr(text, "max_position_embeddings", 77)), tokenizer.model_max_length)
+        self.num_cut = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> ClipEncoder:
+        """Load a model's folder.
+
+        Raises:
+            UsageError: if it does not encode both pictures and texts.
+        """
+        from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+        options = {"trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            _check_two_towers(MODEL_MAPPING.get(type(config), None), folder)
+            model = AutoModel.from_pretrained(folder, dtype=dtype or "auto", **options)
+            _check_two_towers(type(model), folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            processor = AutoImageProcessor.from_pretrained(folder, **options)
+        except UsageError:
+            raise
+        except LOAD_ERRORS as error:
+            raise UsageError(f"--model {folder} cannot be loaded: {_first_line(error)}") from None
+        return cls(model.to(device), tokenizer, processor)
+
+    def prepare_image(self, picture: Any) -> Tensor:
+        """The normalised pixels [3, H, W] of a picture."""
+        if isinstance(picture, Tensor):
+            return picture
+        pixels: Tensor = self.processor(images=load_picture(picture), return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    @torch.inference_mode()
+    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length."""
+        parts = [np.empty((0, 1), np.float32)]
+        for start in range(0, len(pictures), batch_size):
+            pixels = torch.stack([self.prepare_image(picture) for picture in pictures[start : start + batch_size]])
+            parts.append(self._unit(self.model.get_image_features(pixels.to(self.model.device, self.model.dtype))))
+        return np.concatenate(parts[1:] or parts)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length."""
+        parts = [np.empty((0, 1), np.float32)]
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokens(texts[start : start + batch_size])
+            parts.append(self._unit(self.model.get_text_features(**tokens)))
+        return np.concatenate(parts[1:] or parts)
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text tower reads of `texts`."""
+        texts = [text.lower() for text in texts] if self.fixed_length else list(texts)
+        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        self.num_cut += sum(length > self.context for length in lengths)
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length" if self.fixed_length else True,
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
+        )
+        kept = ("input_ids",) if self.fixed_length else ("input_ids", "attention_mask")
+        return {name: tokens[name].to(self.model.device) for name in kept}
+
+    def _unit(self, features: Any) -> np.ndarray:
+        vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+        return normalize(vectors.float(), dim=-1).cpu().numpy()
+
+
+class SentenceTransformerEncoder:
+    """A SentenceTransformer that encodes texts and pictures.
+
+    Args:
+        model: loaded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> SentenceTransformerEncoder:
+        """Load a model's folder.
+
+        Raises:
+            UsageError: if it does not encode pictures.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            model = SentenceTransformer(
+                str(folder),
+                device=str(device),
+                trust_remote_code=trust_remote_code,
+                model_kwargs={"dtype": dtype} if dtype is not None else None,
+            )
+        except LOAD_ERRORS as error:
+            raise UsageError(f"--model {folder} cannot be loaded: {_first_line(error)}") from None
+        if "image" not in model.modalities:
+            raise UsageError(f"--model {folder} encodes texts only; give it as --teacher")
+        return cls(model)
+
+    def prepare_image(self, picture: Any) -> Image.Image:
+        """The picture decoded, RGB."""
+        return load_picture(picture)
+
+    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length."""
+        return self._encode([self.prepare_image(picture) for picture in pictures], batch_size)
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length."""
+        return self._encode(list(texts), batch_size)
+
+    def _encode(self, inputs: list[Any], batch_size: int) -> np.ndarray:
+        vectors = self.model.encode(inputs, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=True)
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def _check_two_towers(model_class: Any, folder: Path) -> None:
+    """Raise if `model_class` is known and does not encode both; asked before the weights are loaded, and after."""
+    needed = ("get_image_features", "get_text_features")
+    if model_class is not None and not all(hasattr(model_class, name) for name in needed):
+        name = getattr(model_class, "__name__", str(model_class))
+        raise UsageError(
+            f"--model {folder} is a {name}, which does not encode pictures and texts into one space; give a student, a "
+            "CLIP or SigLIP (or a text encoder alone as --teacher)"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,143 @@
+"""evaluate: open the encoder that the settings name, score it on each dataset, write the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.captions.bad import BadSamples
+from llm2clip.captions.config import SourceConfig
+from llm2clip.captions.sources import open_source
+from llm2clip.errors import SourceError, UsageError
+from llm2clip.eval.config import EvaluateConfig
+from llm2clip.eval.datasets import named_datasets
+from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
+from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
+from llm2clip.eval.report import write_pages
+from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
+from llm2clip.opening import find_model, pick_device
+from llm2clip.pipeline import LLM2CLIP, Teacher
+from llm2clip.protocols import ImageEncoder, TextEncoder
+
+logger = logging.getLogger("llm2clip")
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REPORT = "report.json"
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score a model and write `report.json`, `.md` and `.html`; returns what `report.json` holds.
+
+    Raises:
+        UsageError: for a model or source that cannot be.
+        TooManyBadSamples: if too many pictures cannot be read.
+
+    Example:
+        >>> report = evaluate(EvaluateConfig(model="student", teacher="teacher", data=("test.csv",), out="report"))
+        >>> report["metrics"]["test/short/i2t_r@1"]
+        0.871
+    """
+    out = Path(config.out)
+    with open_output(out, "report", config=config.settings()):
+        if is_complete(out):
+            logger.info("%s is already complete", out)
+            return dict(read_json(out / REPORT))
+        sources = {
+            name: open_source(part, pictures=config.model is not None) for name, part in parts_of(config).items()
+        }
+        encoder, facts = open_encoder(config)
+        report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
+        for name, source in sources.items():
+            found = score_dataset(source, encoder, config)
+            for part in ("metrics", "chance"):
+                report[part] |= {f"{name}/{key}": value for key, value in found[part].items()}
+            report["datasets"][name] = found["facts"]
+            report["similarity"][name] = found["similarity"]
+        report["config"] = config.settings()
+        write_json(out / REPORT, report)
+        write_pages(out, report)
+        write_manifest(out, "report", config=config.settings(), metrics=report["metrics"], model=facts)
+    for name, value in report["metrics"].items():
+        logger.info("%s %.4f", name, value)
+    return report
+
+
+def parts_of(config: EvaluateConfig) -> dict[str, SourceConfig]:
+    """The source settings of each dataset, by its name in the report."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)}
+    return {name: SourceConfig(**{**shared, "data": specs}) for name, specs in named_datasets(config.data).items()}
+
+
+def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> dict[str, Any]:
+    """Scores, chance, similarity figures and facts of one dataset."""
+    bad = BadSamples(config.max_bad_fraction)
+    images = None
+    if isinstance(encoder, ImageEncoder):
+        samples, images = encode_pictures(
+            source, encoder, batch_size=config.batch_size, bad=bad, threads=min(8, os.cpu_count() or 1)
+        )
+    else:
+        samples = list(source)
+    total = len(samples) + bad.num_bad + source.bad.num_bad
+    bad.merge(source.bad)
+    bad.check(total)
+    if not samples:
+        raise SourceError(f"--data {' '.join(config.data)} holds no usable picture")
+    captions = Captions.of(samples)
+    before = getattr(encoder, "num_cut", None)
+    texts = torch.from_numpy(encode_captions(captions.texts, encoder, batch_size=config.batch_size))
+    texts = texts.to(pick_device(config.device))
+    metrics: dict[str, float] = {}
+    chance: dict[str, float] = {}
+    if images is not None:
+        metrics, chance = retrieval_scores(torch.from_numpy(images).to(texts.device), texts, captions)
+    facts = {
+        "fingerprint": source.fingerprint,
+        "pictures": len(samples),
+        "captions": {kind: len(rows) for kind, rows in captions.rows.items()},
+        "bad": bad.to_json(),
+    }
+    if before is not None:
+        facts["captions_cut"] = getattr(encoder, "num_cut", 0) - before
+    return {
+        "metrics": {**metrics, **caption_scores(texts, captions)},
+        "chance": chance,
+        "similarity": similarity(texts, captions, seed=config.seed),
+        "facts": facts,
+    }
+
+
+def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
+    """The encoder that the settings name, and what the report says of it.
+
+    Raises:
+        UsageError: if there is none, or a student comes without its teacher.
+    """
+    options: dict[str, Any] = {
+        "device": pick_device(config.device),
+        "dtype": DTYPES[config.precision],
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.model is None:
+        assert config.teacher is not None
+        teacher = Teacher.from_pretrained(config.teacher, revision=config.teacher_revision, **options)
+        return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
+    folder, kind = find_model(config.model, revision=config.model_revision)
+    if kind == "llm2clip":
+        model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
+        if model.teacher is None:
+            wanted = model.origin.get("teacher_fingerprint", "unknown")
+            raise UsageError(
+                f"--model {config.model} reads the vectors of its teacher (fingerprint {wanted}); add --teacher DIR"
+            )
+        return model, {"encoder": "llm2clip", "dim": model.dim, **model.origin}
+    if config.teacher is not None:
+        raise UsageError(f"--model {config.model} encodes texts itself; leave --teacher {config.teacher} out")
+    loader = SentenceTransformerEncoder if kind == "sentence-transformers" else ClipEncoder
+    encoder = loader.from_pretrained(folder, **options)
+    return encoder, {"encoder": type(encoder.model).__name__}

@@ -1,0 +1,1 @@
+"""Export: a trained student as a folder that other programs load."""

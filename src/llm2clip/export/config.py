@@ -1,0 +1,54 @@
+"""The settings of `export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip.config import check_choice, to_dict
+from llm2clip.errors import UsageError
+
+TARGETS = ("sentence-transformers", "transformers", "tower")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a trained student as a folder that other programs load; it is loaded again and compared before it is done.
+
+    sentence-transformers: one folder that encodes texts and pictures. transformers: the student alone, for AutoModel;
+    texts need the teacher beside it. tower: the vision tower alone, in the format of its own family.
+    """
+
+    model: str
+    """The student: a folder made by train-student, or a Hub id."""
+    to: str
+    """sentence-transformers, transformers or tower."""
+    out: Path
+    """Folder to write; made if it is not there."""
+    teacher: str | None = None
+    """The teacher, folder or Hub id; needed for sentence-transformers, elsewhere only checked to be the student's."""
+    report: Path | None = None
+    """A report.json of evaluate, whose scores go into the model card."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub `model`."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a Hub `teacher`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the teacher. Only for sources you trust."""
+    device: str | None = None
+    """Where the written folder is tried: cpu, cuda, ...; by default a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            UsageError: for an impossible value or combination.
+        """
+        check_choice("--to", self.to, TARGETS)
+        if self.to == "sentence-transformers" and self.teacher is None:
+            raise UsageError("--to sentence-transformers puts the teacher into the folder: add --teacher DIR")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        return {key: value for key, value in to_dict(self).items() if key not in ("out", "device")}

@@ -1,0 +1,123 @@
+"""export: write a student for other programs, load it as they do, compare, and only then call it done."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.errors import UsageError
+from llm2clip.export.bundle import save_bundle
+from llm2clip.export.card import read_scores, write_card
+from llm2clip.export.check import PROBE_TEXTS, compare, encode_fresh, probe_embeds, probe_pictures
+from llm2clip.export.config import ExportConfig
+from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
+from llm2clip.opening import pick_device
+from llm2clip.pipeline import LLM2CLIP
+
+logger = logging.getLogger("llm2clip")
+Vectors = dict[str, np.ndarray]
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the folder that `config` describes and return it.
+
+    Raises:
+        UsageError: for a model that is no student, or a teacher that is not its own.
+        LLM2CLIPError: if what was written does not load elsewhere or gives other vectors.
+
+    Example:
+        >>> export(ExportConfig(model="student", teacher="teacher", to="sentence-transformers", out="bundle"))
+    """
+    scores = None if config.report is None else read_scores(config.report)
+    out = Path(config.out)
+    with open_output(out, "export", config=config.settings()):
+        if is_complete(out):
+            logger.info("%s is already complete", out)
+            return out
+        device = pick_device(config.device)
+        model = LLM2CLIP.from_pretrained(
+            config.model,
+            config.teacher,
+            device=device,
+            revision=config.model_revision,
+            teacher_revision=config.teacher_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        facts = facts_of(model, config)
+        expected = EXPECT[config.to](model)
+        WRITE[config.to](model, out)
+        write_card(out, facts, scores=scores)
+        del model  # its copy in the fresh process needs the room
+        gc.collect()
+        found = reload(config.to, out, facts, device=device)
+        checked = compare(out, expected, found)
+        logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))
+        write_manifest(out, "export", config=config.settings(), **facts, checked=_rounded(checked))
+    return out
+
+
+def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:
+    """What the manifest and the card say of the model."""
+    student = model.student.config
+    return {
+        "to": config.to,
+        "dim": student.projection_dim,
+        "teacher_dim": student.teacher_dim,
+        "tower_dim": student.tower_dim,
+        "tower_type": student.vision_config.model_type,
+        "tower_class": type(model.student.tower).__name__,
+        "pooling": student.pooling,
+        "image_size": list(model.transform.image_size),
+        **model.origin,
+    }
+
+
+def expected_bundle(model: LLM2CLIP) -> Vectors:
+    """The model's vectors of the probe texts and pictures."""
+    if model.teacher is None:
+        raise UsageError("the model has no teacher; add --teacher DIR")
+    return {"text": model.encode_text(PROBE_TEXTS), "image": model.encode_image(probe_pictures())}
+
+
+def expected_model(model: LLM2CLIP) -> Vectors:
+    """The model's vectors of the probe pictures and of random teacher vectors."""
+    with torch.inference_mode():
+        text = model.student.get_text_features(probe_embeds(model.student.config.teacher_dim).to(model.device))
+    return {"text": normalize(text.float(), dim=-1).cpu().numpy(), "image": model.encode_image(probe_pictures())}
+
+
+def expected_tower(model: LLM2CLIP) -> Vectors:
+    """The tower's vectors of the probe pictures."""
+    return {"image": tower_vectors(model)}
+
+
+def save_model(model: LLM2CLIP, folder: Path) -> None:
+    """Write the student alone, with the code that `AutoModel` needs, and how its pictures are prepared."""
+    model.student.save_pretrained(folder)
+    model.transform.save(folder)
+
+
+def reload(kind: str, folder: Path, facts: dict[str, Any], *, device: str) -> Vectors:
+    """The probes' vectors by what was written."""
+    if kind == "tower":
+        return {"image": reloaded_tower_vectors(folder, pooling=facts["pooling"], device=torch.device(device))}
+    return encode_fresh(kind, folder, device=device, teacher_dim=facts["teacher_dim"])
+
+
+EXPECT = {"sentence-transformers": expected_bundle, "transformers": expected_model, "tower": expected_tower}
+WRITE = {"sentence-transformers": save_bundle, "transformers": save_model, "tower": save_tower}
+
+
+def _listed(checked: dict[str, float]) -> str:
+    return ", ".join(f"{name} {cosine:.6f}" for name, cosine in checked.items())
+
+
+def _rounded(checked: dict[str, float]) -> dict[str, float]:
+    return {name: round(cosine, 5) for name, cosine in checked.items()}

@@ -1,0 +1,221 @@
+"""The trained model in use: `LLM2CLIP` encodes pictures and texts into one space.
+
+A student needs its teacher for texts; a folder written by `export --to sentence-transformers` holds both. No code that
+lies in a student's or exported folder is run.
+
+Letters: N pictures or texts, T teacher width, D shared width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llm2clip.captions.pictures import Picture, load_picture
+from llm2clip.errors import UsageError
+from llm2clip.opening import check_match, find_folder, is_bundle, open_bundle, open_student, origin_of, pick_device
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from llm2clip.student.model import Student
+    from llm2clip.student.transform import ImageTransform
+
+PICTURE_THREADS = min(8, os.cpu_count() or 1)
+"""Pictures decoded and resized ahead of the model; decoding lets go of the interpreter."""
+
+
+class LLM2CLIP:
+    """A student and, for texts, its teacher.
+
+    Args:
+        student: tower, projection and adaptor.
+        transform: how pictures are resized and cropped for it.
+        teacher: gives the vectors that the adaptor reads; None if only pictures will be encoded.
+        prompt: what the bank put before each caption; None for the teacher's own default.
+        origin: what the model's manifest says of where it comes from.
+
+    Example:
+        >>> model = LLM2CLIP.from_pretrained("student", teacher="teacher")              # doctest: +SKIP
+        >>> image = model.encode_image(["cat.jpg"])                                     # doctest: +SKIP
+        >>> text = model.encode_text(["a grey cat", "two dogs on a beach"])             # doctest: +SKIP
+        >>> (text @ image.T).shape                                                      # doctest: +SKIP
+        (2, 1)
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        transform: ImageTransform,
+        teacher: SentenceTransformer | None = None,
+        *,
+        prompt: str | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.student, self.transform, self.teacher, self.prompt = student.eval(), transform, teacher, prompt
+        self.origin = dict(origin or {})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        student: str | Path,
+        teacher: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        teacher_revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> LLM2CLIP:
+        """Load a student's folder or Hub id, or one exported for sentence-transformers, which needs no teacher.
+
+        Args:
+            student: the model.
+            teacher: the teacher whose vectors it was trained on; may be left out if only pictures will be encoded.
+            device: "cpu", "cuda", ...; by default a GPU if there is one.
+            dtype: of all weights ("bfloat16", ...); by default each as saved. What comes out is always float32.
+            revision: branch, tag or commit of a Hub `student`.
+            teacher_revision: the same of a Hub `teacher`.
+            trust_remote_code: run Python code that comes with the teacher.
+
+        Raises:
+            UsageError: if there is no such model, or the teacher is not the one it was trained with.
+        """
+        from llm2clip.teacher.model import load_teacher
+
+        folder, device = find_folder(student, revision=revision), pick_device(device)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if is_bundle(folder):
+            if teacher is not None:
+                raise UsageError(f"{student} holds its own teacher; leave the teacher {teacher} out")
+            model, transform, text, manifest = open_bundle(folder, device=device, dtype=dtype)
+            return cls(model, transform, text, origin=origin_of(manifest))
+        model, transform, manifest = open_student(folder, device=device, dtype=dtype)
+        if teacher is None:
+            return cls(model, transform, origin=origin_of(manifest))
+        text = load_teacher(
+            teacher, revision=teacher_revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        check_match(model, manifest, text, student_name=student, teacher_name=teacher)
+        return cls(model, transform, text, prompt=manifest.get("prompt"), origin=origin_of(manifest))
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the shared space."""
+        return int(self.student.config.projection_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student lies."""
+        return self.student.visual_projection.weight.device
+
+    def prepare_image(self, picture: Picture | Tensor) -> Tensor:
+        """The pixels uint8 [3, H, W] that the tower sees of a picture; pixels stay as they are.
+
+        Raises:
+            BadPicture: if it cannot be read.
+        """
+        return picture if isinstance(picture, Tensor) else self.transform(load_picture(picture))
+
+    @torch.inference_mode()
+    def encode_image(self, pictures: Sequence[Picture | Tensor], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length, a row a picture.
+
+        Args:
+            pictures: paths, encoded bytes or Pillow pictures of any mode and size, or what `prepare_image` gave.
+            batch_size: pictures in the tower at once; the pixels of only two batches are in memory.
+
+        Raises:
+            BadPicture: if one cannot be read; it is named.
+        """
+        _check_list(pictures, "encode_image", 'encode_image(["cat.jpg"])')
+        rows = [np.empty((0, self.dim), np.float32)]
+        for batch in self._pixel_batches(pictures, batch_size):
+            features = self.student.get_image_features(batch.to(self.device, non_blocking=True))
+            rows.append(normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(rows)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length, a row a text; `batch_size` texts are in the teacher at once.
+
+        Raises:
+            UsageError: if the model was loaded without its teacher.
+        """
+        if self.teacher is None:
+            raise UsageError("this model was opened without its teacher, so it encodes pictures only; add the teacher")
+        vectors = torch.from_numpy(encode_texts(self.teacher, texts, batch_size=batch_size, prompt=self.prompt))
+        rows = [np.empty((0, self.dim), np.float32)]
+        for batch in vectors.split(4 * batch_size):
+            features = self.student.get_text_features(batch.to(self.device))
+            rows.append(normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(rows)
+
+    def _pixel_batches(self, pictures: Sequence[Picture | Tensor], batch_size: int) -> Iterator[Tensor]:
+        """uint8 [B, 3, H, W] of one batch after another, the next prepared while this one is used."""
+        with ThreadPoolExecutor(PICTURE_THREADS) as pool:
+            waiting = [pool.submit(self.prepare_image, picture) for picture in pictures[:batch_size]]
+            for start in range(batch_size, len(pictures) + batch_size, batch_size):
+                present, following = waiting, pictures[start : start + batch_size]
+                waiting = [pool.submit(self.prepare_image, picture) for picture in following]
+                yield torch.stack([future.result() for future in present])
+
+
+class Teacher:
+    """A text encoder alone, as scores see it: any SentenceTransformer, one of our teachers, or a bare LLM.
+
+    Example:
+        >>> Teacher.from_pretrained("teacher").encode_text(["a grey cat"]).shape         # doctest: +SKIP
+        (1, 4096)
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model
+
+    @classmethod
+    def from_pretrained(cls, teacher: str | Path, **options: Any) -> Teacher:
+        """Load a folder or Hub id; `options` as for `llm2clip.load_teacher`."""
+        from llm2clip.teacher.model import load_teacher
+
+        return cls(load_teacher(teacher, **{**options, "device": pick_device(options.get("device"))}))
+
+    @property
+    def dim(self) -> int | None:
+        """T."""
+        return self.model.get_embedding_dimension()
+
+    @property
+    def fingerprint(self) -> str:
+        """The teacher's fingerprint, as in a bank's manifest."""
+        from llm2clip.teacher.fingerprint import teacher_fingerprint
+
+        return teacher_fingerprint(self.model)
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, T] of unit length, a row a text."""
+        vectors = torch.from_numpy(encode_texts(self.model, texts, batch_size=batch_size))
+        return normalize(vectors, dim=-1).numpy()
+
+
+def encode_texts(
+    teacher: SentenceTransformer, texts: Sequence[str], *, batch_size: int, prompt: str | None = None
+) -> np.ndarray:
+    """float32 [N, T], a teacher's own vectors of `texts`, of whatever length it gives them."""
+    _check_list(texts, "encode_text", 'encode_text(["a grey cat"])')
+    if not len(texts):
+        return np.empty((0, teacher.get_embedding_dimension() or 0), np.float32)
+    vectors = teacher.encode(list(texts), batch_size=batch_size, prompt=prompt, show_progress_bar=False)
+    return np.asarray(vectors, dtype=np.float32)
+
+
+def _check_list(inputs: Any, name: str, example: str) -> None:
+    if isinstance(inputs, (str, bytes, Path)) or not isinstance(inputs, Sequence):
+        raise UsageError(f"{name} takes a list, not {type(inputs).__name__}; write for example {example}")

@@ -1,0 +1,64 @@
+"""The adaptor: teacher vectors [B, T] into the space shared with pictures [B, D]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptorBlock(nn.Module):
+    """`x + Linear(2d -> d)(GELU(Linear(d -> 2d)(LayerNorm(x))))`, an inverted bottleneck as in FuseMix.
+
+    Args:
+        width: d, the width of what goes in and comes out.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.shrink = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, d] with the block's correction added."""
+        return x + self.shrink(nn.functional.gelu(self.expand(self.norm(x))))
+
+
+class Adaptor(nn.Module):
+    """L2 norm, residual blocks, LayerNorm, Linear to the shared width (paper, section 6.2 of the released code).
+
+    The released weights expect vectors of unit length, so the norm is part of the adaptor and not of its callers.
+
+    Args:
+        teacher_dim: T, the width of a bank's vectors.
+        projection_dim: D, the width of the shared space; 1280 in the paper.
+        num_blocks: 4 in the paper; its Table 8 gives 76.7 (one), 76.8 (two), 77.9 (four) text-to-image.
+
+    Example:
+        >>> Adaptor(8, 4, num_blocks=2)(torch.ones(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, teacher_dim: int, projection_dim: int, *, num_blocks: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AdaptorBlock(teacher_dim) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(teacher_dim)
+        self.projection = nn.Linear(teacher_dim, projection_dim)
+
+    def forward(self, text_embeds: Tensor) -> Tensor:
+        """Teacher vectors [B, T] as shared-space vectors [B, D], not normalised."""
+        x = nn.functional.normalize(text_embeds.to(self.projection.weight.dtype), dim=-1)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x))
+
+
+def num_adaptor_parameters(teacher_dim: int, projection_dim: int, num_blocks: int = 4) -> int:
+    """Parameters of an `Adaptor`, without building it.
+
+    >>> num_adaptor_parameters(4096, 1280)  # the released checkpoints: 273.8 M
+    273769728
+    """
+    with torch.device("meta"):
+        adaptor = Adaptor(teacher_dim, projection_dim, num_blocks=num_blocks)
+    return sum(parameter.numel() for parameter in adaptor.parameters())

@@ -1,0 +1,191 @@
+"""The settings of `train-student`: the bank and the tower it teaches, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm2clip.config import Weights, check_choice, check_positive, to_dict
+from llm2clip.errors import UsageError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+LOSSES = ("softmax", "sigmoid")
+OPTIMIZERS = ("adamw", "muon")
+INITS = ("pretrained", "random")
+TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
+SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker")
+"""Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Fine-tune a vision tower, so that pictures land where the teacher's vectors of their captions are.
+
+    Defaults are those of the paper and its released code (arXiv 2411.04997, stage 2), unless a line says otherwise.
+    """
+
+    bank: tuple[str, ...]
+    """Banks made by build-bank, one or several; several are mixed by size, or by --bank-weights."""
+    tower: str
+    """The vision tower: a local folder or a Hub id of CLIP, SigLIP, DINOv2, ViT, timm's EVA02 and others."""
+    out: Path
+    """Folder of the student; made if it is not there."""
+    tower_revision: str | None = None
+    """Branch, tag or commit of a Hub tower."""
+    init: str = "pretrained"
+    """pretrained: the tower's weights; random: only its shape, for training from scratch."""
+    image_size: int | None = None
+    """Side of the pictures in pixels; by default the tower's own. Another one interpolates its positions."""
+    dim: int = 1280
+    """Width of the space that pictures and captions share."""
+    adaptor_blocks: int = 4
+    """Residual blocks of the adaptor between the teacher's vectors and the shared space."""
+
+    mix: Weights = field(default_factory=dict)
+    """How often a picture's caption is of each kind: short=0.5 long=0.5. By default all kinds alike."""
+    captions_per_picture: int = 1
+    """Captions of each picture in a step, all of them right answers to it."""
+    bank_weights: tuple[float, ...] = ()
+    """How often a picture comes from each bank, in the order of --bank. By default by size."""
+    min_crop: float = 0.9
+    """Smallest area of the random crop, as a part of the picture; 1 crops nothing at random."""
+    max_bad_fraction: float = 0.05
+    """Share (0..1) of unreadable pictures that are replaced and counted; above it the run stops."""
+
+    loss: str = "softmax"
+    """softmax: CLIP's symmetric loss; sigmoid: SigLIP's, of each pair alone."""
+    label_smoothing: float = 0.0
+    """Part of the target spread over all captions of the batch (softmax only)."""
+    soft_targets: float = 0.0
+    """Part of the target that follows the teacher's similarity of captions (softmax only)."""
+    ignore_above: float | None = None
+    """Captions whose teacher cosine with a picture's own is above this are not taken for wrong. By default all are."""
+    steps: int | None = None
+    """Optimizer steps; give this or --epochs."""
+    epochs: float | None = None
+    """Passes over the pictures; 4 if neither this nor --steps is given."""
+    batch_size: int = 4096
+    """Pictures a step, over all processes; every other caption of the step is a negative."""
+    micro_batch_size: int | None = None
+    """Pictures in the tower at once on each process; below the batch, gradients are cached, with the same result."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step. It adds no negatives: a larger --batch-size does."""
+
+    optimizer: str = "adamw"
+    """adamw; or muon for the hidden matrices, with AdamW for the rest."""
+    learning_rate: float = 1e-5
+    """Peak learning rate; it falls to 0 along a cosine."""
+    adaptor_learning_rate: float = 3e-4
+    """Peak learning rate of the fresh parts (adaptor, projection, scale), which start from random weights. The released
+    code has 1e-5 for them too, and 20 passes over 13 million pictures."""
+    warmup_steps: int = 0
+    """Steps of linear rise to the peak."""
+    adaptor_warmup_steps: int = 0
+    """First steps in which the tower is frozen and only the fresh parts learn."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms and the scale have none."""
+    layer_decay: float = 0.85
+    """Each tower block learns this much slower than the block after it."""
+    max_grad_norm: float = 5.0
+    """Gradients are scaled down to this norm."""
+    unlocked_blocks: int | None = None
+    """Train only the tower's last N blocks and what follows them; 0 locks the whole tower. By default all train."""
+    lora_rank: int = 0
+    """Train the tower's blocks through low-rank adapters of this rank, merged at the end; 0 trains the weights."""
+    lora_alpha: float = 32
+    """Scale of the adapters: alpha / rank multiplies them."""
+    patch_dropout: float = 0.0
+    """Part of each picture's patches left out while training (FLIP): faster, at some loss."""
+    ema: float = 0.0
+    """Decay per step of a running average of the weights, which then is what is saved; 0 keeps none (0.9999, say)."""
+
+    precision: str = "bf16"
+    """fp32, bf16 or fp16 arithmetic; the weights themselves stay in fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute the tower's activations in the backward pass: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the tower with torch.compile: slow first step, faster ones after."""
+    workers: int = 4
+    """Processes that read pictures ahead, for each training process; 0 reads in the training process."""
+    save_every: int = 500
+    """Steps between checkpoints, from which a killed run goes on; the last two are kept."""
+    seed: int = 0
+    """Source of all randomness."""
+    tracker: str = "auto"
+    """Where curves go besides OUT/log.jsonl: tensorboard, wandb, trackio or none; auto is tensorboard if installed."""
+
+    val_bank: str | None = None
+    """A bank of held-out pictures; its retrieval score picks the weights that are saved."""
+    val_every: int = 500
+    """Steps between scores on --val-bank."""
+    patience: int | None = None
+    """Stop after this many scores on --val-bank without a better one; by default never."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            UsageError: for an impossible value or combination.
+        """
+        check_choice("--loss", self.loss, LOSSES)
+        check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("--precision", self.precision, PRECISIONS)
+        check_choice("--init", self.init, INITS)
+        check_choice("--tracker", self.tracker, TRACKERS)
+        positive = [
+            "dim",
+            "captions_per_picture",
+            "adaptor_blocks",
+            "accumulate",
+            "learning_rate",
+            "layer_decay",
+            "max_grad_norm",
+        ]
+        positive += ["save_every", "val_every", "lora_alpha"]
+        positive += ["adaptor_learning_rate"]
+        optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience")
+        given = [name for name in optional if getattr(self, name) is not None]
+        check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name in ("label_smoothing", "soft_targets", "patch_dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("warmup_steps", "adaptor_warmup_steps", "weight_decay", "lora_rank", "workers", "unlocked_blocks"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be below 0")
+        for name in ("min_crop", "layer_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in (0, 1]")
+        if not -1 <= (self.ignore_above or 0) <= 1:
+            raise UsageError(f"--ignore-above is {self.ignore_above}; it is a cosine, from -1 to 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")
+        if self.batch_size < 2:
+            raise UsageError(f"--batch-size is {self.batch_size}; it must be at least 2, for there to be a negative")
+
+    def _check_combinations(self) -> None:
+        if not self.bank:
+            raise UsageError("nothing to train on: give --bank DIR, made by llm2clip build-bank")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(f"--steps {self.steps} and --epochs {self.epochs} exclude each other; give one")
+        if not isinstance(self.mix, Mapping) or any(weight < 0 for weight in self.mix.values()):
+            raise UsageError(f"--mix is {self.mix!r}; write kind=weight with weights from 0 up, such as short=0.5")
+        if self.mix and not sum(self.mix.values()):
+            raise UsageError("--mix gives every kind the weight 0; give at least one a weight above 0")
+        if self.bank_weights and (len(self.bank_weights) != len(self.bank) or min(self.bank_weights) < 0):
+            number = f"{len(self.bank_weights)} weights for {len(self.bank)} banks"
+            raise UsageError(f"--bank-weights has {number}; give one each, from 0 up")
+        if self.lora_rank and self.unlocked_blocks is not None:
+            raise UsageError("--lora-rank trains adapters in a locked tower; leave out --unlocked-blocks")
+        if (self.label_smoothing or self.soft_targets) and self.loss == "sigmoid":
+            raise UsageError("--label-smoothing and --soft-targets are for --loss softmax; leave one of the two out")
+        if self.patience is not None and self.val_bank is None:
+            raise UsageError("--patience needs scores to wait for; add --val-bank DIR")
+
+    def settings(self) -> dict[str, object]:
+        """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""
+        return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}

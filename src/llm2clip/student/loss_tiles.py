@@ -1,0 +1,225 @@
+"""Contrastive losses and their gradients, tile by tile: O(B x D + tile) memory, never a B x B matrix.
+
+Letters: b pictures on this process, N on all; M captions on all processes; D shared width; R x C a tile.
+This process computes the stripe of scores s = scale * image @ text.T between its b pictures and all M captions. Sums
+over pictures, which the other processes share, are small ([M] numbers) and are summed over processes in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llm2clip.student.gather import World
+from llm2clip.student.loss_targets import Targets, TileTargets
+
+
+class Gradients(NamedTuple):
+    """Derivatives of the loss: by the pictures [b, D], by all captions [M, D] (this process's part), scale, bias."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+@dataclass(kw_only=True)
+class Stripe:
+    """The scores of this process's pictures with all captions, never all at once."""
+
+    image: Tensor
+    """[b, D]."""
+    text: Tensor
+    """[M, D], the captions of all processes."""
+    scale: Tensor
+    """[]."""
+    targets: Targets
+    world: World
+    tile: int
+    """Pictures, and captions, in a tile."""
+    _last: tuple[slice, slice, Tensor] | None = field(default=None, init=False)
+
+    def tiles(self) -> list[tuple[slice, slice]]:
+        """All (pictures, captions) of the stripe."""
+        return [(rows, columns) for rows in self._cut(len(self.image)) for columns in self._cut(len(self.text))]
+
+    def scores(self, rows: slice, columns: slice) -> Tensor:
+        """`scale * image @ text.T` of one tile; the last one is remembered, for the pass that goes backwards."""
+        if self._last is None or self._last[:2] != (rows, columns):
+            self._last = None  # freed before the next one is made
+            self._last = (rows, columns, (self.image[rows] * self.scale) @ self.text[columns].T)
+        return self._last[2]
+
+    def empty_gradients(self) -> Gradients:
+        """Zeros, to be filled by `add_gradient`."""
+        zero = self.scale.new_zeros(())
+        return Gradients(torch.zeros_like(self.image), torch.zeros_like(self.text), zero, zero.clone())
+
+    def add_gradient(self, sums: Gradients, rows: slice, columns: slice, by_score: Tensor) -> None:
+        """Add what the derivative of the loss by a tile's scores [R, C] brings, but for the factor `scale`."""
+        sums.image[rows].addmm_(by_score, self.text[columns])
+        sums.text[columns].addmm_(by_score.T, self.image[rows])
+
+    def finish(self, sums: Gradients) -> Gradients:
+        """Make the derivative by `scale` of the sums of `add_gradient`, and give these their factor `scale`.
+
+        As s = scale * x @ y, it is the sum over pairs of dL/ds * (x @ y): over pictures, of x @ (the sum for x).
+        """
+        sums.scale.add_((self.image * sums.image).sum())
+        sums.image.mul_(self.scale)
+        sums.text.mul_(self.scale)
+        return sums
+
+    def _cut(self, length: int) -> list[slice]:
+        return [slice(start, min(start + self.tile, length)) for start in range(0, length, self.tile)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxTarget:
+    """What each picture's distribution over captions (and each caption's over pictures) should be: a sum of parts.
+
+    `(1 - smoothing) * ((1 - soft) * positives + soft * teacher) + smoothing * uniform`, each part summing to 1.
+    """
+
+    smoothing: float = 0.0
+    soft: float = 0.0
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Of the positives, the teacher and the uniform part."""
+        return (1 - self.smoothing) * (1 - self.soft), (1 - self.smoothing) * self.soft, self.smoothing
+
+    def weights(self, known: TileTargets, scores: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The parts of a tile that are not all zero: (number of the part, weights [R, C] before they sum to 1)."""
+        if known.positive is not None:
+            yield 0, known.positive.to(scores)
+        if self.soft and known.alike is not None:
+            yield 1, known.alike.to(scores)
+        if self.smoothing:
+            yield 2, torch.ones_like(scores) if known.ignored is None else (~known.ignored).to(scores)
+
+
+class Sums(NamedTuple):
+    """What the first pass knows of every picture of this process, or of every caption of all: L of them.
+
+    The largest score is kept apart from the rest of its log-sum-exp: where a loss is near 0, their sum would round away
+    all that matters.
+    """
+
+    largest: Tensor
+    """The largest score, [L]."""
+    total: Tensor
+    """The sum of exp(score - largest), [L]."""
+    parts: Tensor
+    """For each part of a target: sum of weights times scores, and sum of weights, [3, 2, L]."""
+
+    @classmethod
+    def none(cls, vectors: Tensor) -> Sums:
+        """Those of `vectors` [L, D] over no scores."""
+        length = len(vectors)
+        # The lowest number instead of -inf, as -inf - -inf is not a number.
+        lowest = vectors.new_full((length,), torch.finfo(vectors.dtype).min)
+        return cls(lowest, vectors.new_zeros(length), vectors.new_zeros(3, 2, length))
+
+    def add(self, where: slice, scores: Tensor, *, dim: int) -> None:
+        """Take in the exponentials of a tile's scores along `dim`."""
+        largest = torch.maximum(self.largest[where], scores.amax(dim=dim))
+        self.total[where] *= (self.largest[where] - largest).exp_()
+        self.total[where] += (scores - largest.unsqueeze(dim)).exp_().sum(dim=dim)
+        self.largest[where] = largest
+
+    def over_processes(self, world: World) -> Sums:
+        """These sums with those of the other processes."""
+        largest = world.largest(self.largest.clone())
+        both = torch.cat([(self.total * (self.largest - largest).exp_())[None], self.parts.flatten(0, 1)])
+        total, *parts = world.sum(both)
+        return Sums(largest, total, torch.stack(parts).view_as(self.parts))
+
+    def losses(self, target: SoftmaxTarget) -> Tensor:
+        """The cross-entropy of each with its target distribution, [L]."""
+        shares = enumerate(target.shares)
+        wanted = torch.stack([share * self.parts[i, 0] / self.parts[i, 1] for i, share in shares if share])
+        return self.largest - wanted.sum(dim=0) + self.total.log()
+
+
+def softmax_loss(stripe: Stripe, target: SoftmaxTarget, *, with_gradients: bool) -> tuple[Tensor, Gradients | None]:
+    """The mean of the cross-entropies picture to caption (over N) and caption to picture (over M).
+
+    Two passes: the first sums exponentials and target terms along rows and columns of the same tile; the second makes
+    the scores anew, and from them the derivatives.
+
+    Returns:
+        The loss of the whole batch, equal on all processes, and this process's part of its derivatives.
+    """
+    pictures, captions = _softmax_sums(stripe, target)
+    by_picture = stripe.world.sum(pictures.losses(target).sum()) / stripe.world.num_pictures
+    loss = (by_picture + captions.losses(target).sum() / stripe.world.num_captions) / 2
+    return loss, _softmax_gradients(stripe, target, pictures, captions) if with_gradients else None
+
+
+def _softmax_sums(stripe: Stripe, target: SoftmaxTarget) -> tuple[Sums, Sums]:
+    """The sums of this process's pictures over all captions, and of all captions over all processes' pictures."""
+    pictures, captions = Sums.none(stripe.image), Sums.none(stripe.text)
+    for rows, columns in stripe.tiles():
+        scores = stripe.scores(rows, columns)
+        known = stripe.targets.tile(rows, columns)
+        allowed = scores if known.ignored is None else scores.masked_fill(known.ignored, -math.inf)
+        pictures.add(rows, allowed, dim=1)
+        captions.add(columns, allowed, dim=0)
+        for part, weights in target.weights(known, scores):
+            weighted = weights * scores
+            pictures.parts[part, :, rows] += torch.stack([weighted.sum(dim=1), weights.sum(dim=1)])
+            captions.parts[part, :, columns] += torch.stack([weighted.sum(dim=0), weights.sum(dim=0)])
+    return pictures, captions.over_processes(stripe.world)
+
+
+def _softmax_gradients(stripe: Stripe, target: SoftmaxTarget, pictures: Sums, captions: Sums) -> Gradients:
+    """The second pass."""
+    by_picture, by_caption = 1 / (2 * stripe.world.num_pictures), 1 / (2 * stripe.world.num_captions)
+    gradients = stripe.empty_gradients()
+    for rows, columns in reversed(stripe.tiles()):
+        scores = stripe.scores(rows, columns)
+        known = stripe.targets.tile(rows, columns)
+        by_score = (scores - pictures.largest[rows, None]).exp_().mul_(by_picture / pictures.total[rows, None])
+        by_score += (scores - captions.largest[columns]).exp_().mul_(by_caption / captions.total[columns])
+        if known.ignored is not None:
+            by_score.masked_fill_(known.ignored, 0)
+        for part, weights in target.weights(known, scores):
+            factor = by_picture / pictures.parts[part, 1, rows, None] + by_caption / captions.parts[part, 1, columns]
+            by_score -= weights * factor.mul_(target.shares[part])
+        stripe.add_gradient(gradients, rows, columns, by_score)
+    return stripe.finish(gradients)
+
+
+def sigmoid_loss(stripe: Stripe, bias: Tensor, *, with_gradients: bool) -> tuple[Tensor, Gradients | None]:
+    """The sum over all pairs of -log sigmoid(+-(s + bias)), plus for positives, divided by M. One pass.
+
+    Returns:
+        The loss of the whole batch, equal on all processes, and this process's part of its derivatives.
+    """
+    num_captions = stripe.world.num_captions
+    gradients = stripe.empty_gradients() if with_gradients else None
+    loss = stripe.scale.new_zeros(())
+    for rows, columns in stripe.tiles():
+        wrongness = stripe.scores(rows, columns) + bias
+        known = stripe.targets.tile(rows, columns)
+        sign = None if known.positive is None else 1 - 2 * known.positive.to(wrongness)
+        if sign is not None:
+            wrongness *= sign
+        if known.ignored is not None:
+            wrongness.masked_fill_(known.ignored, -math.inf)
+        loss += functional.softplus(wrongness).sum()
+        if gradients is not None:
+            by_score = wrongness.sigmoid_().div_(num_captions)
+            if sign is not None:
+                by_score *= sign
+            gradients.bias.add_(by_score.sum())
+            stripe.add_gradient(gradients, rows, columns, by_score)
+    loss = stripe.world.sum(loss) / num_captions
+    return loss, None if gradients is None else stripe.finish(gradients)

@@ -1,0 +1,110 @@
+"""What is mixed in training: banks of one teacher, and kinds of caption by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llm2clip.bank.reader import Bank
+from llm2clip.config import check_choice
+from llm2clip.errors import UsageError
+from llm2clip.student.order import Order, ShuffledOrder
+from llm2clip.student.shards import ShardOrder, shard_starts
+
+
+def check_banks(banks: Sequence[Bank]) -> None:
+    """Check that banks can be mixed.
+
+    Raises:
+        UsageError: if there is none, one is empty, or they are of different teachers.
+    """
+    if not banks:
+        raise UsageError("no bank to draw from: give --bank DIR, with a weight above 0 if --bank-weights is given")
+    for bank in banks:
+        if not bank.num_samples:
+            raise UsageError(f"--bank {bank.folder} holds no samples; leave it out")
+        if bank.teacher_fingerprint != banks[0].teacher_fingerprint:
+            raise UsageError(
+                f"--bank {bank.folder} is of teacher {bank.teacher_fingerprint}, {banks[0].folder} of "
+                f"{banks[0].teacher_fingerprint}; build both with one teacher"
+            )
+
+
+def check_batch_size(batch_size: int, num_processes: int, *, num_samples: int) -> None:
+    """Check that a batch divides among the processes and has no picture twice.
+
+    Raises:
+        UsageError: if not.
+    """
+    if batch_size % num_processes:
+        fit = batch_size // num_processes * num_processes or num_processes
+        raise UsageError(f"--batch-size {batch_size} does not divide among {num_processes} processes; take {fit}")
+    if batch_size > num_samples:
+        raise UsageError(f"--batch-size {batch_size} is above the {num_samples} pictures to draw from; lower it")
+
+
+def wanted_kinds(banks: Sequence[Bank], mix: Mapping[str, float]) -> list[str]:
+    """The kinds of caption to draw: those with a weight in `mix`, or all that there are.
+
+    Raises:
+        UsageError: if `mix` names a kind that no bank has, or a bank has none of its kinds.
+    """
+    there = sorted({kind for bank in banks for kind in bank.kinds})
+    wanted = [check_choice("--mix: kind of caption", kind, there) for kind, weight in mix.items() if weight > 0]
+    for bank in banks:
+        if mix and not set(wanted) & set(bank.kinds):
+            raise UsageError(
+                f"--bank {bank.folder} has captions of {', '.join(bank.kinds)}, but --mix wants {', '.join(wanted)}; "
+                "give one of its kinds a weight, or leave the bank out"
+            )
+    return wanted or there
+
+
+def kind_weights(bank: Bank, mix: Mapping[str, float]) -> list[float]:
+    """The weight of each of the bank's kinds, in the order of their codes; all alike if `mix` is empty."""
+    return [float(mix.get(kind, 0.0)) if mix else 1.0 for kind in bank.kinds]
+
+
+def choose_captions(kinds: Sequence[int], weights: Sequence[float], draws: Sequence[float]) -> list[int]:
+    """Which of a sample's captions to take: for each, its kind by weight among those there are, then one of that kind.
+
+    No caption is taken twice before all were; none at all if no kind has a weight.
+
+    Args:
+        kinds: the kind of each caption.
+        weights: of each kind.
+        draws: two numbers in [0, 1) for each caption to take.
+
+    >>> choose_captions([0, 1, 1], weights=[0.5, 0.5], draws=[0.4, 0.0, 0.6, 0.9])
+    [0, 2]
+    """
+    wanted = [place for place, kind in enumerate(kinds) if weights[kind] > 0]
+    chosen: list[int] = []
+    pool: list[int] = []
+    for kind_draw, caption_draw in zip(draws[::2], draws[1::2], strict=True):
+        pool = pool or wanted.copy()
+        if not pool:
+            break
+        present = sorted({kinds[place] for place in pool})
+        kind = _by_weight(present, [weights[kind] for kind in present], kind_draw)
+        places = [place for place in pool if kinds[place] == kind]
+        chosen.append(places[int(caption_draw * len(places))])
+        pool.remove(chosen[-1])
+    return chosen
+
+
+def _by_weight(values: Sequence[int], weights: Sequence[float], draw: float) -> int:
+    """One of `values`, as often as its weight says."""
+    left = draw * sum(weights)
+    for value, weight in zip(values, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return value
+    return values[-1]  # rounding
+
+
+def open_order(bank: Bank, *, seed: int, name: str) -> Order:
+    """The order of a bank's samples: shuffled freely, or shard by shard where they lie in remote shards."""
+    starts = shard_starts(bank)
+    if starts is None:
+        return ShuffledOrder(bank.num_samples, seed=seed, name=name)
+    return ShardOrder(starts, seed=seed, name=name)

@@ -1,0 +1,162 @@
+"""The student: tower, visual projection, adaptor and temperature, as a `transformers` model.
+
+This file, `tower.py` and `adaptor.py` are copied beside the weights, so a saved student loads without llm2clip by
+`AutoModel.from_pretrained(folder, trust_remote_code=True)`; they import nothing but torch, transformers and each other.
+
+Letters: B pictures, W tower width, T teacher width, D shared width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .adaptor import Adaptor
+from .tower import build_tower, pooled_output
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020, section 2.5), kept by the released code
+
+
+class StudentModelConfig(PreTrainedConfig):
+    """What a student is made of.
+
+    Args:
+        vision_config: the tower's own config (or its dict, with `model_type`).
+        tower_dim: W.
+        teacher_dim: T.
+        projection_dim: D; 1280 in the paper.
+        adaptor_blocks: 4 in the paper.
+        pooling: how the tower's picture vector is read off, see `tower.pooled_output`.
+        image_size: side in pixels of the pictures it was trained with.
+        image_mean, image_std: per channel, of pictures scaled to 0..1.
+        loss: "softmax" or "sigmoid"; the latter has a bias beside the scale.
+    """
+
+    model_type = "llm2clip"
+    sub_configs = {"vision_config": AutoConfig}  # noqa: RUF012  (transformers reads the class attribute)
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        tower_dim: int = 768,
+        teacher_dim: int = 4096,
+        projection_dim: int = 1280,
+        adaptor_blocks: int = 4,
+        pooling: str = "pooler",
+        image_size: int = 224,
+        image_mean: tuple[float, ...] = CLIP_MEAN,
+        image_std: tuple[float, ...] = CLIP_STD,
+        loss: str = "softmax",
+        **kwargs: Any,
+    ) -> None:
+        if vision_config is None:
+            vision_config = {"model_type": "clip_vision_model"}
+        if isinstance(vision_config, dict):
+            settings = dict(vision_config)
+            vision_config = AutoConfig.for_model(settings["model_type"]).__class__.from_dict(settings)
+        self.vision_config = vision_config
+        self.tower_dim, self.teacher_dim, self.projection_dim = tower_dim, teacher_dim, projection_dim
+        self.adaptor_blocks, self.pooling, self.image_size = adaptor_blocks, pooling, image_size
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.loss = loss
+        super().__init__(**kwargs)
+
+
+class Student(PreTrainedModel):
+    """A vision tower and an adaptor in one space, with a learnable temperature.
+
+    Args:
+        config: what it is made of.
+        tower: a loaded tower; None builds one of random weights.
+
+    Example:
+        >>> student = Student.from_pretrained("runs/student")
+        >>> image, text, scale = student(pixel_values, text_embeds)  # [B, D], [B, D] unit length, []
+        >>> scores = image @ text.T
+    """
+
+    config_class = StudentModelConfig
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AdaptorBlock"]  # noqa: RUF012  (what FSDP shards as a unit; the tower adds its blocks)
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: StudentModelConfig, tower: Any = None) -> None:
+        super().__init__(config)
+        self.tower = build_tower(config.vision_config, pooling=config.pooling) if tower is None else tower
+        self.visual_projection = nn.Linear(config.tower_dim, config.projection_dim, bias=False)
+        self.adaptor = Adaptor(config.teacher_dim, config.projection_dim, num_blocks=config.adaptor_blocks)
+        # One element, not zero dimensions: FSDP2 shards no scalars.
+        sigmoid = config.loss == "sigmoid"
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(10) if sigmoid else math.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.full((1,), -10.0)) if sigmoid else None  # SigLIP, arXiv 2303.15343
+        self.register_buffer("pixel_mean", 255 * torch.tensor(config.image_mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", 255 * torch.tensor(config.image_std).view(3, 1, 1))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start `module` as the released code does: PyTorch's Linear, CLIP's projection (std W ** -0.5)."""
+        if module is self.visual_projection:
+            nn.init.normal_(module.weight, std=self.config.tower_dim**-0.5)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Shared-space vectors [B, D] of pictures, not normalised.
+
+        Args:
+            pixel_values: [B, 3, H, W], either uint8 as decoded (normalised here, on the device) or floats that an
+                image processor has normalised.
+        """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = (pixel_values - self.pixel_mean) / self.pixel_std
+        pixel_values = pixel_values.to(self.visual_projection.weight.dtype)
+        pooled = pooled_output(self.tower, pixel_values, pooling=self.config.pooling)
+        return self.visual_projection(pooled)
+
+    def get_text_features(self, text_embeds: Tensor) -> Tensor:
+        """Shared-space vectors [B, D] of teacher vectors [B, T], not normalised."""
+        return self.adaptor(text_embeds)
+
+    def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, ...]:
+        """Pictures and teacher vectors of their captions in the shared space.
+
+        Returns:
+            image [B, D] and text [B, D] of unit length, scale []; for the sigmoid loss also its bias [].
+        """
+        image = nn.functional.normalize(self.get_image_features(pixel_values).float(), dim=-1)
+        text = nn.functional.normalize(self.get_text_features(text_embeds).float(), dim=-1)
+        scale = self.logit_scale.float().exp().sum()  # of one element; FSDP2 wants no views for outputs
+        return (image, text, scale) if self.logit_bias is None else (image, text, scale, self.logit_bias.float().sum())
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the log of the scale in [0, ln 100]; call after each optimizer step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    @classmethod
+    def from_tower(cls, tower: str, *, teacher_dim: int, **options: Any) -> Student:
+        """A student around a pretrained tower (folder or Hub id); see `llm2clip.student.start.start_student`."""
+        start = importlib.import_module("llm2clip.student.start")  # by name: a copied model.py must not need it
+        return start.start_student(tower, teacher_dim=teacher_dim, **options)
+
+
+AutoConfig.register(StudentModelConfig.model_type, StudentModelConfig, exist_ok=True)
+AutoModel.register(StudentModelConfig, Student, exist_ok=True)
+StudentModelConfig.register_for_auto_class()
+Student.register_for_auto_class("AutoModel")

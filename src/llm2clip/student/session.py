@@ -1,0 +1,315 @@
+"""A training run in memory: banks, student, optimizer and average, begun anew or where a checkpoint left them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from llm2clip.bank.reader import Bank
+from llm2clip.captions.bad import BadSamples
+from llm2clip.errors import UsageError
+from llm2clip.student.checkpoint import (
+    collect_state,
+    load_best,
+    load_checkpoint,
+    restore_state,
+    save_best,
+    save_checkpoint,
+    tensors_fingerprint,
+)
+from llm2clip.student.config import StudentConfig
+from llm2clip.student.data import BankDataset, Batch
+from llm2clip.student.ema import Average
+from llm2clip.student.journal import Journal, find_tracker
+from llm2clip.student.loader import BankLoader
+from llm2clip.student.mix import check_banks
+from llm2clip.student.model import Student
+from llm2clip.student.optim import build_optimizer, cosine_factor
+from llm2clip.student.start import open_transform, start_student
+from llm2clip.student.tower import add_patch_dropout, checkpoint_activations
+from llm2clip.student.trainable import choose_what_learns
+from llm2clip.student.validate import validate
+
+logger = logging.getLogger("llm2clip")
+CURVES = "curves"
+"""Folder in the output where a tracker on disk (TensorBoard) writes."""
+DEFAULT_EPOCHS = 4
+"""Passes over the pictures where neither --steps nor --epochs is given (paper, section 6.2)."""
+
+
+def start_accelerator(config: StudentConfig) -> Any:
+    """The accelerator of a run: processes, devices, precision and trackers.
+
+    Raises:
+        UsageError: if the device cannot do the precision.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+    AcceleratorState._reset_state()  # another stage in this process may have had another precision
+    try:
+        return Accelerator(
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            log_with=find_tracker(config.tracker) or None,
+            project_config=ProjectConfiguration(str(config.out), logging_dir=str(Path(config.out) / CURVES)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise UsageError(f"--precision {config.precision} cannot be had here ({error}); take fp32") from None
+
+
+class Session:
+    """Everything a training run holds.
+
+    Args:
+        config: the run's settings.
+        accelerator: from `start_accelerator`.
+
+    Attributes:
+        step: optimizer steps done.
+        total_steps: steps in all.
+        model: the student as accelerate prepared it; call it, so that its hooks run.
+        student: the student itself.
+    """
+
+    def __init__(self, config: StudentConfig, accelerator: Any) -> None:
+        self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
+        self.banks = [Bank.open(folder) for folder in config.bank]
+        self.val_bank = Bank.open(config.val_bank) if config.val_bank else None
+        check_banks([*self.banks, self.val_bank] if self.val_bank else self.banks)
+        self.transform = open_transform(config.tower, image_size=config.image_size, revision=config.tower_revision)
+        self.loader = self._open_loader()
+        per_epoch = self.loader.batches_per_epoch / config.accumulate
+        self.total_steps = config.steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * per_epoch))
+        torch.manual_seed(config.seed)
+        self.student = self._start_student()
+        self.origin = {
+            "banks": [bank.fingerprint for bank in self.banks],
+            "tower": tensors_fingerprint(self.student.tower.state_dict()),
+        }
+        self._choose_what_learns(self.student)
+        self.optimizer = self._build_optimizer()
+        self.step, self.best, self.waited = 0, -1.0, 0
+        self._begin()
+
+    def _start_student(self) -> Student:
+        config = self.config
+        return start_student(
+            config.tower,
+            teacher_dim=self.banks[0].dim,
+            projection_dim=config.dim,
+            adaptor_blocks=config.adaptor_blocks,
+            loss=config.loss,
+            image_size=config.image_size,
+            init=config.init,
+            revision=config.tower_revision,
+        )
+
+    def _choose_what_learns(self, student: Student) -> None:
+        config = self.config
+        if config.patch_dropout:
+            add_patch_dropout(student.tower, rate=config.patch_dropout, image_size=student.config.image_size)
+        if config.gradient_checkpointing:
+            checkpoint_activations(student.tower)
+        choose_what_learns(
+            student,
+            unlocked_blocks=config.unlocked_blocks,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+        )
+        if config.compile:
+            student.tower.compile()
+
+    def _open_loader(self) -> BankLoader:
+        config, accelerator = self.config, self.accelerator
+        dataset = BankDataset(
+            self.banks,
+            transform=self.transform,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            mix=config.mix,
+            captions_per_picture=config.captions_per_picture,
+            bank_weights=config.bank_weights,
+            min_crop=config.min_crop,
+            num_processes=accelerator.num_processes,
+        )
+        return BankLoader(
+            dataset,
+            process=accelerator.process_index,
+            workers=config.workers,
+            device=accelerator.device,
+            max_bad_fraction=config.max_bad_fraction,
+        )
+
+    def _build_optimizer(self) -> Any:
+        config = self.config
+        optimizer = build_optimizer(
+            self.student,
+            kind=config.optimizer,
+            learning_rate=config.learning_rate,
+            fresh_learning_rate=config.adaptor_learning_rate,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+        return optimizer
+
+    def _begin(self) -> None:
+        """Go on from the last checkpoint if there is one, and hand model and optimizer to accelerate."""
+        loaded = load_checkpoint(self.out)
+        if loaded is not None:
+            self._check_origin(loaded[1]["origin"])
+            self.step, self.best, self.waited = (loaded[1][name] for name in ("step", "best", "waited"))
+        self._freeze_for_warmup()
+        self._prepare()
+        if loaded is not None:
+            self._restore(*loaded)
+        pictures = self.config.batch_size * self.config.accumulate
+        self.journal = Journal(self.accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
+        self.accelerator.init_trackers("llm2clip", config=None)
+
+    def _check_origin(self, origin: dict[str, Any]) -> None:
+        if origin != self.origin:
+            raise UsageError(
+                f"--out {self.out} was begun with other contents of --tower or --bank ({origin}, now {self.origin}); "
+                "name a new folder"
+            )
+
+    def _freeze_for_warmup(self) -> None:
+        """While only the adaptor warms up, the tower has no gradient, and its backward costs nothing."""
+        self._waiting: list[nn.Parameter] = []
+        if self.step < self.config.adaptor_warmup_steps:
+            if self.accelerator.distributed_type == "FSDP":
+                raise UsageError("--adaptor-warmup-steps does not work under FSDP; leave it out or use DDP")
+            self._waiting = [p for p in self.student.tower.parameters() if p.requires_grad]
+            for parameter in self._waiting:
+                parameter.requires_grad_(False)
+
+    def _prepare(self) -> None:
+        self.model, self.optimizer = self.accelerator.prepare(self.student, self.optimizer)
+        if self.accelerator.is_fsdp2:
+            for method in ("get_image_features", "get_text_features"):  # scores call them, past forward
+                register_fsdp_forward_method(self.student, method)
+        if self.accelerator.num_processes == 1:  # torchrun with one process: data parallel hooks would only cost
+            self.model = getattr(self.model, "module", self.model)
+        self.average = Average(self.student, decay=self.config.ema) if self.config.ema else None
+
+    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        restore_state(tensors, self.student, [self._plain_optimizer()], average=self._average_tensors())
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        if self.accelerator.is_main_process:
+            self.loader.restore(facts["loader"])
+        logger.info("going on from step %d of %d", self.step, self.total_steps)
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """What each step that is left takes: `--accumulate` batches."""
+        number = self.config.accumulate
+        batches = self.loader.batches(self.step * number, self.total_steps * number)
+        while group := list(itertools.islice(batches, number)):
+            yield group
+
+    def begin_step(self) -> None:
+        """Set what a step depends on besides the weights: learning rates, randomness, whether the tower learns."""
+        factor = cosine_factor(self.step, self.total_steps, self.config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        # A function of seed, step and process: dropout and dropped patches need no state in a checkpoint.
+        entropy = [self.config.seed, self.step, self.accelerator.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        if self._waiting and self.step >= self.config.adaptor_warmup_steps:
+            self._thaw()
+
+    def _thaw(self) -> None:
+        """Let the tower learn after the adaptor's warm-up; data parallel hooks are made anew, with its parameters."""
+        for parameter in self._waiting:
+            parameter.requires_grad_(True)
+        self._waiting = []
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            del self.model
+            self.accelerator._models.clear()
+            self.model = self.accelerator.prepare_model(self.student)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, after a look at the losses since the last one."""
+        self.journal.flush()
+        tensors = collect_state(self.student, [self._plain_optimizer()], average=self._average_tensors())
+        scaler = self.accelerator.scaler
+        facts = {
+            "origin": self.origin,
+            "best": self.best,
+            "waited": self.waited,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "loader": self.loader_state(),
+        }
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.out, self.step, tensors, facts)
+
+    def loader_state(self) -> dict[str, Any]:
+        """Pictures seen and bad ones, of all processes."""
+        states: list[Any] = [self.loader.state()]
+        if self.accelerator.num_processes > 1:
+            states = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(states, self.loader.state())
+        bad = BadSamples(self.config.max_bad_fraction, quiet=True)
+        for state in states:
+            bad.merge(state["bad"])
+        return {"seen": sum(state["seen"] for state in states), "bad": bad.to_json()}
+
+    def update_average(self) -> None:
+        """Let the running average follow the step just taken."""
+        if self.average is not None:
+            self.average.update(self.student)
+
+    def score(self) -> bool:
+        """Score the weights as they would be saved on --val-bank, keep the best; whether to stop early."""
+        assert self.val_bank is not None
+        with self._averaged():
+            scores = validate(
+                self.student, self.accelerator, self.val_bank, self.transform, workers=self.config.workers
+            )
+            tensors = collect_state(self.student, [])
+        self.journal.note(self.step, scores)
+        self.waited += 1
+        if scores["val/r@1"] > self.best:
+            self.best, self.waited = scores["val/r@1"], 0
+            if self.accelerator.is_main_process:
+                save_best(self.out, tensors)
+        return self.config.patience is not None and self.waited >= self.config.patience
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights to save: the best on --val-bank, else the average, else the last. All processes call it."""
+        if self.val_bank is not None:
+            self.accelerator.wait_for_everyone()
+            tensors = load_best(self.out)
+        else:
+            with self._averaged():
+                tensors = collect_state(self.student, [])
+        return {name.removeprefix("model/"): value for name, value in tensors.items()}
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The running average in the place of the weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied(self.student):
+            yield
+
+    def _average_tensors(self) -> dict[str, Tensor] | None:
+        return None if self.average is None else self.average.values
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)

@@ -1,0 +1,184 @@
+"""Vision towers: one pooled vector [B, W] from any `transformers` vision model, and what the families differ in.
+
+Letters: B pictures, N tokens, W tower width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+POOLINGS = ("pooler", "cls", "mean")
+# Their pooler is an extra layer that self-supervised checkpoints leave random: take the normed class token instead.
+_CLASS_TOKEN_FAMILIES = ("vit", "deit", "vit_msn", "vit_mae", "beit", "ijepa")
+
+
+def vision_half(config: Any) -> Any:
+    """The config of the vision part: `config` itself, or its `vision_config` for CLIP-like models."""
+    return getattr(config, "vision_config", config)
+
+
+def default_pooling(config: Any) -> str:
+    """How a family's picture vector is read off: "pooler" (its own pooled output) or "cls" (normed class token)."""
+    return "cls" if config.model_type in _CLASS_TOKEN_FAMILIES else "pooler"
+
+
+def build_tower(config: Any, *, pooling: str) -> Any:
+    """A tower of random weights for `config`, without layers that `pooling` leaves unused."""
+    return prune_tower(AutoModel.from_config(config), pooling=pooling)
+
+
+def prune_tower(tower: Any, *, pooling: str) -> Any:
+    """`tower` without a pooler that `pooling` does not read: a layer without gradient stops data-parallel training."""
+    if pooling != "pooler" and isinstance(getattr(tower, "pooler", None), nn.Module):
+        tower.pooler = None
+    if pooling != "pooler" and isinstance(getattr(tower, "head", None), nn.Module) and hasattr(tower, "use_head"):
+        tower.head, tower.use_head = None, False
+    return tower
+
+
+def pooled_output(tower: nn.Module, pixel_values: Tensor, *, pooling: str) -> Tensor:
+    """One vector [B, W] a picture.
+
+    Args:
+        pixel_values: normalised pictures [B, 3, H, W].
+        pooling: "pooler", "cls" or "mean" over all tokens.
+    """
+    outputs = tower(pixel_values=pixel_values)
+    if pooling == "pooler":
+        return outputs.pooler_output.flatten(1)
+    tokens = outputs.last_hidden_state
+    return tokens[:, 0] if pooling == "cls" else tokens.mean(dim=1)
+
+
+def tower_width(tower: nn.Module, *, image_size: int, pooling: str) -> int:
+    """W, found by showing the tower one black picture.
+
+    Raises:
+        ValueError: if the tower gives no pooled vector or wants other inputs than pictures.
+    """
+    was_training = tower.training
+    tower.eval()
+    try:
+        with torch.no_grad():
+            pooled = pooled_output(tower, torch.zeros(1, 3, image_size, image_size), pooling=pooling)
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"it gives no pooled vector for a {image_size} px picture ({reason})") from None
+    finally:
+        tower.train(was_training)
+    return pooled.shape[-1]
+
+
+def native_image_size(config: Any) -> int | None:
+    """The side in pixels that `config` was trained for, or None if it does not say."""
+    size = getattr(config, "image_size", None)
+    if config.model_type == "timm_wrapper":
+        trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+        size = (config.model_args or {}).get("img_size", trained)
+    return size[-1] if isinstance(size, (list, tuple)) else size
+
+
+def resize_tower(tower: Any, *, image_size: int) -> Any:
+    """`tower` for pictures of `image_size` px: position tables interpolated once, the rest as it was.
+
+    Raises:
+        ValueError: if the size is no multiple of the patch size.
+    """
+    config = copy.deepcopy(tower.config)
+    if config.model_type == "timm_wrapper":
+        config.model_args = {**(config.model_args or {}), "img_size": image_size}
+    else:
+        config.image_size = image_size
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int) and image_size % patch:
+        low = image_size // patch * patch
+        raise ValueError(
+            f"--image-size {image_size} is no multiple of the patch size {patch}; use {low} or {low + patch}"
+        )
+    resized = AutoModel.from_config(config)
+    if getattr(tower, "pooler", 0) is None:
+        resized.pooler = None
+    state, wanted = tower.state_dict(), resized.state_dict()
+    resized.load_state_dict({name: resample_positions(state[name], value.shape) for name, value in wanted.items()})
+    return resized.to(tower.dtype)
+
+
+def resample_positions(table: Tensor, shape: torch.Size) -> Tensor:
+    """A position table [..., N, W] resampled to `shape` by bicubic interpolation; tokens before the grid are kept.
+
+    >>> resample_positions(torch.zeros(1, 1 + 16, 8), torch.Size([1, 1 + 36, 8])).shape
+    torch.Size([1, 37, 8])
+    """
+    if table.shape == shape:
+        return table
+    old, new, width = table.shape[-2], shape[-2], shape[-1]
+    prefix = next(n for n in range(old) if math.isqrt(old - n) ** 2 == old - n and math.isqrt(new - n) ** 2 == new - n)
+    flat = table.reshape(old, width).float()
+    side, new_side = math.isqrt(old - prefix), math.isqrt(new - prefix)
+    grid = flat[prefix:].reshape(1, side, side, width).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=True)
+    grid = grid.permute(0, 2, 3, 1).reshape(new_side * new_side, width)
+    return torch.cat([flat[:prefix], grid]).reshape(shape).to(table.dtype)
+
+
+def tower_blocks(tower: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The tower's transformer blocks with their names, first to last: its longest list of equal layers."""
+    lists = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(part) for part in module}) == 1
+    ]
+    name, blocks = max(lists, key=lambda pair: len(pair[1]), default=("", nn.ModuleList()))
+    return [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+
+
+def checkpoint_activations(tower: Any) -> None:
+    """Make `tower` compute its activations anew in the backward pass, which holds fewer of them at a time."""
+    # transformers >= 5.20 calls it so, and warns at the older name
+    enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+class PatchDropout(nn.Module):
+    """Keeps a random part of each picture's patch tokens while training (FLIP, arXiv 2212.00794); all in evaluation.
+
+    Args:
+        rate: the part dropped, 0 to 1.
+        num_prefix_tokens: class and register tokens before the patches, always kept.
+    """
+
+    def __init__(self, rate: float, *, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.rate, self.num_prefix_tokens = rate, num_prefix_tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, W] with max(1, (1 - rate) x patches) of the patches, in their order."""
+        if not self.training:
+            return tokens
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        num_kept = max(1, round(patches.shape[1] * (1 - self.rate)))
+        order = torch.rand(patches.shape[:2], device=tokens.device).argsort(dim=1)
+        kept = order[:, :num_kept].sort(dim=1).values.unsqueeze(-1).expand(-1, -1, patches.shape[2])
+        return torch.cat([prefix, patches.gather(1, kept)], dim=1)
+
+
+def add_patch_dropout(tower: Any, *, rate: float, image_size: int) -> None:
+    """Make `tower` drop patches while it trains.
+
+    Raises:
+        ValueError: if the family keeps positions beside its tokens (rotary), so that dropping would mix them up.
+    """
+    embeddings = getattr(tower, "embeddings", None)
+    patch = getattr(tower.config, "patch_size", None)
+    if tower.config.model_type.startswith("dinov3") or embeddings is None or not isinstance(patch, int):
+        raise ValueError(f"--patch-dropout does not work for {tower.config.model_type} towers; leave it at 0")
+    with torch.no_grad():
+        num_tokens = embeddings(torch.zeros(1, 3, image_size, image_size)).shape[1]
+    drop = PatchDropout(rate, num_prefix_tokens=num_tokens - (image_size // patch) ** 2)
+    embeddings.register_forward_hook(lambda module, args, tokens: drop.train(module.training)(tokens))

@@ -1,0 +1,163 @@
+"""train-student: the training step, the loop around it, and the finished folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+
+from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
+from llm2clip.student.config import StudentConfig
+from llm2clip.student.data import Batch
+from llm2clip.student.gradcache import cached_step
+from llm2clip.student.loss import contrastive_loss
+from llm2clip.student.model import Student, StudentModelConfig
+from llm2clip.student.session import Session, start_accelerator
+from llm2clip.student.trainable import add_lora, merge_lora
+
+logger = logging.getLogger("llm2clip")
+
+
+def train_student(config: StudentConfig) -> Path:
+    """Train a student as `config` says and return its folder; the same call goes on where a killed run stopped.
+
+    Raises:
+        UsageError: for a bank, tower or setting that cannot be.
+        TooManyBadSamples: if more pictures than `--max-bad-fraction` cannot be read.
+        LLM2CLIPError: if the loss is no number any more.
+
+    Example:
+        >>> train_student(StudentConfig(bank=("bank",), tower="openai/clip-vit-base-patch16", out="student"))
+    """
+    transformers.utils.logging.disable_progress_bar()  # the run has its own
+    accelerator = start_accelerator(config)
+    out = Path(config.out)
+    held: Any = contextlib.nullcontext()
+    if accelerator.is_main_process:
+        held = open_output(out, "student", config=config.settings())
+    with held:
+        accelerator.wait_for_everyone()  # the others go on once the main process has the folder
+        if is_complete(out):
+            logger.info("%s is already complete", out)
+        else:
+            session = Session(config, accelerator)
+            train(session)
+            finish(session)
+        if accelerator.is_main_process:
+            drop_checkpoints(out)
+        accelerator.wait_for_everyone()
+    return out
+
+
+def train(session: Session) -> None:
+    """Take the steps that are left, saving and scoring now and then."""
+    config = session.config
+    for batches in session.batches():
+        session.begin_step()
+        session.journal.add(session.step + 1, train_step(session, batches))
+        session.step += 1
+        last = session.step == session.total_steps
+        if config.val_bank and (last or session.step % config.val_every == 0) and session.score() and not last:
+            logger.info("no better score for %d times: stopping at step %d", session.waited, session.step)
+            break
+        if not last and session.step % config.save_every == 0:
+            session.save()
+    session.journal.close()
+
+
+def train_step(session: Session, batches: list[Batch]) -> dict[str, Tensor]:
+    """One optimizer step on batches of pictures and the teacher's vectors of their captions."""
+    config, accelerator = session.config, session.accelerator
+    losses = []
+    for batch in batches:
+        size = config.micro_batch_size or len(batch)
+        texts = batch.text_embeds.split(size * config.captions_per_picture)
+        micro_batches = list(zip(batch.pixels.split(size), texts, strict=True))
+        loss_fn = partial(batch_loss, batch=batch, config=config)
+        is_last = batch is batches[-1]
+        loss, vectors = cached_step(
+            session.model, micro_batches, loss_fn, accelerator, weight=1 / len(batches), sync=is_last
+        )
+        losses.append(loss)
+    grad_norm = accelerator.clip_grad_norm_(session.model.parameters(), config.max_grad_norm)
+    session.optimizer.step()
+    session.optimizer.zero_grad()
+    session.student.clamp_logit_scale()
+    session.update_average()
+    right = accuracy(vectors["image"], vectors["text"])
+    return {"loss": torch.stack(losses).mean(), "accuracy": right, "scale": vectors["scale"], "grad_norm": grad_norm}
+
+
+def batch_loss(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, batch: Batch, config: StudentConfig
+) -> Tensor:
+    """The contrastive loss [] of a batch's vectors; equal captions of different pictures are no wrong answers."""
+    asks_teacher = config.soft_targets or config.ignore_above is not None
+    return contrastive_loss(
+        image,
+        text,
+        scale,
+        bias=bias,
+        kind=config.loss,
+        label_smoothing=config.label_smoothing,
+        rows=batch.rows,
+        teacher=batch.text_embeds if asks_teacher else None,
+        ignore_above=config.ignore_above,
+        soft_targets=config.soft_targets,
+    )
+
+
+@torch.no_grad()
+def accuracy(image: Tensor, text: Tensor, *, tile: int = 2048) -> Tensor:
+    """Share [] of the pictures whose own caption scores best among those of this process's batch.
+
+    >>> accuracy(torch.eye(3), torch.eye(3)[[0, 1, 1]]).item()
+    0.6666666865348816
+    """
+    best = torch.cat([(part @ text.T).argmax(dim=1) for part in image.split(tile)])
+    return (best // (len(text) // len(image)) == torch.arange(len(image), device=image.device)).float().mean()
+
+
+def finish(session: Session) -> None:
+    """Write the finished folder: weights, configs, how pictures are prepared, and last the manifest."""
+    config, out = session.config, session.out
+    weights = session.final_weights()  # all processes: they hold parts
+    bad = session.loader_state()["bad"]
+    if not session.accelerator.is_main_process:
+        return
+    model_config = cast(StudentModelConfig, copy.deepcopy(session.student.config))
+    student = Student(model_config)  # a plain one: no adapters, hooks or shards
+    if config.lora_rank:
+        adapters = add_lora(student, rank=config.lora_rank, alpha=config.lora_alpha)
+        student.load_state_dict(weights)
+        merge_lora(student, adapters)
+    else:
+        student.load_state_dict(weights)
+    student.save_pretrained(out)
+    session.transform.save(out)
+    write_manifest(
+        out,
+        "student",
+        config=config.settings(),
+        fingerprint=tensors_fingerprint(student.state_dict()),
+        teacher_fingerprint=session.banks[0].teacher_fingerprint,
+        prompt=session.banks[0].manifest["teacher"]["prompt"],  # what use must put before each text, too
+        bank_fingerprints=session.origin["banks"],
+        tower_fingerprint=session.origin["tower"],
+        teacher_dim=session.banks[0].dim,
+        projection_dim=config.dim,
+        image_size=student.config.image_size,
+        num_parameters=sum(p.numel() for p in student.parameters()),
+        num_samples=session.loader.num_samples,
+        steps=session.step,
+        best_score=session.best if config.val_bank else None,
+        bad_pictures=bad,
+    )

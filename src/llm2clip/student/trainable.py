@@ -1,0 +1,97 @@
+"""What of the tower learns: all of it, its last blocks, or low-rank adapters in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm2clip.errors import UsageError
+from llm2clip.student.model import Student
+from llm2clip.student.tower import tower_blocks
+
+
+def choose_what_learns(
+    student: Student,
+    *,
+    unlocked_blocks: int | None = None,
+    lora_rank: int = 0,
+    lora_alpha: float = 32,
+) -> None:
+    """Lock the tower's first blocks, or all of it around low-rank adapters; by default everything learns."""
+    if unlocked_blocks is not None:
+        lock_tower(student, unlocked_blocks=unlocked_blocks)
+    if lora_rank:
+        add_lora(student, rank=lora_rank, alpha=lora_alpha)
+
+
+def lock_tower(student: Student, *, unlocked_blocks: int) -> None:
+    """Let only the tower's last `unlocked_blocks` blocks, and the norms and heads after its blocks, learn.
+
+    With 0 the whole tower is locked, its head too: the plain "locked image tuning" of LiT.
+
+    Raises:
+        UsageError: if the tower has fewer blocks.
+    """
+    blocks = tower_blocks(student.tower)
+    if unlocked_blocks > len(blocks):
+        raise UsageError(f"--unlocked-blocks is {unlocked_blocks}, but the tower has {len(blocks)} blocks")
+    student.tower.requires_grad_(False)
+    if not unlocked_blocks:
+        return
+    for _, block in blocks[-unlocked_blocks:]:
+        block.requires_grad_(True)
+    for module in _after_blocks(student.tower, blocks):
+        module.requires_grad_(True)
+
+
+def add_lora(student: Student, *, rank: int, alpha: float) -> Any:
+    """Lock the tower and put low-rank adapters into every linear layer of its blocks; returns peft's handle on it.
+
+    `student.tower` stays the same object, with adapters inside; `merge_lora` folds them into its weights.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = _called_linears(student)
+    # peft scales by alpha / rank; its annotation asks for an int, its arithmetic does not
+    return get_peft_model(student.tower, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))  # type: ignore[arg-type]
+
+
+def merge_lora(student: Student, adapters: Any) -> None:
+    """Fold the adapters of `add_lora` into the tower's weights, so that a plain tower is left."""
+    student.tower = adapters.merge_and_unload()
+
+
+def _called_linears(student: Student) -> list[str]:
+    """Names of the linear layers in the tower's blocks that run as modules when it sees a picture.
+
+    Some families read a layer's weight without calling it (timm's EVA: its joint query-key-value layer): an adapter
+    there would learn nothing and yet be merged.
+    """
+    linears = {
+        module: f"{block_name}.{name}"
+        for block_name, block in tower_blocks(student.tower)
+        for name, module in block.named_modules()
+        if type(module) is nn.Linear
+    }
+    called: list[str] = []
+    hooks = [module.register_forward_hook(lambda m, *_: called.append(linears[m])) for module in linears]
+    size, device = student.config.image_size, student.pixel_mean.device
+    with torch.no_grad():
+        student.get_image_features(torch.zeros(1, 3, size, size, device=device))
+    for hook in hooks:
+        hook.remove()
+    return [name for name in linears.values() if name in called]
+
+
+def _after_blocks(tower: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """The modules that follow the tower's blocks in its order of definition: last norms, pooling heads."""
+    list_name = blocks[-1][0].rpartition(".")[0]
+    after, seen = [], False
+    for name, module in tower.named_modules():
+        if name == list_name:
+            seen = True
+        elif seen and not name.startswith(f"{list_name}."):
+            after.append(module)
+    return after

@@ -1,0 +1,128 @@
+"""The score that picks the weights: retrieval between held-out pictures and their captions' vectors in a bank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llm2clip.bank.reader import Bank
+from llm2clip.captions.bad import BadPicture
+from llm2clip.captions.pictures import load_picture
+from llm2clip.errors import LLM2CLIPError
+from llm2clip.metrics import recall_both_ways
+from llm2clip.student.transform import ImageTransform
+
+logger = logging.getLogger("llm2clip")
+BATCH_SIZE = 128
+
+
+class _Pictures(Dataset[tuple[int, Tensor | None]]):
+    """Some of a bank's pictures as the tower sees them in evaluation; None where one cannot be read."""
+
+    def __init__(self, bank: Bank, samples: range, transform: ImageTransform) -> None:
+        self.bank, self.samples, self.transform = bank, samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
+        sample = self.samples[place]
+        try:
+            picture = load_picture(self.bank.picture(sample), min_size=self.transform.eval_decode_size)
+        except BadPicture:
+            return sample, None
+        return sample, self.transform(picture)
+
+
+def encode_pictures(
+    encode: Callable[[Tensor], Tensor], bank: Bank, samples: range, transform: ImageTransform, *, workers: int = 0
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Sample numbers and vectors [n, D] on the CPU, batch by batch; unreadable pictures are left out.
+
+    Args:
+        encode: pixels uint8 [n, 3, H, W] to vectors [n, D].
+    """
+    pictures = _Pictures(bank, samples, transform)
+    loader = DataLoader(pictures, batch_size=BATCH_SIZE, num_workers=workers, collate_fn=list)
+    for batch in loader:
+        readable = [(sample, pixels) for sample, pixels in batch if pixels is not None]
+        if readable:
+            numbers, pixels = zip(*readable, strict=True)
+            yield list(numbers), encode(torch.stack(pixels)).float().cpu()
+
+
+def retrieval_scores(
+    images: Tensor, image_ids: list[int], captions: Mapping[str, tuple[Tensor, list[int]]]
+) -> dict[str, float]:
+    """R@1 both ways for each kind of caption, and their mean as `r@1`.
+
+    Args:
+        images: [N, D].
+        image_ids: sample of each picture.
+        captions: kind to vectors [M, D] and the sample of each.
+    """
+    scores = {}
+    for kind, (vectors, ids) in captions.items():
+        answerable = sorted(set(image_ids) & set(ids))
+        if not answerable:
+            continue
+        rows = [i for i, sample in enumerate(image_ids) if sample in set(answerable)]
+        columns = [i for i, sample in enumerate(ids) if sample in set(answerable)]
+        there, back = recall_both_ways(
+            images[rows], vectors[columns], [image_ids[i] for i in rows], [ids[i] for i in columns], ks=(1,)
+        )
+        scores[f"val/{kind}/i2t_r@1"], scores[f"val/{kind}/t2i_r@1"] = there[1], back[1]
+    return {**scores, "val/r@1": float(np.mean(list(scores.values())))}
+
+
+def validate(
+    student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, *, workers: int = 0
+) -> dict[str, float]:
+    """Scores of `student` on every readable picture and every caption of `bank`, the pictures shared among processes.
+
+    Raises:
+        LLM2CLIPError: if no picture can be read.
+    """
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    was_training = student.training
+    student.eval()
+    with torch.no_grad(), accelerator.autocast():
+        own = range(rank, bank.num_samples, world)
+        encode = lambda pixels: student.get_image_features(pixels.to(device))  # noqa: E731
+        parts = list(encode_pictures(encode, bank, own, transform, workers=workers))
+        captions = {kind: _encode_captions(student, bank, kind, device) for kind in bank.kinds}
+    student.train(was_training)
+    everyone = _all_parts(parts, world)
+    ids = [sample for numbers, _ in everyone for sample in numbers]
+    if not ids:
+        raise LLM2CLIPError(f"--val-bank {bank.folder}: none of its {bank.num_samples} pictures can be read")
+    if len(ids) < bank.num_samples:
+        logger.warning("--val-bank: %d of %d pictures cannot be read", bank.num_samples - len(ids), bank.num_samples)
+    return retrieval_scores(torch.cat([vectors for _, vectors in everyone]), ids, captions)
+
+
+def _encode_captions(student: Any, bank: Bank, kind: str, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Vectors [M, D] of all captions of a kind, and the sample of each."""
+    rows = [bank.rows(sample, kind) for sample in range(bank.num_samples)]
+    ids = [sample for sample, own in enumerate(rows) for _ in own]
+    every = np.concatenate(rows)
+    parts = [
+        student.get_text_features(torch.from_numpy(bank.vectors(every[i : i + 4096])).float().to(device)).float().cpu()
+        for i in range(0, len(every), 4096)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, 1), ids
+
+
+def _all_parts(parts: list[Any], world: int) -> list[Any]:
+    """The parts of all processes."""
+    if world == 1:
+        return parts
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, parts)
+    return [part for of_process in gathered for part in of_process]

@@ -1,0 +1,84 @@
+"""Chat-format teachers: a caption becomes a user's turn, as the released LLM2CLIP teachers read it.
+
+`<header>caption<closing>`, where the vector is pooled over the caption and the closing token but not the header
+(the released Llama-3-8B-Instruct: header `<|start_header_id|>user<|end_header_id|>` and two line breaks, closing
+`<|eot_id|>`). The header is held as the SentenceTransformer's prompt; the closing token is put in by the tokenizer,
+so that a caption that is cut still ends with it, and so that a saved teacher needs none of our code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm2clip.errors import UsageError
+
+MARK = "CAPTION"
+
+
+def use_chat_template(tokenizer: Any) -> str:
+    """Make `tokenizer` end every text with the closing token of a user's turn; returns the turn's header.
+
+    Raises:
+        UsageError: if the tokenizer has no chat template, or one without a closing token.
+    """
+    from tokenizers import processors
+
+    header, closing = turn_of(tokenizer)
+    # One template for all: of two in a row, tokenizers applies the second wrongly.
+    begin = _tokens_before(tokenizer)
+    special = {token: tokenizer.convert_tokens_to_ids(token) for token in [*begin, closing]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*begin, "$A", closing], pair=[*begin, "$A", "$B:1", closing], special_tokens=list(special.items())
+    )
+    if closing not in tokenizer.all_special_tokens:
+        # sentence-transformers counts a prompt's tokens less a special one at its end.
+        tokenizer.add_special_tokens({"extra_special_tokens": [closing]}, replace_extra_special_tokens=False)
+    return header
+
+
+def turn_of(tokenizer: Any) -> tuple[str, str]:
+    r"""The header and the closing token of a user's turn, without any system message the template adds.
+
+    Example: `("<|im_start|>user\n", "<|im_end|>")` for Qwen.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("--chat-template: this model's tokenizer has no chat template; leave the flag out")
+    first = _render(tokenizer, [("user", MARK)])
+    later = _render(tokenizer, [("user", "x"), ("assistant", "y"), ("user", MARK)])
+    special = [text for text in tokenizer.get_added_vocab() if text]
+    closing = _first_special(first.split(MARK, 1)[1], special)
+    if closing is None:
+        raise UsageError("--chat-template: this tokenizer's template closes a turn with no special token")
+    # What stands before the caption both in a first and in a later turn is the turn's own header: a system message
+    # stands only before the first, the end of the assistant's turn only before the later one.
+    common = _common_end(first.split(MARK, 1)[0], later.rsplit(MARK, 1)[0])
+    if common.lstrip().startswith(closing):
+        common = common.lstrip()[len(closing) :].lstrip()
+    start = _first_special(common, special)
+    header = common[common.index(start) :] if start else common.lstrip()
+    return header.rstrip(" "), closing
+
+
+def _tokens_before(tokenizer: Any) -> list[str]:
+    """What the tokenizer itself puts before a text: the begin-of-text token, or nothing."""
+    bare = tokenizer(MARK, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(MARK)["input_ids"]
+    place = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(ids[:place])]
+
+
+def _render(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+
+
+def _common_end(a: str, b: str) -> str:
+    length = 0
+    while length < min(len(a), len(b)) and a[-1 - length] == b[-1 - length]:
+        length += 1
+    return a[len(a) - length :]
+
+
+def _first_special(text: str, special: list[str]) -> str | None:
+    places = [(text.index(token), -len(token), token) for token in special if token in text]
+    return min(places)[2] if places else None

@@ -1,0 +1,202 @@
+"""The settings of `train-teacher`: the LLM, the captions it learns from, and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm2clip.captions.config import SourceConfig
+from llm2clip.config import Columns, Weights, check_choice, check_positive
+from llm2clip.errors import UsageError
+
+ATTENTIONS = ("two-way", "causal")
+POOLINGS = ("mean", "last-token", "weighted")
+TUNINGS = ("lora", "full", "frozen")
+PRECISIONS = ("fp32", "bf16", "fp16")
+POSITIVES = ("captions", "same")
+CAPTIONS_TASK = "captions"
+SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", "save_every", "eval_every")
+"""Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(SourceConfig):
+    """Train an LLM to tell captions apart: captions of one picture are pulled together, all others pushed away."""
+
+    data: tuple[str, ...] = ()
+    """Sources of captions, one or several: a path, glob or brace range ending in .tar .csv .tsv .jsonl or .parquet, a
+    folder, or hf:org/name[:split]; pictures are not read. May be left out if there are --text-pairs."""
+    model: str
+    """The LLM: a local folder or a Hub id of any decoder in transformers."""
+    out: Path
+    """Folder of the teacher; made if it is not there."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub `model`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with `model`. Only for sources you trust."""
+
+    text_pairs: tuple[str, ...] = ()
+    """JSONL files of text triplets, one task a file: `query`, `positive`, and `negative`, `instruction` if any."""
+    instructions: Columns = field(default_factory=dict)
+    """Instruction put before the queries of a task, by file stem ("nli=Find an entailed sentence."); beats the file."""
+    caption_instruction: str = "Given a caption, retrieve a similar relevant caption."
+    """Instruction before the query captions in training (paper, section 3); empty for none. Never used in encoding."""
+    source_weights: Weights = field(default_factory=dict)
+    """How often a batch comes from each task, by file stem; "captions" is `--data`. By default by size."""
+    pair_weights: Weights = field(default_factory=dict)
+    """Which kinds of caption may pair, and how often: "short-long=2 short-short=1". By default any two captions."""
+    positives: str = "captions"
+    """captions: the positive is another caption of the picture; same: the same caption again under other dropout."""
+    random_negative: bool = True
+    """Without explicit negatives, add one random caption of another picture for each query (official recipe)."""
+    mask_duplicates: bool = True
+    """Do not push away captions equal to the query or its positive up to case and punctuation, or of its picture."""
+
+    attention: str = "two-way"
+    """two-way: every token sees the whole caption; causal: as the LLM was pretrained."""
+    pooling: str = "mean"
+    """How token states become one vector: mean, last-token, weighted (later tokens count more)."""
+    max_length: int = 512
+    """Tokens of a caption that are read; what is longer is cut."""
+    chat_template: bool = False
+    """Wrap each caption as a user's turn of the tokenizer's chat template; the turn's header is not pooled."""
+    tuning: str = "lora"
+    """lora: low-rank adapters on every linear layer, merged at the end; full: every weight; frozen: none."""
+    adaptor_layers: int = 0
+    """Residual layers x + GELU(Wx + b) behind the pooling, trained too and kept in the teacher (paper, table 8)."""
+    lora_rank: int = 16
+    """Rank of the adapters (paper, section 3)."""
+    lora_alpha: float = 32
+    """Scale of the adapters: alpha / rank multiplies them."""
+    lora_dropout: float = 0.05
+    """Dropout before the adapters, as a fraction."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights in training, as a fraction; `--positives same` needs some (0.3)."""
+    quantize: bool = False
+    """Hold the frozen base weights in 4 bits while training (needs a GPU and `pip install 'llm2clip[quantize]'`)."""
+    save_adapter: bool = False
+    """Also save the adapter by itself, in `OUT/adapter` (peft format)."""
+
+    scale: float = 50.0
+    """The cosine is multiplied by this in the loss (1 / temperature; official code)."""
+    steps: int | None = None
+    """Optimizer steps; give this or --epochs."""
+    epochs: float | None = None
+    """Passes over the data; 1 if neither this nor --steps is given."""
+    batch_size: int = 64
+    """Pairs a step, over all processes; every other pair of the step is a negative."""
+    micro_batch_size: int | None = None
+    """Texts in memory at once on each process; below the batch, gradients are cached, with the same result."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW; it falls linearly to 0."""
+    warmup_steps: int = 300
+    """Steps until the peak; never more than a tenth of all steps."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: str = "bf16"
+    """fp32, bf16 or fp16 arithmetic; LoRA holds the frozen weights in it too."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    workers: int = 0
+    """Processes that tokenise ahead."""
+    save_every: int = 500
+    """Steps between checkpoints, from which a killed run goes on."""
+    seed: int = 0
+    """Source of all randomness."""
+
+    mntp: bool = False
+    """First teach the LLM to use two-way attention: masked next-token prediction on captions and `--mntp-text`."""
+    mntp_steps: int = 1000
+    """Steps of masked next-token prediction."""
+    mntp_batch_size: int = 32
+    """Texts a step of masked next-token prediction, over all processes (official recipe)."""
+    mntp_mask: float = 0.2
+    """Fraction of tokens masked (official recipe)."""
+    mntp_mask_token: str | None = None
+    """Token that stands for a masked one; by default the tokenizer's own, else "_"."""
+    mntp_text: tuple[str, ...] = ()
+    """Plain text files, a text a line, mixed with the captions (the paper uses wikitext-103)."""
+
+    eval_data: tuple[str, ...] = ()
+    """Sources of held-out captions for the retrieval scores before and after; else a sample of `--data`."""
+    eval_pictures: int = 1000
+    """Pictures in those scores."""
+    eval_every: int = 0
+    """Steps between such scores in training, noted in `log.jsonl`; 0 for before and after only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("--attention", self.attention, ATTENTIONS)
+        check_choice("--pooling", self.pooling, POOLINGS)
+        check_choice("--tuning", self.tuning, TUNINGS)
+        check_choice("--precision", self.precision, PRECISIONS)
+        check_choice("--positives", self.positives, POSITIVES)
+        positive: tuple[str, ...] = (
+            "max_length",
+            "lora_rank",
+            "lora_alpha",
+            "scale",
+            "learning_rate",
+            "max_grad_norm",
+            "save_every",
+        )
+        positive += ("eval_pictures", "mntp_steps", "mntp_batch_size", "mntp_mask")
+        check_positive(**{name: getattr(self, name) for name in positive})
+        for name in ("steps", "epochs", "micro_batch_size"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        for name in ("adaptor_layers", "eval_every", "warmup_steps", "weight_decay", "workers"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("lora_dropout", "attention_dropout", "mntp_mask"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        lora = self.tuning == "lora"
+        dropout = self.attention_dropout or (lora and self.lora_dropout)
+        wrong = {
+            "nothing to train on: give --data SOURCE or --text-pairs FILE.jsonl": not self.data and not self.text_pairs,
+            f"--steps {self.steps} and --epochs {self.epochs} exclude each other; give one": self.steps and self.epochs,
+            f"--batch-size is {self.batch_size}; a query needs another's text as negative, give 2 or more": (
+                self.batch_size < 2
+            ),
+            "--tuning frozen leaves nothing to train; add --adaptor-layers 4": (
+                self.tuning == "frozen" and not self.adaptor_layers
+            ),
+            "--quantize trains adapters only; add --tuning lora": self.quantize and not lora,
+            "--quantize and --mntp exclude each other: that step needs the full weights": self.quantize and self.mntp,
+            "--save-adapter needs --tuning lora": self.save_adapter and not lora,
+            "--positives same needs dropout to tell the two apart; add --attention-dropout 0.3": (
+                self.positives == "same" and not dropout
+            ),
+            "--mntp has nothing to read; give --data SOURCE or --mntp-text FILE": (
+                self.mntp and not self.data and not self.mntp_text
+            ),
+        }
+        for message, applies in wrong.items():
+            if applies:
+                raise UsageError(message)
+
+    @property
+    def load_dtype(self) -> str:
+        """The dtype the base weights are held in: frozen ones in the run's precision, trained ones in fp32."""
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[
+            "fp32" if self.tuning == "full" else self.precision
+        ]
+
+    def settings(self) -> dict[str, object]:
+        """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""
+        from llm2clip.config import to_dict
+
+        return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}
+
+
+def for_eval(config: TeacherConfig) -> SourceConfig:
+    """The source settings of `--eval-data`: as for `--data`, other specs."""
+    names = [f.name for f in dataclasses.fields(SourceConfig)]
+    return SourceConfig(**{**{name: getattr(config, name) for name in names}, "data": config.eval_data})

@@ -1,0 +1,84 @@
+"""What a run learns from and is probed with: all sources read once into the run's work folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm2clip.artifacts import read_json, write_json
+from llm2clip.captions.bad import BadSamples
+from llm2clip.captions.sources import open_source
+from llm2clip.errors import UsageError
+from llm2clip.teacher.config import CAPTIONS_TASK, TeacherConfig, for_eval
+from llm2clip.teacher.mixture import Task, parse_kinds
+from llm2clip.teacher.probe import CaptionSet, first_captions, sampled_captions
+from llm2clip.teacher.store import has_negatives, store_captions, store_triplets
+
+
+def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[str, Any]]:
+    """The tasks, read into `work` unless they are there, and what the manifest says of them.
+
+    Raises:
+        UsageError: if settings name tasks that are not there.
+        SourceError: if a source cannot be read or has nothing to learn from.
+        TooManyBadSamples: if more samples are bad than allowed.
+    """
+    tasks: list[Task] = []
+    facts: dict[str, Any] = {}
+    if config.data:
+        task, facts = _captions(config, work)
+        tasks.append(task)
+    for i, file in enumerate(map(Path, config.text_pairs)):
+        bad = BadSamples(config.max_bad_fraction)
+        rows, instruction = store_triplets(work / f"text{i}.arrow", file, bad=bad)
+        tasks.append(
+            Task(
+                name=file.stem,
+                rows=rows,
+                instruction=config.instructions.get(file.stem, instruction),
+                negatives=config.random_negative or has_negatives(rows),
+            )
+        )
+        facts[f"bad_rows_{file.stem}"] = bad.to_json()
+    _check_names(config, [task.name for task in tasks])
+    facts["rows"] = {task.name: len(task) for task in tasks}
+    if not (work / "data.json").exists():
+        write_json(work / "data.json", facts)
+    return tasks, read_json(work / "data.json")  # as first read: a run that goes on finds no bad samples again
+
+
+def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
+    """The captions to score before and after: held-out ones, else some of the training's; none for text tasks alone.
+
+    Raises:
+        UsageError: if held-out captions were named and none pair.
+    """
+    if config.eval_data:
+        held_out = first_captions(open_source(for_eval(config), pictures=False), limit=config.eval_pictures)
+        if not held_out:
+            raise UsageError(f"--eval-data {' '.join(config.eval_data)}: no picture has two different captions")
+        return held_out
+    return sampled_captions(tasks[0].rows, limit=config.eval_pictures, seed=config.seed) if config.data else []
+
+
+def _captions(config: TeacherConfig, work: Path) -> tuple[Task, dict[str, Any]]:
+    source = open_source(config, pictures=False)
+    kinds, same = parse_kinds(config.pair_weights), config.positives == "same"
+    rows = store_captions(work / "captions.arrow", source, kinds=kinds, same=same, bad=source.bad)
+    task = Task(
+        name=CAPTIONS_TASK,
+        rows=rows,
+        instruction=config.caption_instruction,
+        negatives=config.random_negative,
+        kinds=kinds,
+        same=same,
+    )
+    return task, {"source_fingerprint": source.fingerprint, "bad_samples": source.bad.to_json()}
+
+
+def _check_names(config: TeacherConfig, names: list[str]) -> None:
+    for name in config.instructions:
+        if name not in names:
+            raise UsageError(f"--instructions {name}: no such task; there are {', '.join(names)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--text-pairs: two tasks have one name ({', '.join(names)}); rename a file")

@@ -1,0 +1,188 @@
+"""The only place that makes, loads and saves a teacher; a teacher is a SentenceTransformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from llm2clip.artifacts import MANIFEST, read_json
+from llm2clip.errors import UsageError
+from llm2clip.teacher.chat import use_chat_template
+from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
+from llm2clip.teacher.opening import check_is_text_model, is_decoder, one_line_errors, resolve_folder
+
+__all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
+
+POOLING_MODES = {"mean": "mean", "last-token": "lasttoken", "weighted": "weightedmean"}
+TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+PROBE_TOKENS = 6
+
+
+def load_teacher(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """A teacher ready to encode, in evaluation mode: one of ours, any SentenceTransformer, or a bare LLM.
+
+    One of ours comes back with the attention it was trained with. A bare decoder LLM is wrapped as
+    `llm_as_encoder` does by default; other embedders keep their own pooling and prompts.
+
+    Raises:
+        UsageError: if `path_or_id` is no text model.
+
+    Example:
+        >>> teacher = load_teacher("teacher")                                           # doctest: +SKIP
+        >>> teacher.encode(["a red disc", "a blue square"]).shape                       # doctest: +SKIP
+        (2, 4096)
+    """
+    folder = resolve_folder(path_or_id, revision)
+    check_is_text_model(folder, path_or_id)
+    if not (folder / "modules.json").exists() and is_decoder(read_json(folder / "config.json")):
+        return llm_as_encoder(
+            path_or_id, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    with one_line_errors(path_or_id):
+        teacher = SentenceTransformer(
+            str(folder),
+            device=str(device) if device is not None else None,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"dtype": dtype} if dtype is not None else None,
+        )
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    if manifest.get("format") == "llm2clip/teacher":
+        restore_attention(teacher, manifest["config"]["attention"])
+    remember_origin(teacher, folder)
+    return teacher.eval()
+
+
+def llm_as_encoder(
+    path_or_id: str | Path,
+    *,
+    pooling: str = "mean",
+    attention: str = "two-way",
+    max_length: int = 512,
+    chat_template: bool = False,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: bool = False,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """A decoder LLM as a text encoder: `encode(texts)` gives vectors `[N, hidden]`.
+
+    Args:
+        pooling: "mean", "last-token" or "weighted" (later tokens weigh more).
+        attention: "two-way" or "causal".
+        max_length: tokens read of each text.
+        chat_template: wrap each text as a user's turn, header not pooled (see `llm2clip.teacher.chat`).
+        quantize: hold the weights in 4 bits, through bitsandbytes.
+
+    Raises:
+        UsageError: if `path_or_id` is no decoder LLM with a tokenizer.
+    """
+    folder = resolve_folder(path_or_id, revision)
+    check_is_text_model(folder, path_or_id)
+    model_kwargs: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    if quantize:
+        model_kwargs["quantization_config"] = four_bit_config()
+    with one_line_errors(path_or_id):
+        transformer = Transformer(
+            str(folder),
+            model_kwargs=model_kwargs,
+            config_kwargs={"trust_remote_code": trust_remote_code},
+            processor_kwargs={"trust_remote_code": trust_remote_code},
+            max_seq_length=max_length,
+            # Named, because an Instruct LLM's tokenizer would otherwise wrap every caption in its chat template.
+            modality_config=TEXT_ONLY,
+            module_output_name="token_embeddings",
+        )
+    prepare_tokenizer(transformer, path_or_id)
+    header = use_chat_template(transformer.tokenizer) if chat_template else ""
+    encoder = SentenceTransformer(
+        modules=[
+            transformer,
+            Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING_MODES[pooling], include_prompt=False),
+        ],
+        prompts={"caption": header} if header else None,
+        default_prompt_name="caption" if header else None,
+        device=str(device) if device is not None else None,
+    )
+    restore_attention(encoder, attention)
+    check_attention(encoder, attention, path_or_id)
+    settings = {"pooling": pooling, "attention": attention, "max_length": max_length, "chat_template": chat_template}
+    remember_origin(encoder, folder, settings=settings)
+    return encoder.eval()
+
+
+def llm(encoder: SentenceTransformer) -> Any:
+    """The transformers (or peft) model inside an encoder."""
+    first: Any = encoder[0]
+    return first.model
+
+
+def restore_attention(encoder: SentenceTransformer, attention: str) -> None:
+    """Set two-way or causal attention on a loaded model: the flag given at loading time would be dropped."""
+    config = llm(encoder).config
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        part.is_causal = attention == "causal"
+
+
+def check_attention(encoder: SentenceTransformer, attention: str, name: str | Path) -> None:
+    """Raise if the LLM does not attend as it was told to: some models of foreign code do not listen.
+
+    Raises:
+        UsageError: saying which attention the model has.
+    """
+    ids = torch.arange(2 * PROBE_TOKENS, device=encoder.device).view(2, -1) + 10
+    ids[1, :-1] = ids[0, :-1]  # the two differ in the last token only
+    features = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "modality": "text"}
+    with torch.no_grad():
+        states = encoder[0](features)["token_embeddings"]
+    moved = not torch.allclose(states[0, 0], states[1, 0], rtol=1e-4, atol=1e-6)
+    if moved != (attention == "two-way"):
+        has = "two-way" if moved else "causal"
+        raise UsageError(f"{name} keeps its {has} attention whatever its config says; give --attention {has}")
+
+
+def prepare_tokenizer(transformer: Transformer, name: str | Path) -> None:
+    """Give the tokenizer a padding token, and padding on the right: position 0 is then a caption's first token."""
+    tokenizer = transformer.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{name} has no tokenizer; put its tokenizer files beside config.json")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"{name}: its tokenizer has neither a padding nor an end-of-text token; set one")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    tokenizer.truncation_side = "right"
+
+
+def save(encoder: SentenceTransformer, folder: Path, *, attention: str) -> None:
+    """Write a teacher's files to `folder`: a SentenceTransformer folder that any program loads with its attention.
+
+    The attention is written as `is_causal` into `config.json`, where transformers reads it back.
+    """
+    restore_attention(encoder, attention)
+    for module in encoder:
+        module.to(llm(encoder).dtype)  # an adaptor trains in fp32 whatever the LLM is held in
+    encoder.save_pretrained(str(folder), create_model_card=False)
+
+
+def four_bit_config() -> Any:
+    """How bitsandbytes holds 4-bit weights."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UsageError("--quantize needs bitsandbytes: pip install 'llm2clip[quantize]'") from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

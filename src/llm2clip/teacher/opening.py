@@ -1,0 +1,91 @@
+"""From a name to the folder of a text model, and one line for whatever is none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from llm2clip.artifacts import MANIFEST, RUN, read_json
+from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError
+
+VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
+
+
+def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: itself, or the snapshot of a Hub id (downloaded if need be)."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise UsageError(f"{name} is no folder; give the folder of a model, or a Hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+
+    with one_line_errors(path_or_id):
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
+
+
+def check_is_text_model(folder: Path, name: str | Path) -> None:
+    """Raise if `folder` holds something else than a text model.
+
+    Raises:
+        UsageError: saying what it holds.
+        ArtifactError: if it is a teacher that is not finished.
+    """
+    if (folder / RUN).exists() and not (folder / MANIFEST).exists():
+        raise ArtifactError(f"{name} is unfinished: run the command that makes it again, it goes on where it stopped")
+    if (folder / MANIFEST).exists():
+        kind = str(read_json(folder / MANIFEST).get("format", "")).removeprefix("llm2clip/")
+        if kind not in ("teacher", ""):
+            raise UsageError(
+                f"{name} holds a {kind}, not a teacher; give the folder that train-teacher made, or an LLM"
+            )
+    if (folder / "modules.json").exists():
+        return
+    if not (folder / "config.json").exists():
+        raise UsageError(f"{name} is no model: it holds no config.json; give an LLM's folder or Hub id")
+    config = read_json(folder / "config.json")
+    kind = str(config.get("model_type", ""))
+    architectures = " ".join(config.get("architectures") or [])
+    if any(hint in (kind + architectures).lower() for hint in VISION_HINTS) and "vocab_size" not in config:
+        raise UsageError(f"{name} is a vision model ({kind or architectures}), not a language model; give an LLM")
+    if not kind:
+        raise UsageError(f"{name} is no transformers model: its config.json has no model_type")
+
+
+def is_decoder(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a decoder LLM, which attends causally unless told otherwise."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    architectures = " ".join(config.get("architectures") or [])
+    if "CausalLM" in architectures or "LMHead" in architectures:
+        return True
+    kind = config.get("model_type", "")
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str | Path) -> Iterator[None]:
+    """Turn what loading a model from `name` may raise into one line; loading itself is kept quiet.
+
+    Transformers would report the LLM's output layer as an unexpected weight, each time.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, LLM2CLIPError):
+            raise
+        detail = " ".join(str(error).split())[:300]
+        raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)

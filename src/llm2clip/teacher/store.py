@@ -1,0 +1,200 @@
+"""Tasks on disk: captions and text triplets are read once, checked, and written as Arrow files for random access."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2clip.artifacts import atomic_path
+from llm2clip.captions.bad import BadSamples
+from llm2clip.captions.pairs import Kinds, possible_pairs
+from llm2clip.captions.sample import Sample
+from llm2clip.errors import SourceError, UsageError
+from llm2clip.progress import track
+
+logger = logging.getLogger("llm2clip")
+ROWS_PER_CHUNK = 1000
+MAX_CHARACTERS = 100_000
+"""Longest text taken; a longer one is no caption but a mistake, and tokenising it takes seconds."""
+TRIPLET_FIELDS = ("query", "positive", "negative", "instruction")
+
+
+def open_rows(path: Path) -> Any:
+    """Random access to the rows of an Arrow file, through a memory map."""
+    import datasets
+
+    return datasets.Dataset.from_file(str(path))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], fields: Mapping[str, Any]) -> int:
+    """Write `rows` as an Arrow stream file at `path`, and return how many there were."""
+    import pyarrow as pa
+
+    schema, count = pa.schema(list(fields.items())), 0
+    remaining = iter(rows)
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        while chunk := list(itertools.islice(remaining, ROWS_PER_CHUNK)):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+            count += len(chunk)
+    return count
+
+
+def store_captions(
+    path: Path, source: Iterable[Sample], *, kinds: Mapping[Kinds, float] | None, same: bool, bad: BadSamples
+) -> Any:
+    """Write the pictures that have a pair of captions to `path`, unless it is there, and open it.
+
+    Args:
+        kinds: kinds that may pair; pictures without such a pair are left out, and counted in the log.
+        same: one caption is enough, it pairs with itself.
+        bad: counts captions that cannot be used.
+
+    Raises:
+        SourceError: if no picture is left.
+    """
+    if not path.exists():
+        import pyarrow as pa
+
+        stored = _caption_rows(source, kinds=kinds, same=same, bad=bad)
+        count = write_rows(path, stored, {"kinds": pa.list_(pa.string()), "texts": pa.list_(pa.string())})
+        logger.info("captions: %s pictures to learn from", f"{count:,}")
+    rows = open_rows(path)
+    if not len(rows):
+        needed = "a caption" if same else f"two different captions{_allowed(kinds)}"
+        raise SourceError(f"no picture of --data has {needed}; give more caption columns with --captions kind=column")
+    return rows
+
+
+def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, str]:
+    """Write the triplets of a JSONL `file` to `path`, unless it is there; returns them opened, and their instruction.
+
+    Raises:
+        SourceError: if the file cannot be read, is no JSONL of text triplets, or has no usable row.
+        TooManyBadSamples: if more rows are bad than allowed.
+    """
+    facts = path.with_suffix(".json")
+    if not (path.exists() and facts.exists()):
+        import pyarrow as pa
+
+        rows = _TripletFile(file, bad)
+        write_rows(path, rows, {name: pa.string() for name in ("query", "positive", "negative")})
+        bad.check(rows.seen)
+        with atomic_path(facts) as temporary:
+            temporary.write_text(json.dumps({"instruction": rows.instruction or ""}), encoding="utf-8")
+    return open_rows(path), json.loads(facts.read_text(encoding="utf-8"))["instruction"]
+
+
+def has_negatives(rows: Any) -> bool:
+    """Whether every triplet names its negative."""
+    return rows.data.column("negative").null_count == 0
+
+
+def _caption_rows(
+    source: Iterable[Sample], *, kinds: Mapping[Kinds, float] | None, same: bool, bad: BadSamples
+) -> Iterator[dict[str, list[str]]]:
+    unpaired = 0
+    for sample in track(source, description="read captions", unit="pictures"):
+        captions: dict[str, list[str]] = {}
+        for kind, texts in sample.captions.items():
+            for text in texts:
+                if len(text) > MAX_CHARACTERS:
+                    bad.note(sample.id, "caption too long", f"{len(text):,} characters; at most {MAX_CHARACTERS:,}")
+                else:
+                    captions.setdefault(kind, []).append(text)
+        pairs = possible_pairs(captions)
+        if kinds is not None:
+            pairs = {pair: found for pair, found in pairs.items() if kinds.get(pair, 0) > 0}
+        if pairs or (same and captions):
+            yield {
+                "kinds": [kind for kind, texts in captions.items() for _ in texts],
+                "texts": [text for texts in captions.values() for text in texts],
+            }
+        else:
+            unpaired += 1
+    if unpaired:
+        logger.warning(
+            "%s pictures have no two different captions%s and are not used", f"{unpaired:,}", _allowed(kinds)
+        )
+
+
+def _allowed(kinds: Mapping[Kinds, float] | None) -> str:
+    return f" of the kinds {', '.join('+'.join(pair) for pair in kinds)}" if kinds else ""
+
+
+class _TripletFile:
+    """The usable triplets of a JSONL file; counts the bad ones, and notes the file's one instruction."""
+
+    def __init__(self, path: Path, bad: BadSamples) -> None:
+        self.path, self.bad, self.seen = path, bad, 0
+        self.instruction: str | None = None
+
+    def __iter__(self) -> Iterator[dict[str, str | None]]:
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        self.seen += 1
+                        row = self._parse(number, line)
+                        if row is not None:
+                            yield row
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"--text-pairs {self.path} cannot be read: {error}") from None
+        if not self.seen:
+            raise SourceError(f"--text-pairs {self.path} holds no text; leave the file out")
+
+    def _parse(self, number: int, line: str) -> dict[str, str | None] | None:
+        where = f"{self.path.name}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"--text-pairs {self.path}, line {number} is no JSON ({error.msg})") from None
+        if not isinstance(row, dict) or "query" not in row or "positive" not in row:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise SourceError(
+                f"--text-pairs {self.path}, line {number} needs the keys query and positive (negative, instruction "
+                f"if any); it has {found}"
+            )
+        self._note_instruction(where, row.get("instruction"))
+        texts = {name: _as_text(row.get(name)) for name in TRIPLET_FIELDS[:3]}
+        fault = _fault(texts, row.get("negative"))
+        if fault:
+            self.bad.add(where, fault)
+            return None
+        return texts
+
+    def _note_instruction(self, where: str, instruction: Any) -> None:
+        instruction = instruction or ""
+        if self.instruction is None:
+            self.instruction = str(instruction)
+        elif instruction != self.instruction:
+            raise UsageError(
+                f"--text-pairs {where}: instruction {str(instruction)[:60]!r} differs from {self.instruction[:60]!r}; "
+                "give each task its own file"
+            )
+
+
+def _as_text(value: Any) -> str | None:
+    """A text, or the first of a list of texts; None if it is neither or empty."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def _fault(texts: Mapping[str, str | None], negative: Any) -> str | None:
+    if texts["query"] is None or texts["positive"] is None:
+        return "no text in query or positive"
+    if negative is not None and texts["negative"] is None:
+        return "negative is no text"
+    if texts["negative"] is not None and texts["negative"] == texts["positive"]:
+        return "negative equals positive"
+    if max(len(text or "") for text in texts.values()) > MAX_CHARACTERS:
+        return "text too long"
+    return None

@@ -1,0 +1,300 @@
+"""`train-teacher`: captions in, teacher folder out; on sentence-transformers' trainer, with exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer
+
+from llm2clip.artifacts import RUN, is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
+from llm2clip.teacher.config import TeacherConfig
+from llm2clip.teacher.data import prepare_probe, prepare_tasks
+from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
+from llm2clip.teacher.mixture import (
+    BatchOrder,
+    Mixture,
+    Task,
+    check_sizes,
+    count_steps,
+    task_weights,
+)
+from llm2clip.teacher.mntp import store_lines, train_mntp
+from llm2clip.teacher.model import llm, llm_as_encoder, save
+from llm2clip.teacher.opening import check_is_text_model, resolve_folder
+from llm2clip.teacher.probe import CaptionSet, probe_captions
+from llm2clip.teacher.trainer import Run, fit
+from llm2clip.teacher.tuning import (
+    add_adaptor,
+    add_lora,
+    freeze,
+    is_sharded,
+    load_trained,
+    merge_lora,
+    move_lora,
+    trained_weights,
+)
+
+logger = logging.getLogger("llm2clip")
+WORK = "work"
+MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 1e-3}
+"""How far (1 - cosine) merging the adapter may move a vector: the rounding of the weights' dtype."""
+
+
+def train_teacher(config: TeacherConfig) -> Path:
+    """Train a teacher and write its folder; returns the folder.
+
+    Run again after a kill, it goes on from the last checkpoint and ends with the same bytes. Under `torchrun` or
+    `accelerate launch` every process calls it.
+
+    Raises:
+        UsageError: for settings that cannot work.
+        SourceError: if there is nothing to learn from.
+    """
+    # The others wait while the first process reads the captions, which may take longer than torch's half hour.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    out = Path(config.out)
+    with _output(out, config, main=state.is_main_process):
+        if is_complete(out):
+            logger.info("%s: already complete", out)
+            return out
+        check_model(config, state)
+        with state.main_process_first():
+            (out / WORK).mkdir(exist_ok=True)
+            tasks, facts = prepare_tasks(config, out / WORK)
+            check_sizes(tasks, batch_size=config.batch_size)
+            probe_set = prepare_probe(config, tasks)
+        model = first_step(config, tasks, out, state) if config.mntp else config.model
+        encoder = build_encoder(config, model, state)
+        before = _probe(encoder, probe_set, out / WORK / "before.json", state)
+        train(config, encoder, tasks, probe_set, state)
+        if is_sharded(encoder):  # one process puts the whole together again
+            weights = trained_weights(encoder)
+            encoder = build_encoder(config, model, state)
+            load_trained(encoder, weights)
+        _finish(config, encoder, probe_set, state, {**facts, "before": before})
+    return out
+
+
+def _finish(
+    config: TeacherConfig,
+    encoder: SentenceTransformer,
+    probe_set: CaptionSet,
+    state: PartialState,
+    facts: dict[str, Any],
+) -> None:
+    """Merge, check and save the trained model; the manifest comes last."""
+    out = Path(config.out)
+    probed_on = "--eval-data" if config.eval_data else "a sample of the training captions"
+    if state.is_main_process:
+        if config.tuning == "lora":
+            if config.save_adapter:
+                llm(encoder).save_pretrained(str(out / "adapter"))
+            if config.quantize:
+                move_lora(encoder, _base(config, config.model, state), folder=out / WORK / "adapter")
+            facts["merge_error"] = merge_checked(encoder, probe_set, tolerance=MERGE_TOLERANCE[config.precision])
+        save(encoder, out, attention=config.attention)
+        facts["after"] = probe_captions(lambda texts: _encode(encoder, texts), probe_set) if probe_set else None
+        _log_scores(facts, probed_on)
+        write_manifest(
+            out,
+            "teacher",
+            config=config.settings(),
+            fingerprint=compute_fingerprint(out),
+            files=quick_digests(out),
+            dim=encoder.get_embedding_dimension(),
+            probed_on=probed_on,
+            **facts,
+        )
+        shutil.rmtree(out / WORK)
+    state.wait_for_everyone()
+
+
+def check_model(config: TeacherConfig, state: PartialState) -> None:
+    """Raise at once if the model cannot be a teacher, before hours of reading captions."""
+    if config.precision == "fp16" and state.device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; on a CPU give bf16 or fp32")
+    with state.main_process_first():
+        check_is_text_model(resolve_folder(config.model, config.model_revision), config.model)
+
+
+def build_encoder(config: TeacherConfig, model: str | Path, state: PartialState) -> SentenceTransformer:
+    """The LLM as an encoder, with adapters in it if those are to be trained."""
+    encoder = _base(config, model, state, quantize=config.quantize)
+    if config.tuning == "lora":
+        add_lora(encoder, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout, seed=config.seed)
+    elif config.tuning == "frozen":
+        freeze(encoder)
+    add_adaptor(encoder, layers=config.adaptor_layers)
+    return encoder
+
+
+def _base(
+    config: TeacherConfig, model: str | Path, state: PartialState, *, quantize: bool = False
+) -> SentenceTransformer:
+    return llm_as_encoder(
+        model,
+        pooling=config.pooling,
+        attention=config.attention,
+        max_length=config.max_length,
+        chat_template=config.chat_template,
+        revision=config.model_revision if model == config.model else None,
+        device=state.device,
+        dtype=config.load_dtype,
+        quantize=quantize,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def first_step(config: TeacherConfig, tasks: list[Task], out: Path, state: PartialState) -> Path:
+    """Masked next-token prediction; returns the folder of the LLM that went through it."""
+    with state.main_process_first():
+        texts = store_lines(out / WORK / "mntp-text.arrow", config.mntp_text) if config.mntp_text else []
+    run = run_settings(config, config.mntp_steps, out)
+    return train_mntp(
+        resolve_folder(config.model, config.model_revision),
+        out / WORK / "mntp",
+        captions=tasks[0].rows if config.data else [],
+        texts=texts,
+        run=dataclasses.replace(
+            run, checkpoints=out / WORK / "mntp-checkpoints", log=out / "mntp.jsonl", attention_dropout=0.0
+        ),
+        batch_size=config.mntp_batch_size,
+        num_processes=state.num_processes,
+        main=state.is_main_process,
+        share=config.mntp_mask,
+        mask_token=config.mntp_mask_token,
+        max_length=config.max_length,
+        lora={"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        if config.tuning == "lora"
+        else None,
+        dtype=config.load_dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def train(
+    config: TeacherConfig, encoder: SentenceTransformer, tasks: list[Task], probe_set: CaptionSet, state: PartialState
+) -> None:
+    """Train `encoder` in place on the tasks."""
+    sizes = [len(task) for task in tasks]
+    steps = config.steps or count_steps(sizes, batch_size=config.batch_size, epochs=config.epochs or 1)
+    if config.batch_size % state.num_processes:
+        raise UsageError(f"--batch-size {config.batch_size} is no multiple of the {state.num_processes} processes")
+    order = BatchOrder(
+        sizes,
+        batch_size=config.batch_size,
+        steps=steps,
+        seed=config.seed,
+        weights=task_weights(tasks, config.source_weights),
+        num_parts=state.num_processes,
+    )
+
+    def probe() -> dict[str, Any]:
+        scores = probe_captions(lambda texts: _encode(encoder, texts), probe_set)
+        return {name: scores[name] for name in ("cra_second", "cra_all", "alignment", "uniformity")}
+
+    run = run_settings(config, steps, Path(config.out))
+    fit(encoder, Mixture(tasks, seed=config.seed), order, run=run, probe=probe if probe_set else None)
+
+
+def run_settings(config: TeacherConfig, steps: int, out: Path) -> Run:
+    """The part of the settings that the trainer needs."""
+    return Run(
+        checkpoints=out / WORK / "checkpoints",
+        log=out / "log.jsonl",
+        steps=steps,
+        scale=config.scale,
+        micro_batch_size=config.micro_batch_size,
+        mask_duplicates=config.mask_duplicates,
+        attention_dropout=config.attention_dropout,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        precision=config.precision,
+        gradient_checkpointing=config.gradient_checkpointing,
+        workers=config.workers,
+        save_every=config.save_every,
+        eval_every=config.eval_every,
+        seed=config.seed,
+    )
+
+
+def merge_checked(encoder: SentenceTransformer, captions: CaptionSet, *, tolerance: float) -> float:
+    """Merge the adapters; returns how far (1 - cosine) that moved the worst of up to 64 captions.
+
+    Raises:
+        LLM2CLIPError: if it is more than `tolerance`.
+    """
+    texts = [texts[0] for texts in captions[:64]] or ["a picture of a cat"]
+    unmerged = _encode(encoder, texts)
+    merge_lora(encoder)
+    merged = _encode(encoder, texts)
+    error = float((1 - torch.nn.functional.cosine_similarity(torch.tensor(unmerged), torch.tensor(merged))).max())
+    if not error <= tolerance:
+        raise LLM2CLIPError(
+            f"merging the adapter moved a caption's vector by {error:.2g} (allowed {tolerance}); "
+            "train with --precision fp32 or keep the adapter apart with --save-adapter"
+        )
+    return max(error, 0.0)
+
+
+def _probe(
+    encoder: SentenceTransformer, captions: CaptionSet, file: Path, state: PartialState
+) -> dict[str, Any] | None:
+    """The scores before training, read back from `file` if an earlier run of the same took them."""
+    if state.is_main_process and captions and not file.exists():
+        write_json(file, probe_captions(lambda texts: _encode(encoder, texts), captions))
+    state.wait_for_everyone()
+    return read_json(file) if captions else None
+
+
+def _encode(encoder: SentenceTransformer, texts: Any) -> Any:
+    encoder.eval()
+    dtype = llm(encoder).dtype
+    with torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return encoder.encode(list(texts), batch_size=64, convert_to_numpy=True, show_progress_bar=False)
+
+
+def _log_scores(facts: dict[str, Any], probed_on: str) -> None:
+    for when in ("before", "after"):
+        if facts[when]:
+            cra, pictures = facts[when], facts[when]["pictures"]
+            logger.info(
+                "caption retrieval accuracy %s: %.1f%% among %s second captions, %.1f%% among all captions (%s)",
+                when,
+                100 * cra["cra_second"],
+                f"{pictures:,}",
+                100 * cra["cra_all"],
+                probed_on,
+            )
+
+
+@contextlib.contextmanager
+def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
+    """Hold the output folder: one process does, for all.
+
+    If the settings or the data turn out wrong before any training, the folder is as it was, so that the corrected
+    command may use it.
+    """
+    if not main:
+        yield
+        return
+    with open_output(out, "teacher", config=config.settings()) as began:
+        try:
+            yield
+        except (UsageError, SourceError, TooManyBadSamples):
+            if not began:
+                shutil.rmtree(out / WORK, ignore_errors=True)
+                (out / RUN).unlink()
+            raise

@@ -1,0 +1,298 @@
+"""The trainer of stage 1: sentence-transformers' own, fed in our order and with checkpoints of what is trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.progress import Progress
+from llm2clip.teacher.loss import CaptionLoss
+from llm2clip.teacher.mixture import BatchOrder, Mixture
+from llm2clip.teacher.model import llm
+from llm2clip.teacher.tuning import is_sharded, load_trained, set_attention_dropout, trained_weights
+
+logger = logging.getLogger("llm2clip")
+WEIGHTS = "trained.safetensors"
+STATE = "trainer_state.json"
+WARMUP_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How to train; the fields are those of TeacherConfig."""
+
+    checkpoints: Path
+    log: Path
+    steps: int
+    learning_rate: float = 2e-4
+    warmup_steps: int = 300
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    save_every: int = 500
+    seed: int = 0
+    scale: float = 50.0
+    micro_batch_size: int | None = None
+    mask_duplicates: bool = True
+    attention_dropout: float = 0.0
+    eval_every: int = 0
+
+    def arguments(self, *, batch_size: int) -> dict[str, Any]:
+        """The trainer arguments that stage 1 and MNTP share; `batch_size` is per process."""
+        return {
+            "output_dir": str(self.checkpoints),
+            "max_steps": self.steps,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": min(self.warmup_steps, int(WARMUP_SHARE * self.steps)),
+            "lr_scheduler_type": "linear",
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "bf16": self.precision == "bf16",
+            "fp16": self.precision == "fp16",
+            "save_strategy": "steps",
+            "save_steps": self.save_every,
+            "save_total_limit": 1,
+            "logging_steps": max(1, min(10, self.steps // 20)),
+            "logging_nan_inf_filter": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": self.seed,
+            "dataloader_num_workers": self.workers,
+            "dataloader_drop_last": True,
+            "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
+            "use_cpu": not torch.accelerator.is_available(),
+        }
+
+
+def fit(
+    encoder: SentenceTransformer,
+    mixture: Mixture,
+    order: BatchOrder,
+    *,
+    run: Run,
+    probe: Callable[[], dict[str, Any]] | None = None,
+) -> None:
+    """Train `encoder` in place, from the last whole checkpoint in `run.checkpoints` if there is one.
+
+    Args:
+        probe: gives scores to note in the log every `run.eval_every` steps.
+    """
+    instructions = {task.name: _query_prompts(encoder, task.instruction) for task in mixture.tasks}
+    for prompts in instructions.values():
+        check_prompt(encoder, prompts["query"])
+    arguments = SentenceTransformerTrainingArguments(**run.arguments(batch_size=order.batch_size), prompts=instructions)
+    prepare_model(llm(encoder), run)
+    trainer = PairTrainer(
+        model=encoder,
+        args=arguments,
+        loss=CaptionLoss(
+            encoder,
+            scale=run.scale,
+            micro_batch_size=run.micro_batch_size,
+            mask_duplicates=run.mask_duplicates,
+        ),
+        callbacks=[Log(run.log, probe=probe, every=run.eval_every)],
+        mixture=mixture,
+        order=order,
+    )
+    run_trainer(trainer)
+    encoder.eval()
+
+
+def run_trainer(trainer: Any) -> None:
+    """Run a trainer to its end, from its last whole checkpoint if there is one.
+
+    Raises:
+        LLM2CLIPError: if the loss is no longer a number, or memory runs out.
+    """
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir), num_processes=trainer.args.world_size)
+    if checkpoint is not None:
+        logger.info("going on from step %s", checkpoint.name.rsplit("-", 1)[1])
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise LLM2CLIPError(
+            f"out of GPU memory ({str(error).split('.')[0]}); give a smaller --micro-batch-size, "
+            "--gradient-checkpointing or --quantize"
+        ) from error
+
+
+def last_checkpoint(folder: Path, *, num_processes: int = 1) -> Path | None:
+    """The newest whole checkpoint in `folder`; what a kill left half-written is deleted.
+
+    The trainer writes `trainer_state.json` after everything else, and each process its own random state.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{i}.pth" for i in range(num_processes)]
+    for path in found:
+        if _is_json(path / STATE) and all((path / name).exists() for name in states):
+            return path
+        shutil.rmtree(path, ignore_errors=True)  # several processes may be at it
+    return None
+
+
+def prepare_model(model: Any, run: Run) -> None:
+    """Set what training changes in a model: dropout of attention, recomputed activations."""
+    set_attention_dropout(model, run.attention_dropout)
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def check_prompt(encoder: SentenceTransformer, prompt: str) -> None:
+    """Raise if a prompt cannot be told from the caption behind it, so that pooling could not leave it out.
+
+    Raises:
+        UsageError: if the prompt's end melts into a caption's first token, or leaves no room for a caption.
+    """
+    if not prompt:
+        return
+    whole = encoder.preprocess(["a red disc"], prompt=prompt)
+    length = int(whole["prompt_length"])
+    alone = encoder.preprocess([prompt])["input_ids"][0, :length]
+    if not torch.equal(whole["input_ids"][0, :length], alone):
+        raise UsageError(f"the end of the instruction {prompt!r} melts into the caption's first token; reword it")
+    limit = encoder.max_seq_length
+    if limit is not None and length + 8 > limit:
+        raise UsageError(f"the instruction takes {length} of --max-length {limit} tokens; shorten it")
+
+
+def _query_prompts(encoder: SentenceTransformer, instruction: str) -> dict[str, str]:
+    """The text before each column: the chat header, if any, and for queries the instruction on a line of its own."""
+    header = encoder.prompts.get("caption") or ""
+    query = f"{header}{instruction}\n" if instruction else header
+    return {"query": query, "positive": header, "negative": header}
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+class TrainedWeights:
+    """Checkpoints hold the weights in training only: the adapters, or all of them in full tuning."""
+
+    model: Any
+    args: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights in training; every process takes part, as each may hold a shard of them."""
+        weights = trained_weights(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(model if model is not None else self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+
+class PairTrainer(TrainedWeights, SentenceTransformerTrainer):  # type: ignore[misc]
+    """sentence-transformers' trainer, reading a `Mixture` in a `BatchOrder`."""
+
+    def __init__(self, *, mixture: Mixture, order: BatchOrder, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mixture, self.order = mixture, order
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader of this process's parts of the batches."""
+        self.accelerator.even_batches = False
+        loader: DataLoader[Any] = DataLoader(
+            self.mixture,
+            batch_sampler=self.order,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """No model card: it would read the whole dataset."""
+
+
+class Log(TrainerCallback):
+    """Progress on the console, a JSON line for each logged step, and a stop when the loss is no number."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        description: str = "train teacher",
+        probe: Callable[[], dict[str, Any]] | None = None,
+        every: int = 0,
+    ) -> None:
+        self.path, self.description, self.probe, self.every = path, description, probe, every
+        self.progress: Progress | None = None
+        self.note, self.start = "", time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop the lines of steps that will be taken again."""
+        self.start = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        self.progress = Progress(state.max_steps, description=self.description, unit="steps", initial=state.global_step)
+        self.progress.__enter__()
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _is_before(line, state.global_step)]
+            self.path.write_text("".join(line + "\n" for line in lines))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step; take the scores when their turn comes."""
+        if self.progress is None:
+            return
+        self.progress.advance(note=self.note)
+        model = kwargs["model"]
+        due = self.every and state.global_step % self.every == 0
+        if self.probe is not None and due and not is_sharded(model):  # one process alone cannot run a sharded model
+            self._write({"step": state.global_step, **self.probe()})
+            model.train()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note loss, learning rate and gradient norm."""
+        logs: dict[str, Any] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        if not torch.isfinite(torch.tensor(float(logs["loss"]))):
+            raise LLM2CLIPError(
+                f"the loss is {logs['loss']} at step {state.global_step}; lower --learning-rate or use --precision bf16"
+            )
+        if self.progress is not None:
+            self.note = f"loss {float(logs['loss']):.4g}"
+            entry = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.start, 3)}
+            self._write(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the progress display."""
+        if self.progress is not None:
+            self.progress.__exit__(None, None, None)
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError):
+        return False

@@ -1,0 +1,240 @@
+"""Building banks: once each, resumed anywhere, shared, refused when something else changed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2clip.bank import files
+from llm2clip.bank import fill as fill_module
+from llm2clip.bank.build import build_bank
+from llm2clip.bank.config import BankConfig
+from llm2clip.bank.encoder import CaptionEncoder
+from llm2clip.bank.reader import Bank
+from llm2clip.bank.verify import cosines
+from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.teacher.model import load_teacher
+
+Files = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Captions of each call of the encoder."""
+    counts: list[int] = []
+    run = CaptionEncoder.run
+
+    def counted(self, prepared, sink):
+        counts.append(sum(len(batch) for batch in prepared.batches))
+        return run(self, prepared, sink)
+
+    monkeypatch.setattr(CaptionEncoder, "run", counted)
+    return counts
+
+
+def test_a_bank_is_the_teacher_of_its_captions(bank: Bank, tiny_llm: Path) -> None:
+    teacher = load_teacher(tiny_llm, device="cpu")
+    expected = teacher.encode([bank.text(row) for row in range(120)])
+    assert cosines(bank.vectors(range(120)).astype(np.float32), expected).min() > 0.99999
+    assert bank.tokens([0, 1]).tolist() == [6, 16]
+
+
+def test_equal_captions_are_encoded_once(tmp_path: Path, write_captions, build, encoded: list[int]) -> None:
+    write_captions(tmp_path / "a.csv", 30, columns={"raw": 1})
+    (tmp_path / "a.csv").write_text("image,raw\n" + "".join(f"{i}.jpg,a red disc {i % 3}\n" for i in range(30)))
+    bank = build(tmp_path / "a.csv", tmp_path / "bank")
+    assert (bank.num_samples, bank.num_rows, sum(encoded)) == (30, 3, 3)
+    assert bank.rows(4).tolist() == [1]
+
+
+def test_the_same_command_again_does_nothing(captions_csv, build, tmp_path, encoded, files_of: Files, caplog) -> None:
+    build(captions_csv, tmp_path / "bank")
+    before = files_of(tmp_path / "bank")
+    encoded.clear()
+    with caplog.at_level(logging.INFO, "llm2clip"):
+        build(captions_csv, tmp_path / "bank")
+    assert "already complete" in caplog.text and encoded == []
+    assert files_of(tmp_path / "bank") == before
+
+
+def test_equal_banks_are_equal_bytes_wherever_they_lie(bank: Bank, captions_csv, build, tmp_path, files_of) -> None:
+    again = build(captions_csv, tmp_path / "elsewhere" / "bank")
+    assert files_of(again.folder) == files_of(bank.folder)
+    assert str(tmp_path) not in (again.folder / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("lost", ["vectors/00003.npy", "vectors/00003.tokens.npy", "vectors/00003.json"])
+def test_a_lost_shard_is_rebuilt_alone(lost: str, bank: Bank, captions_csv, build, tmp_path, encoded, files_of) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    (copy / lost).unlink()
+    build(captions_csv, copy)
+    assert encoded == [16]
+    assert files_of(copy) == files_of(bank.folder)
+
+
+def test_a_lost_table_is_collected_again(bank: Bank, captions_csv, build, tmp_path, encoded, files_of) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    (copy / "table" / "text.npy").unlink()
+    build(captions_csv, copy)
+    assert encoded == []
+    assert files_of(copy) == files_of(bank.folder)
+
+
+def test_another_teacher_is_refused_naming_both(bank: Bank, captions_csv, build, tmp_path, tiny_llm) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    other = Path(shutil.copytree(tiny_llm, tmp_path / "other"))
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight += 0.5
+    model.save_pretrained(other)
+    with pytest.raises(UsageError, match="another teacher") as error:
+        build(captions_csv, bank.folder, teacher=str(other))
+    assert bank.teacher_fingerprint in str(error.value) and str(other) in str(error.value)
+
+
+def test_the_same_teacher_from_another_place_goes_on(captions_csv, build, tmp_path, tiny_llm, encoded) -> None:
+    build(captions_csv, tmp_path / "bank")
+    (tmp_path / "bank" / "vectors" / "00000.npy").unlink()
+    encoded.clear()
+    build(captions_csv, tmp_path / "bank", teacher=str(shutil.copytree(tiny_llm, tmp_path / "moved")))
+    assert encoded == [16]
+
+
+def test_other_settings_are_refused(bank: Bank, captions_csv, build) -> None:
+    with pytest.raises(UsageError, match="dtype was 'float16', now 'float32'"):
+        build(captions_csv, bank.folder, dtype="float32")
+
+
+def test_changed_sources_are_refused(tmp_path: Path, build, write_captions) -> None:
+    data = write_captions(tmp_path / "data" / "a.csv", 5, columns={"raw": 3})
+    build(data, tmp_path / "bank")
+    write_captions(data, 6, columns={"raw": 3})
+    with pytest.raises(UsageError, match=r"sources .* changed .* bank add"):
+        build(data, tmp_path / "bank")
+
+
+def test_speed_settings_may_change(captions_csv, build, tmp_path, encoded) -> None:
+    build(captions_csv, tmp_path / "bank", batch_tokens=64)
+    (tmp_path / "bank" / "vectors" / "00000.npy").unlink()
+    encoded.clear()
+    bank = build(captions_csv, tmp_path / "bank", batch_tokens=512)
+    assert encoded == [16] and "batch_tokens" not in bank.manifest["config"]
+
+
+def test_parts_by_hand_make_the_same_bank(bank: Bank, captions_csv, tmp_path, tiny_llm, encoded, files_of) -> None:
+    out = tmp_path / "bank"
+    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 16, "device": "cpu"}
+    for part, counts in ((1, [16, 16, 8]), (2, [16, 16]), (0, [16, 16, 16])):
+        encoded.clear()
+        build_bank(BankConfig(data=(str(captions_csv),), out=out, shard=f"{part}/3", **settings))
+        assert (out / "manifest.json").exists() == (part == 0)
+        assert encoded == counts
+    assert files_of(out) == files_of(bank.folder)
+
+
+def test_two_processes_share_the_work(bank: Bank, captions_csv, tiny_llm, tmp_path, files_of, monkeypatch) -> None:
+    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.05)
+    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 16, "device": "cpu"}
+    config = BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", **settings)
+    children = [fork(lambda rank=rank: build_as(rank, config)) for rank in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert files_of(tmp_path / "bank") == files_of(bank.folder)
+
+
+def build_as(rank: int, config: BankConfig) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3")
+    build_bank(config)
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run `work` in a child that shares the loaded libraries; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_reuse_copies_what_is_known(bank: Bank, captions_csv, write_captions, build, tmp_path, encoded) -> None:
+    folder = tmp_path / "data"
+    data = write_captions(folder / "a.csv", 70, columns={"short_caption": 4, "long_caption": 14})
+    more = build(data, tmp_path / "more", reuse=(bank.folder,))
+    assert sum(encoded) == 20
+    np.testing.assert_array_equal(more.vectors(range(120)), bank.vectors(range(120)))
+    np.testing.assert_array_equal(more.tokens(range(120)), bank.tokens(range(120)))
+    assert "reuse" not in more.manifest["config"]
+
+
+def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_path, encoded) -> None:
+    exact = build(captions_csv, tmp_path / "exact", dtype="float32")
+    encoded.clear()
+    for dtype in ("float16", "bfloat16", "int8"):
+        build(captions_csv, tmp_path / dtype, dtype=dtype, reuse=(exact.folder,))
+    assert encoded == []
+    with pytest.raises(UsageError, match="holds float16 vectors, which cannot become float32"):
+        build(captions_csv, tmp_path / "worse", dtype="float32", reuse=(bank.folder,))
+    with pytest.raises(UsageError, match="built with the prompt '', not 'this is '"):
+        build(captions_csv, tmp_path / "prompted", prompt="this is ", reuse=(bank.folder,))
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on(
+    captions_csv, build, tmp_path, monkeypatch, encoded, bank, files_of
+) -> None:
+    write_header = files.header
+
+    def full(dtype, shape):
+        if shape[:1] == (16,) and len(encoded) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_header(dtype, shape)
+
+    monkeypatch.setattr(files, "header", full)
+    with pytest.raises(LLM2CLIPError, match="no space left"):
+        build(captions_csv, tmp_path / "bank")
+    monkeypatch.setattr(files, "header", write_header)
+    encoded.clear()
+    build(captions_csv, tmp_path / "bank")
+    assert sum(encoded) == 120 - 32
+    assert files_of(tmp_path / "bank") == files_of(bank.folder)
+
+
+def test_bad_samples_are_listed(tmp_path: Path, write_captions, build) -> None:
+    write_captions(tmp_path / "a.csv", 40, columns={"raw": 1})
+    (tmp_path / "a.csv").write_text("image,raw\n" + "".join(f"{i}.jpg,{'' if i == 7 else i}\n" for i in range(40)))
+    bank = build(tmp_path / "a.csv", tmp_path / "bank")
+    assert bank.num_samples == 39
+    assert bank.manifest["bad_samples"]["num_bad"] == 1
+
+
+def test_a_reader_in_another_thread_sees_a_whole_bank(bank: Bank) -> None:
+    seen = []
+    threads = [threading.Thread(target=lambda: seen.append(bank.vectors(range(120)).sum())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == 1 and len(seen) == 4
+
+
+def test_the_manifest_says_what_a_reader_needs(bank: Bank) -> None:
+    manifest = json.loads((bank.folder / "manifest.json").read_text())
+    assert manifest["kinds"] == {"short": {"samples": 60, "captions": 60}, "long": {"samples": 60, "captions": 60}}
+    assert (manifest["dim"], manifest["dtype"], manifest["num_rows"]) == (32, "float16", 120)
+    assert manifest["teacher"]["precision"] == "fp32" and manifest["teacher_fingerprint"]
+    assert len(manifest["shards"]) == 8 and len(manifest["shards"][0]["files"]["vectors"]["sha256"]) == 64
+    assert manifest["num_tokens"] == int(bank.tokens(range(120)).sum())
+    assert {"out", "device", "shard"}.isdisjoint(manifest["config"])

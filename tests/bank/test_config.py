@@ -1,0 +1,50 @@
+"""Settings that cannot be are refused with what to type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm2clip.bank.config import BankConfig, BankExportConfig, BankVerifyConfig
+from llm2clip.errors import UsageError
+
+
+def config(**settings: Any) -> BankConfig:
+    return BankConfig(**{"data": ("a.csv",), "teacher": "teacher", "out": "bank", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"dtype": "float8"}, "--dtype 'float8' is unknown"),
+        ({"precision": "bf61"}, "did you mean 'bf16'"),
+        ({"shard_rows": 0}, "--shard-rows is 0"),
+        ({"batch_tokens": -1}, "--batch-tokens is -1"),
+        ({"shard": "3"}, "write i/n"),
+        ({"shard": "8/8"}, "with i from 0 to n-1"),
+        ({"prompt": "x", "prompt_name": "query"}, "give one of the two"),
+        ({"max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0"),
+    ],
+)
+def test_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        config(**settings)
+
+
+def test_parts() -> None:
+    assert config().part() == (0, 1)
+    assert config(shard="2/8").part() == (2, 8)
+
+
+def test_settings_are_what_decides_the_content() -> None:
+    quick = config(device="cuda", shard="0/2", batch_tokens=100, compile=True, reuse=("other",), out="elsewhere")
+    assert quick.settings() == config().settings()
+    assert config(dtype="int8").settings() != config().settings()
+
+
+def test_other_configs() -> None:
+    with pytest.raises(UsageError, match="'csv' is unknown"):
+        BankExportConfig(bank="bank", out="out", to="csv")
+    with pytest.raises(UsageError, match=r"--min-cosine is 1\.5"):
+        BankVerifyConfig(bank="bank", min_cosine=1.5)

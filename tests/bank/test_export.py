@@ -1,0 +1,71 @@
+"""Exported banks open in the programs they are for, with the same rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset, load_from_disk
+
+from llm2clip.bank.config import BankExportConfig
+from llm2clip.bank.export import export_bank
+from llm2clip.bank.reader import Bank
+from llm2clip.errors import UsageError
+
+
+def check_rows(dataset, bank: Bank, kinds: list[str]) -> None:
+    dataset = dataset.with_format("numpy")
+    expected = [(i, kind) for i in range(60) for kind in bank.kinds if kind in kinds]
+    assert len(dataset) == len(expected)
+    for place in (0, 1, 17, len(expected) - 1):
+        (i, kind), row = expected[place], dataset[place]
+        assert (row["id"], row["kind"], row["path"]) == (bank.sample_id(i), kind, bank.picture(i).path)
+        (number,) = bank.rows(i, kind)
+        assert row["caption"] == bank.text(number)
+        np.testing.assert_array_equal(row["vector"], bank.vectors([number])[0])
+
+
+@pytest.mark.parametrize("kinds", [(), ("long",)])
+@pytest.mark.parametrize("to", ["parquet", "datasets"])
+def test_round_trip(to: str, kinds: tuple[str, ...], bank: Bank, tmp_path: Path) -> None:
+    out = export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", to=to, rows_per_file=50, kinds=kinds))
+    if to == "parquet":
+        dataset = load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    else:
+        dataset = load_from_disk(str(out))
+    check_rows(dataset, bank, list(kinds) or bank.kinds)
+    assert len(list(out.rglob("*.parquet" if to == "parquet" else "*.arrow"))) == 3
+
+
+@pytest.mark.parametrize("to", ["parquet", "datasets"])
+def test_an_export_goes_on_where_it_stopped(to: str, bank: Bank, tmp_path: Path, monkeypatch, files_of) -> None:
+    from llm2clip.bank import export
+
+    config = BankExportConfig(bank=bank.folder, out=tmp_path / "out", to=to, rows_per_file=50)
+    rows_of = export.rows_of
+
+    def interrupted(bank, captions, kinds):
+        if captions.start == 100:
+            raise KeyboardInterrupt
+        return rows_of(bank, captions, kinds)
+
+    monkeypatch.setattr(export, "rows_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_bank(config)
+    monkeypatch.setattr(export, "rows_of", rows_of)
+    export_bank(config)
+    whole = BankExportConfig(bank=bank.folder, out=tmp_path / "whole", to=to, rows_per_file=50)
+    assert files_of(tmp_path / "out") == files_of(export_bank(whole))
+
+
+def test_exporting_again_does_nothing(bank: Bank, tmp_path: Path, files_of) -> None:
+    config = BankExportConfig(bank=bank.folder, out=tmp_path / "out")
+    before = files_of(export_bank(config))
+    assert files_of(export_bank(config)) == before
+
+
+def test_an_unknown_kind(bank: Bank, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'lng' is unknown"):
+        export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", kinds=("lng",)))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,151 @@
+"""Tiny random models and pictures that every test folder shares; built once a session, never downloaded."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LLM2CLIP_TEST_GPUS", ""))
+
+import pytest
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "yellow": (230, 220, 50)}
+WORDS = (
+    "a an the of on in with and or is are small large red green blue yellow disc square picture shows one two "
+    "plain bright dark background left right top bottom corner middle shape colour this that its there drawn "
+    "simple scene centre fills sits against near user ."
+).split()
+
+
+def write_tokenizer(folder: Path, *, extra_words: tuple[str, ...] = ()) -> None:
+    """A word-level tokenizer folder with <pad>, <s>, </s>, <unk>, <mask>, as a fast transformers tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *WORDS, *extra_words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=512,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama folder (hidden 32, 2 layers) with its tokenizer, as a Hub download would lie on disk."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP vision tower folder (32 px, patch 8, width 32, 2 layers) with its image processor."""
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-clip-tower"
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=32,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV (`image,short_caption,long_caption`) beside 24 small JPEGs of one coloured shape each."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("pictures")
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "short_caption", "long_caption"])
+        for i in range(24):
+            colour = list(COLOURS)[i % 4]
+            shape, size = ("disc", "square")[i // 4 % 2], ("small", "large", "plain")[i // 8]
+            picture = Image.new("RGB", (48, 40), (30, 30, 30))
+            box = (12, 8, 12 + 10 * (i // 8 + 1), 8 + 10 * (i // 8 + 1))
+            draw = ImageDraw.Draw(picture)
+            (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=COLOURS[colour])
+            picture.save(folder / f"{i:03d}.jpg", quality=92)
+            rows.writerow(
+                [
+                    f"{i:03d}.jpg",
+                    f"a {size} {colour} {shape}",
+                    f"this picture shows a {size} {colour} {shape} on a dark background . the {shape} is {colour} .",
+                ]
+            )
+    return folder / "captions.csv"
+
+
+@pytest.fixture(scope="session")
+def finished_teacher(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-way mean-pooled teacher of width 32, untrained."""
+    from llm2clip.teacher.model import llm_as_encoder, save
+
+    folder = tmp_path_factory.mktemp("finished") / "teacher"
+    folder.mkdir()
+    save(llm_as_encoder(tiny_llm), folder, attention="two-way")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_student(tiny_tower: Path, finished_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of that teacher around the tiny tower, shared width 24, untrained, as train-student leaves it."""
+    from llm2clip.teacher.fingerprint import teacher_fingerprint
+
+    folder = tmp_path_factory.mktemp("finished") / "student"
+    return write_student(tiny_tower, folder, teacher_fingerprint=teacher_fingerprint(finished_teacher))
+
+
+def write_student(tower: Path, folder: Path, **facts: object) -> Path:
+    """A random student around `tower` for teachers of width 32, with a manifest that says `facts`."""
+    import torch
+
+    from llm2clip.artifacts import write_manifest
+    from llm2clip.student.model import Student
+    from llm2clip.student.transform import ImageTransform
+
+    torch.manual_seed(3)
+    student = Student.from_tower(str(tower), teacher_dim=32, projection_dim=24)
+    student.save_pretrained(folder)
+    ImageTransform.from_pretrained(tower).save(folder)
+    write_manifest(folder, "student", config={"tower": "a/tower", "batch_size": 8}, steps=3, **facts)
+    return folder

@@ -1,0 +1,115 @@
+"""CLIP, SigLIP and multimodal SentenceTransformer folders as baselines, read as they were trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as t
+from PIL import Image
+
+from llm2clip.errors import UsageError
+from llm2clip.eval.config import EvaluateConfig
+from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
+from llm2clip.eval.run import evaluate
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {**VISION, "vocab_size": 128}
+SIDE = {"height": 32, "width": 32}
+TEXTS = ["A Red Disc", "a small blue square on the left", "a " * 40]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny CLIP and a tiny SigLIP with tokenizer and image processor."""
+    root = tmp_path_factory.mktemp("baselines")
+    torch.manual_seed(0)
+    clip = t.CLIPConfig(
+        text_config={**TEXT, "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    t.CLIPModel(clip).save_pretrained(root / "clip")
+    t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SIDE).save_pretrained(root / "clip")
+    siglip = t.SiglipConfig(
+        text_config={**TEXT, "max_position_embeddings": 12, "projection_size": 32},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+    )
+    t.SiglipModel(siglip).save_pretrained(root / "siglip")
+    t.SiglipImageProcessor(size=SIDE).save_pretrained(root / "siglip")
+    for name in ("clip", "siglip"):
+        t.AutoTokenizer.from_pretrained(tiny_llm).save_pretrained(root / name)
+    return {name: root / name for name in ("clip", "siglip")}
+
+
+def unit(vectors: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(vectors, dim=-1).detach().numpy()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_vectors_are_those_of_the_model(folders: dict[str, Path], name: str) -> None:
+    encoder = ClipEncoder.from_pretrained(folders[name])
+    pictures = [Image.new("RGB", (50, 40), colour) for colour in ("red", "blue")]
+    model = t.AutoModel.from_pretrained(folders[name]).eval()
+    pixels = t.AutoImageProcessor.from_pretrained(folders[name])(images=pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = unit(model.get_image_features(pixels).pooler_output)
+    np.testing.assert_allclose(encoder.encode_image(pictures, batch_size=1), expected, atol=1e-6)
+    prepared = [encoder.prepare_image(picture) for picture in pictures]
+    np.testing.assert_allclose(encoder.encode_image(prepared), expected, atol=1e-6)
+    texts = encoder.encode_text(TEXTS, batch_size=2)
+    assert texts.dtype == np.float32 and texts.shape == (3, expected.shape[1])
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
+
+
+def test_siglip_reads_lower_case_padded_to_its_length_without_a_mask(folders: dict[str, Path]) -> None:
+    encoder = ClipEncoder.from_pretrained(folders["siglip"])
+    tokens = encoder.tokens(TEXTS)
+    assert list(tokens) == ["input_ids"] and tokens["input_ids"].shape == (3, 12)
+    words = encoder.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
+    assert words == ["<s>", "a", "red", "disc", *["<pad>"] * 8]
+    model = t.SiglipModel.from_pretrained(folders["siglip"]).eval()
+    with torch.no_grad():
+        expected = unit(model.get_text_features(input_ids=tokens["input_ids"]).pooler_output)
+    np.testing.assert_allclose(encoder.encode_text(TEXTS), expected, atol=1e-6)
+
+
+def test_captions_past_the_context_are_cut_and_counted(folders: dict[str, Path]) -> None:
+    encoder = ClipEncoder.from_pretrained(folders["clip"])
+    tokens = encoder.tokens(TEXTS)
+    assert tokens["input_ids"].shape == (3, 16) and encoder.num_cut == 1
+    assert tokens["attention_mask"][0].sum() == 4, "CLIP is not padded beyond the longest, and masked"
+
+
+def test_clip_as_a_baseline(folders: dict[str, Path], pictures_csv: Path, tmp_path: Path) -> None:
+    report = evaluate(EvaluateConfig(model=str(folders["clip"]), data=(str(pictures_csv),), out=tmp_path / "report"))
+    assert report["model"]["encoder"] == "CLIPModel"
+    assert "captions/short/i2t_r@1" in report["metrics"]
+    assert report["datasets"]["captions"]["captions_cut"] == 24  # the long ones
+
+
+def test_multimodal_sentence_transformer_as_a_baseline(
+    folders: dict[str, Path], pictures_csv: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+
+    tokenizer = t.AutoTokenizer.from_pretrained(folders["clip"], model_max_length=16)
+    processor = t.CLIPProcessor(t.AutoImageProcessor.from_pretrained(folders["clip"]), tokenizer)
+    processor.save_pretrained(tmp_path / "both")
+    t.CLIPModel.from_pretrained(folders["clip"]).save_pretrained(tmp_path / "both")
+    SentenceTransformer(modules=[Transformer(str(tmp_path / "both"))]).save_pretrained(str(tmp_path / "st"))
+    encoder = SentenceTransformerEncoder.from_pretrained(tmp_path / "st")
+    pictures = [pictures_csv.parent / f"{i:03d}.jpg" for i in range(3)]
+    expected = ClipEncoder.from_pretrained(folders["clip"]).encode_image(pictures)
+    np.testing.assert_allclose(encoder.encode_image(pictures), expected, atol=1e-5)
+    report = evaluate(EvaluateConfig(model=str(tmp_path / "st"), data=(str(pictures_csv),), out=tmp_path / "report"))
+    assert "captions/long/t2i_r@10" in report["metrics"]
+
+
+def test_folders_that_cannot_serve(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        ClipEncoder.from_pretrained(tmp_path)

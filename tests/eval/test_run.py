@@ -1,0 +1,215 @@
+"""evaluate: students, exports, other people's models and teachers on real files, as the report tells it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm2clip import LLM2CLIP
+from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
+from llm2clip.eval import run
+from llm2clip.eval.config import EvaluateConfig
+from llm2clip.eval.run import evaluate
+from llm2clip.export.bundle import save_bundle
+
+KEYS = {
+    *(f"captions/{kind}/{way}_r@{k}" for kind in ("short", "long") for way in ("i2t", "t2i") for k in (1, 5, 10)),
+    "captions/cra",
+    "captions/cra_second",
+}
+
+
+@pytest.fixture(scope="module")
+def report_folder(
+    finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("reports") / "report"
+    evaluate(
+        EvaluateConfig(
+            model=str(finished_student),
+            teacher=str(finished_teacher),
+            data=(str(pictures_csv),),
+            out=out,
+            batch_size=7,
+            device="cpu",
+        )
+    )
+    return out
+
+
+def test_report_json_is_as_documented(report_folder: Path) -> None:
+    report = json.loads((report_folder / "report.json").read_text())
+    assert set(report["metrics"]) == KEYS
+    assert all(0 <= value <= 1 for value in report["metrics"].values())
+    assert report["datasets"]["captions"]["pictures"] == 24
+    assert report["datasets"]["captions"]["captions"] == {"short": 24, "long": 24}
+    assert report["chance"]["captions/short/i2t_r@1"] == pytest.approx(1 / 24)
+    assert report["similarity"]["captions"]["captions"] == 48
+    manifest = json.loads((report_folder / "manifest.json").read_text())
+    assert manifest["format"] == "llm2clip/report" and manifest["metrics"] == report["metrics"]
+
+
+def test_scores_are_those_of_the_vectors(
+    report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path
+) -> None:
+    model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    rows = list(csv.DictReader(pictures_csv.read_text().splitlines()))
+    scores = model.encode_image([pictures_csv.parent / row["image"] for row in rows]) @ (
+        model.encode_text([row["long_caption"] for row in rows]).T
+    )
+    rank = (scores >= np.diag(scores)[:, None] - 1e-6).sum(1)
+    metrics = json.loads((report_folder / "report.json").read_text())["metrics"]
+    assert metrics["captions/long/i2t_r@5"] == pytest.approx((rank <= 5).mean())
+    assert metrics["captions/long/i2t_r@10"] == pytest.approx((rank <= 10).mean())
+
+
+def test_pages_show_the_same_figures(report_folder: Path) -> None:
+    metrics = json.loads((report_folder / "report.json").read_text())["metrics"]
+    markdown, page = ((report_folder / name).read_text() for name in ("report.md", "report.html"))
+    row = [f"{100 * metrics[f'captions/long/t2i_r@{k}']:.1f}" for k in (1, 5, 10)]
+    assert f"| long | text → picture | {' | '.join(row)} | 4.167 |" in markdown
+    assert "".join(f'<td class="number">{value}</td>' for value in row) in page
+    assert "<svg" in page and "http" not in page.replace("https://www.w3.org", "")
+
+
+def test_again_gives_the_same_bytes_and_is_not_done_twice(
+    report_folder: Path,
+    finished_student: Path,
+    finished_teacher: Path,
+    pictures_csv: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options: dict[str, Any] = {
+        "model": str(finished_student),
+        "teacher": str(finished_teacher),
+        "data": (str(pictures_csv),),
+    }
+    evaluate(EvaluateConfig(**options, out=tmp_path / "again", batch_size=7, device="cpu"))
+    for name in ("report.json", "report.md", "report.html", "manifest.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (report_folder / name).read_bytes()
+    with caplog.at_level("INFO", logger="llm2clip"):
+        report = evaluate(EvaluateConfig(**options, out=report_folder))
+    assert "already complete" in caplog.text and set(report["metrics"]) == KEYS
+
+
+def test_exported_folder_alone_scores_the_same(
+    report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    save_bundle(LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu"), tmp_path / "bundle")
+    report = evaluate(
+        EvaluateConfig(model=str(tmp_path / "bundle"), data=(str(pictures_csv),), out=tmp_path / "report", device="cpu")
+    )
+    assert report["metrics"] == json.loads((report_folder / "report.json").read_text())["metrics"]
+
+
+def test_teacher_alone_scores_captions_and_needs_no_pictures(
+    finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+) -> None:
+    shutil.copy(pictures_csv, tmp_path / "captions.csv")  # its pictures are not there
+    report = evaluate(
+        EvaluateConfig(teacher=str(finished_teacher), data=(str(tmp_path / "captions.csv"),), out=tmp_path / "report")
+    )
+    assert set(report["metrics"]) == {"captions/cra", "captions/cra_second"}
+    assert report["model"]["encoder"] == "text encoder" and report["model"]["dim"] == 32
+    profile = report["similarity"]["captions"]
+    assert sum(profile["positive"]) == 24 and sum(profile["negative"]) == 48 * 47 / 2 - 24
+    assert "Retrieval" not in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_bad_pictures_are_left_out_and_counted(
+    finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures_csv.parent, tmp_path / "data")
+    jpeg = (tmp_path / "data" / "003.jpg").read_bytes()
+    (tmp_path / "data" / "003.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    options: dict[str, Any] = {
+        "model": str(finished_student),
+        "teacher": str(finished_teacher),
+        "data": (str(tmp_path / "data" / "captions.csv"),),
+        "batch_size": 5,
+    }
+    report = evaluate(EvaluateConfig(**options, out=tmp_path / "report"))
+    facts = report["datasets"]["captions"]
+    assert facts["pictures"] == 23 and facts["captions"] == {"short": 23, "long": 23}
+    assert facts["bad"]["num_bad"] == 1 and facts["bad"]["counts"] == {"truncated picture": 1}
+    assert "truncated picture" in (tmp_path / "report" / "report.md").read_text()
+    with pytest.raises(TooManyBadSamples, match=r"1 of 24 samples are bad, above --max-bad-fraction 0\.01"):
+        evaluate(EvaluateConfig(**options, out=tmp_path / "strict", max_bad_fraction=0.01))
+    assert not (tmp_path / "strict" / "manifest.json").exists()
+
+
+class Colours:
+    """An encoder that sees the mean colour of a picture, and knows four words."""
+
+    names = ("red", "green", "blue", "yellow")
+
+    def prepare_image(self, picture: Any) -> np.ndarray:
+        from llm2clip.captions.pictures import load_picture
+
+        return np.asarray(load_picture(picture), np.float32).mean((0, 1)) - 30
+
+    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        red, green, blue = np.stack(pictures).T
+        yellow = np.minimum(red, green)
+        return np.stack([red - yellow, green - yellow, blue - yellow, yellow], axis=1)
+
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+        return np.array([[float(name in text) for name in self.names] for text in texts])
+
+
+def test_any_encoder_is_scored_and_ties_count_against_it(
+    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "open_encoder", lambda config: (Colours(), {"encoder": "colours"}))
+    report = evaluate(EvaluateConfig(model="colours", data=(str(pictures_csv),), out=tmp_path / "report"))
+    # it tells four colours apart, each of six pictures with one and the same text vector: never first, always sixth
+    assert report["metrics"]["captions/short/i2t_r@1"] == 0
+    assert report["metrics"]["captions/short/i2t_r@5"] == 0
+    assert report["metrics"]["captions/short/i2t_r@10"] == 1
+
+
+def test_an_encoder_that_gives_nan_is_an_error(
+    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Colours):
+        def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+            return np.full((len(texts), 4), np.nan)
+
+    monkeypatch.setattr(run, "open_encoder", lambda config: (Broken(), {}))
+    with pytest.raises(LLM2CLIPError, match="gives NaN or infinity for 48 of 48 captions"):
+        evaluate(EvaluateConfig(model="broken", data=(str(pictures_csv),), out=tmp_path / "report"))
+
+
+def test_several_sources_are_several_datasets(finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures_csv, tmp_path / "other.csv")
+    data = (str(pictures_csv), str(tmp_path / "other.csv"))
+    report = evaluate(EvaluateConfig(teacher=str(finished_teacher), data=data, out=tmp_path / "report"))
+    assert report["metrics"]["captions/cra"] == report["metrics"]["other/cra"]
+    assert list(report["datasets"]) == ["captions", "other"]
+
+
+def test_wrong_use_is_told_in_a_line(
+    finished_student: Path, finished_teacher: Path, pictures_csv: Path, tiny_tower: Path, tmp_path: Path
+) -> None:
+    data, out = (str(pictures_csv),), tmp_path / "report"
+    with pytest.raises(UsageError, match="nothing to score"):
+        EvaluateConfig(data=data, out=out)
+    with pytest.raises(UsageError, match="did you mean 'bf16'"):
+        EvaluateConfig(teacher="t", data=data, out=out, precision="bf61")
+    with pytest.raises(UsageError, match=r"fingerprint [0-9a-f]{16}\); add --teacher DIR"):
+        evaluate(EvaluateConfig(model=str(finished_student), data=data, out=out))
+    with pytest.raises(UsageError, match="does not encode pictures and texts"):
+        evaluate(EvaluateConfig(model=str(tiny_tower), data=data, out=tmp_path / "tower"))
+    with pytest.raises(UsageError, match="encodes texts only; give it as --teacher"):
+        evaluate(EvaluateConfig(model=str(finished_teacher), data=data, out=tmp_path / "teacher"))
+    with pytest.raises(UsageError, match="encodes texts itself"):
+        evaluate(EvaluateConfig(model=str(tiny_tower), teacher="t", data=data, out=tmp_path / "both"))

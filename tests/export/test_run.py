@@ -1,0 +1,211 @@
+"""export: what each target writes loads elsewhere, gives the same vectors, and is not done before that is seen."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llm2clip import LLM2CLIP
+from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.export.check import PROBE_TEXTS, probe_pictures
+from llm2clip.export.config import ExportConfig
+from llm2clip.export.run import export
+
+
+def snippets(readme: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+
+
+def run_in(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `code` prints when it is run inside `folder`."""
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def bundle(finished_student: Path, finished_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("exports")
+    (root / "report.json").write_text(json.dumps({"metrics": {"coco/short/i2t_r@1": 0.625}}))
+    config = ExportConfig(
+        model=str(finished_student),
+        teacher=str(finished_teacher),
+        to="sentence-transformers",
+        out=root / "bundle",
+        report=root / "report.json",
+    )
+    return export(config)
+
+
+def test_bundle_is_checked_in_a_fresh_process_without_llm2clip(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["format"] == "llm2clip/export"
+    assert manifest["to"] == "sentence-transformers"
+    assert set(manifest["checked"]) == {"text", "image"}
+    assert all(cosine > 0.9999 for cosine in manifest["checked"].values())
+    assert not list(bundle.glob(".tower*"))
+
+
+def test_bundle_alone_is_the_model(bundle: Path, finished_student: Path, finished_teacher: Path) -> None:
+    source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    alone = LLM2CLIP.from_pretrained(bundle, device="cpu")
+    texts, pictures = [*PROBE_TEXTS, "a red disc", "a blue square"], probe_pictures()
+    np.testing.assert_allclose(alone.encode_text(texts), source.encode_text(texts), atol=1e-5)
+    np.testing.assert_allclose(alone.encode_image(pictures), source.encode_image(pictures), atol=1e-5)
+    assert np.ptp(alone.encode_text(texts), axis=0).max() > 0.05, "all texts look alike: nothing was shown"
+    with pytest.raises(UsageError, match="holds its own teacher"):
+        LLM2CLIP.from_pretrained(bundle, finished_teacher)
+
+
+def test_bundle_stays_two_way(bundle: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(bundle), trust_remote_code=True, device="cpu")
+    first_module = model[0].sub_modules["text"][0]
+    features = model.preprocess(["a red disc on the left", "a red disc on the right"])
+    states = first_module(dict(features))["token_embeddings"]
+    assert (states[0, 0] - states[1, 0]).abs().max() > 1e-4, "the first token does not see the last one"
+
+
+def test_bundle_saved_again_loads_again(bundle: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(bundle), trust_remote_code=True, device="cpu")
+    model.save_pretrained(str(tmp_path / "again"), create_model_card=False)
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    np.testing.assert_array_equal(model.encode(["a red disc"]), again.encode(["a red disc"]))
+
+
+def test_the_adaptor_survives_the_way_to_another_process(bundle: Path) -> None:
+    import pickle
+
+    from sentence_transformers import SentenceTransformer
+
+    adaptor = SentenceTransformer(str(bundle), trust_remote_code=True, device="cpu")[0].sub_modules["text"][-2]
+    again = pickle.loads(pickle.dumps(adaptor))
+    assert all((a == b).all() for a, b in zip(adaptor.parameters(), again.parameters(), strict=True))
+
+
+def test_bundle_needs_trust_in_sentence_transformers(bundle: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SentenceTransformer(str(bundle), device="cpu")
+
+
+def test_the_snippets_of_the_card_run(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe_pictures()[0].save(bundle / "cat.jpg")
+    card = (bundle / "README.md").read_text()
+    assert "| coco/short/i2t_r@1 | 62.5 |" in card
+    assert "`a/tower (clip_vision_model)`" in card
+    printed = [run_in(bundle, code, monkeypatch, capsys) for code in snippets(card)]
+    plain, ours = (np.array(re.findall(r"-?\d\.\d+", text), float) for text in printed)
+    assert len(plain) == 2
+    np.testing.assert_allclose(plain, ours, atol=2e-4)
+
+
+def test_a_finished_export_is_not_written_again(
+    bundle: Path, finished_student: Path, finished_teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (bundle / "README.md").stat().st_mtime_ns
+    options = {
+        "model": str(finished_student),
+        "teacher": str(finished_teacher),
+        "report": bundle.parent / "report.json",
+    }
+    with caplog.at_level("INFO", logger="llm2clip"):
+        export(ExportConfig(to="sentence-transformers", out=bundle, **options))
+    assert "already complete" in caplog.text
+    assert (bundle / "README.md").stat().st_mtime_ns == before
+
+
+def test_transformers_folder(
+    finished_student: Path,
+    finished_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = export(ExportConfig(model=str(finished_student), to="transformers", out=tmp_path / "model"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert all(cosine > 0.9999 for cosine in manifest["checked"].values())
+    # it still knows its teacher
+    source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    model = LLM2CLIP.from_pretrained(out, finished_teacher, device="cpu")
+    np.testing.assert_allclose(model.encode_text(["a red disc"]), source.encode_text(["a red disc"]), atol=1e-6)
+    assert manifest["teacher_fingerprint"] == source.origin["teacher_fingerprint"]
+    probe_pictures()[0].save(out / "cat.jpg")
+    (code,) = snippets((out / "README.md").read_text())
+    assert "tensor(" in run_in(out, code, monkeypatch, capsys)
+
+
+def test_tower_folder_is_of_its_own_family(
+    finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import CLIPVisionModel
+
+    out = export(ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower"))
+    source = LLM2CLIP.from_pretrained(finished_student)
+    tower, report = CLIPVisionModel.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, value in source.student.tower.state_dict().items():
+        assert (tower.state_dict()[name] == value).all()
+    assert json.loads((out / "manifest.json").read_text())["checked"]["image"] > 0.9999
+    probe_pictures()[0].save(out / "cat.jpg")
+    (code,) = snippets((out / "README.md").read_text())
+    assert "torch.Size([1, 17, 32])" in run_in(out, code, monkeypatch, capsys)
+
+
+def test_a_folder_with_other_vectors_is_not_called_done(
+    finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm2clip.export import run
+
+    def damage(model: LLM2CLIP, folder: Path) -> None:
+        model.student.tower.embeddings.class_embedding.data.mul_(-20)
+        run.save_tower(model, folder)
+
+    monkeypatch.setitem(run.WRITE, "tower", damage)
+    config = ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower")
+    with pytest.raises(LLM2CLIPError, match="gives other image vectors than the model it was made from"):
+        export(config)
+    assert not (tmp_path / "tower" / "manifest.json").exists()
+    monkeypatch.undo()
+    assert (export(config) / "manifest.json").exists()  # the same command goes on
+
+
+def test_wrong_use_is_told_in_a_line(finished_student: Path, finished_teacher: Path, tmp_path: Path) -> None:
+    student, teacher, out = str(finished_student), str(finished_teacher), tmp_path / "out"
+    with pytest.raises(UsageError, match="add --teacher DIR"):
+        ExportConfig(model=student, to="sentence-transformers", out=out)
+    with pytest.raises(UsageError, match="did you mean 'tower'"):
+        ExportConfig(model=student, to="towre", out=out)
+    with pytest.raises(UsageError, match="is no student"):
+        export(ExportConfig(model=teacher, to="tower", out=out))
+    with pytest.raises(UsageError, match="is no file; give the report"):
+        export(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
+    (tmp_path / "report.json").write_text("no report")
+    with pytest.raises(UsageError, match="holds no metrics; give the report"):
+        export(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
+
+
+def test_a_folder_that_needs_llm2clip_does_not_pass(tmp_path: Path) -> None:
+    from llm2clip.export.check import encode_fresh
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llm2clip"}))
+    with pytest.raises(LLM2CLIPError, match="does not load in a fresh process: "):
+        encode_fresh("transformers", tmp_path, device="cpu", teacher_dim=32)
+
+
+def test_probe_pictures_are_the_same_every_time() -> None:
+    first, again = probe_pictures(), probe_pictures()
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+    assert all(isinstance(picture, Image.Image) for picture in first)

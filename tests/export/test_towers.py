@@ -1,0 +1,86 @@
+"""Every tower family: the tower alone and the image leg give the student's own vectors after saving and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as t
+
+from llm2clip import LLM2CLIP
+from llm2clip.export.bundle import save_bundle
+from llm2clip.export.check import PROBE_TEXTS, least_cosine, probe_pictures
+from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
+from llm2clip.student.model import Student
+from llm2clip.student.transform import ImageTransform
+
+SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
+PIXELS: dict[str, Any] = {"size": {"height": 32, "width": 32}}
+
+
+def build(family: str) -> tuple[Any, Any]:
+    """A random tower and its image processor."""
+    match family:
+        case "siglip":
+            return t.SiglipVisionModel(t.SiglipVisionConfig(**SHAPE, image_size=32)), t.SiglipImageProcessor(**PIXELS)
+        case "dinov2":
+            processor = t.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+            return t.Dinov2Model(t.Dinov2Config(**SHAPE, image_size=32)), processor
+        case "vit":  # its pooler is left out: the class token is read
+            return t.ViTModel(t.ViTConfig(**SHAPE, image_size=32)), t.ViTImageProcessor(**PIXELS)
+        case "resnet":  # pools to a 1 x 1 map
+            config = t.ResNetConfig(hidden_sizes=[8, 32], depths=[1, 1], embedding_size=8)
+            crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+            return t.ResNetModel(config), t.CLIPImageProcessor(**crop)
+        case "timm":
+            pytest.importorskip("timm")
+            shape = {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4}
+            config = t.TimmWrapperConfig(architecture="eva02_tiny_patch14_224", model_args=shape)
+            size = {"size": {"height": 28, "width": 28}}
+            return t.TimmWrapperModel(config), t.SiglipImageProcessor(**size)
+    raise AssertionError(family)
+
+
+def awaken(tower: Any) -> None:
+    """Make a random tower answer to pictures: most start out giving nearly one vector for all."""
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+
+
+@pytest.fixture(params=["siglip", "dinov2", "vit", "resnet", "timm"])
+def model(request: pytest.FixtureRequest, finished_teacher: Path, tmp_path: Path) -> LLM2CLIP:
+    from llm2clip.teacher.model import load_teacher
+
+    torch.manual_seed(1)
+    tower, processor = build(request.param)
+    awaken(tower)
+    tower.save_pretrained(tmp_path / "tower")
+    processor.save_pretrained(tmp_path / "tower")
+    student = Student.from_tower(str(tmp_path / "tower"), teacher_dim=32, projection_dim=24)
+    transform = ImageTransform.from_processor(processor)
+    return LLM2CLIP(student, transform, load_teacher(finished_teacher, device="cpu"))
+
+
+def test_tower_and_bundle_are_the_model(model: LLM2CLIP, tmp_path: Path) -> None:
+    expected = model.encode_image(probe_pictures())
+    assert least_cosine(expected[:1].repeat(3, 0), expected[1:]) < 0.999, "all pictures look alike: nothing is shown"
+    (tmp_path / "alone").mkdir()
+    save_tower(model, tmp_path / "alone")
+    pooling = model.student.config.pooling
+    again = reloaded_tower_vectors(tmp_path / "alone", pooling=pooling, device=torch.device("cpu"))
+    assert least_cosine(tower_vectors(model), again) > 0.9999
+    texts = model.encode_text(PROBE_TEXTS)
+    (tmp_path / "bundle").mkdir()
+    save_bundle(model, tmp_path / "bundle")
+    from sentence_transformers import SentenceTransformer
+
+    bundle = SentenceTransformer(str(tmp_path / "bundle"), trust_remote_code=True, device="cpu")
+    assert least_cosine(expected, np.asarray(bundle.encode(probe_pictures()))) > 0.9999
+    assert least_cosine(texts, np.asarray(bundle.encode(list(PROBE_TEXTS)))) > 0.9999
+    opened = LLM2CLIP.from_pretrained(tmp_path / "bundle", device="cpu")
+    assert least_cosine(expected, opened.encode_image(probe_pictures())) > 0.9999

@@ -1,0 +1,40 @@
+"""The adaptor by hand, its size, and the norm of its input."""
+
+import pytest
+import torch
+
+from llm2clip.student.adaptor import Adaptor, AdaptorBlock, num_adaptor_parameters
+
+
+def test_released_sizes() -> None:
+    assert num_adaptor_parameters(4096, 1280) == 273_769_728  # "273.8M" of the released 8B students
+    block_matrices = 4 * 2 * 2048 * 4096
+    assert block_matrices == 67_108_864  # the paper's "67.1M" for a 1B teacher: the blocks' matrices alone
+    assert num_adaptor_parameters(2048, 1280) > block_matrices
+
+
+def test_block_by_hand() -> None:
+    block = AdaptorBlock(2)
+    with torch.no_grad():
+        block.expand.weight.zero_()
+        block.expand.bias.copy_(torch.tensor([1.0, -1.0, 0.0, 2.0]))
+        block.shrink.weight.copy_(torch.eye(2, 4))
+        block.shrink.bias.copy_(torch.tensor([0.5, 0.0]))
+    x = torch.tensor([[3.0, 5.0]])
+    gelu = torch.nn.functional.gelu(torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(block(x), x + gelu + torch.tensor([0.5, 0.0]))
+
+
+def test_length_of_the_teacher_vector_does_not_matter() -> None:
+    torch.manual_seed(0)
+    adaptor = Adaptor(8, 4, num_blocks=1)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(adaptor(x), adaptor(10 * x))
+    assert adaptor(x.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_every_parameter_gets_a_gradient(num_blocks: int) -> None:
+    adaptor = Adaptor(8, 4, num_blocks=num_blocks)
+    adaptor(torch.randn(3, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adaptor.parameters())

@@ -1,0 +1,184 @@
+"""Checkpoints: everything comes back, the last two are kept, a torn one is not taken for whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llm2clip.errors import ArtifactError
+from llm2clip.student.checkpoint import (
+    collect_state,
+    drop_checkpoints,
+    load_checkpoint,
+    restore_state,
+    save_checkpoint,
+)
+
+
+def trained(steps: int, *, seed: int = 0):
+    """A small model after `steps` of two optimizers, as Muon and AdamW share a student."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    optimizers = [
+        torch.optim.SGD([model[0].weight], lr=0.1, momentum=0.9),
+        torch.optim.AdamW([p for p in model.parameters() if p is not model[0].weight], lr=0.1),
+    ]
+    train(model, optimizers, range(steps))
+    return model, optimizers
+
+
+def train(model, optimizers, steps) -> None:
+    for step in steps:
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        model(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_training_goes_on_bit_for_bit(tmp_path) -> None:
+    whole, _ = trained(7)
+    model, optimizers = trained(4)
+    average = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    save_checkpoint(tmp_path, 4, collect_state(model, optimizers, average=average), {"bad": {"gone": 2}})
+    tensors, facts = load_checkpoint(tmp_path)
+    assert facts == {"step": 4, "bad": {"gone": 2}}
+    again, others = trained(0, seed=1)
+    blank = {name: torch.zeros_like(p) for name, p in again.named_parameters()}
+    restore_state(tensors, again, others, average=blank)
+    assert all(torch.equal(blank[name], average[name]) for name in blank)
+    train(again, others, range(4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_parameters_that_have_not_learned_yet(tmp_path) -> None:
+    """A tower that is still frozen has no optimizer state: none is invented on the way back."""
+    model, optimizers = trained(0)
+    save_checkpoint(tmp_path, 0, collect_state(model, optimizers), {})
+    restore_state(load_checkpoint(tmp_path)[0], model, optimizers)
+    assert not optimizers[0].state and not optimizers[1].state
+
+
+def test_the_last_two_are_kept(tmp_path) -> None:
+    for step in (5, 10, 100):
+        save_checkpoint(tmp_path, step, {"model/x": torch.tensor([step])}, {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000100"]
+    drop_checkpoints(tmp_path)
+    assert load_checkpoint(tmp_path) is None and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_half_written_is_no_checkpoint(tmp_path) -> None:
+    save_checkpoint(tmp_path, 1, {"model/x": torch.zeros(1)}, {})
+    torn = tmp_path / "checkpoints" / ".writing"
+    torn.mkdir()
+    (torn / "state.safetensors").write_bytes(b"half")
+    assert load_checkpoint(tmp_path)[1]["step"] == 1
+    save_checkpoint(tmp_path, 2, {"model/x": torch.zeros(1)}, {})
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_damage_is_named(tmp_path) -> None:
+    save_checkpoint(tmp_path, 3, {"model/x": torch.zeros(1)}, {})
+    (tmp_path / "checkpoints" / "step-00000003" / "state.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ArtifactError, match="step-00000003 is damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
+    model, optimizers = trained(1)
+    state = collect_state(model, optimizers)
+    wider = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    with pytest.raises(ArtifactError, match=r"2\.weight has shape \(2, 4\), not \(3, 4\)"):
+        restore_state(state, wider, [])
+
+
+def test_it_is_no_pickle(tmp_path) -> None:
+    save_checkpoint(tmp_path, 1, {"model/x": torch.zeros(1)}, {})
+    files = {p.name for p in (tmp_path / "checkpoints" / "step-00000001").iterdir()}
+    assert files == {"state.safetensors", "state.json"}
+    assert json.loads((tmp_path / "checkpoints" / "step-00000001" / "state.json").read_text())["step"] == 1
+
+
+def student_and_optimizer():
+    """A tiny student with one optimizer, the same in every process."""
+    from transformers import CLIPVisionConfig
+
+    from llm2clip.student.model import Student, StudentModelConfig
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**shape, image_size=16, patch_size=8)
+    config = StudentModelConfig(vision_config=vision, tower_dim=16, teacher_dim=8, projection_dim=6, image_size=16)
+    student = Student(config)
+    return student, [torch.optim.AdamW(student.parameters(), lr=0.01, fused=True)]
+
+
+def step(model, student, optimizers, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    image, text, scale = model(torch.rand(4, 3, 16, 16, generator=generator), torch.randn(4, 8, generator=generator))
+    torch.nn.functional.cross_entropy(scale * image @ text.T, torch.arange(4)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    student.clamp_logit_scale()
+
+
+def sharded_process(folder: str) -> None:
+    """One of two processes with a student in FSDP2 shards: two steps, a checkpoint, and back into fresh shards."""
+    from pathlib import Path
+
+    from torch.distributed.fsdp import fully_shard
+
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+
+    def shard():
+        student, _ = student_and_optimizer()
+        for block in [*student.tower.encoder.layers, *student.adaptor.blocks]:
+            fully_shard(block)
+        fully_shard(student)
+        return student, [torch.optim.AdamW(student.parameters(), lr=0.01)]
+
+    student, optimizers = shard()
+    for seed in range(2):
+        step(student, student, optimizers, seed)
+    tensors = collect_state(student, optimizers)  # the same pictures on both: the mean gradient is that of one
+    if rank == 0:
+        save_checkpoint(Path(folder), 2, tensors, {})
+    torch.distributed.barrier()
+    again, others = shard()
+    restore_state(load_checkpoint(Path(folder))[0], again, others)
+    step(again, again, others, 2)
+    tensors = collect_state(again, others)
+    if rank == 0:
+        save_checkpoint(Path(folder), 3, tensors, {})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_shards_of_fsdp2_go_on_in_one_process_and_back(tmp_path) -> None:
+    environments = [{**os.environ, "OMP_NUM_THREADS": "1", "RANK": rank} for rank in "01"]
+    processes = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=each) for each in environments]
+    assert [process.wait() for process in processes] == [0, 0]
+    student, optimizers = student_and_optimizer()
+    for seed in range(3):
+        step(student, student, optimizers, seed)
+    three, _ = load_checkpoint(tmp_path)
+    for name, value in collect_state(student, optimizers).items():
+        if "k_proj.bias" not in name:
+            torch.testing.assert_close(three[name], value, atol=1e-5, rtol=1e-4)
+    (tmp_path / "checkpoints" / "step-00000003").rename(tmp_path / "three")
+    two, _ = load_checkpoint(tmp_path)
+    again, others = student_and_optimizer()
+    restore_state(two, again, others)
+    step(again, again, others, 2)
+    for name, value in collect_state(again, others).items():
+        if "k_proj.bias" not in name:
+            torch.testing.assert_close(three[name], value, atol=1e-5, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    sharded_process(sys.argv[1])

@@ -1,0 +1,42 @@
+"""Settings that cannot be: each is one line that says what to type."""
+
+import pytest
+
+from llm2clip.errors import UsageError
+from llm2clip.student.config import SPEED_FIELDS, StudentConfig
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"bank": ()}, "--bank DIR"),
+        ({"loss": "softmx"}, "did you mean 'softmax'"),
+        ({"precision": "fp8"}, "choose from fp32, bf16, fp16"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"steps": 3, "epochs": 1.0}, "exclude each other"),
+        ({"batch_size": 1}, "--batch-size is 1"),
+        ({"micro_batch_size": 0}, "--micro-batch-size is 0"),
+        ({"learning_rate": -1.0}, "--learning-rate is -1.0"),
+        ({"mix": {"short": 0.0}}, "weight 0"),
+        ({"mix": {"short": -1.0}}, "weights from 0 up"),
+        ({"bank_weights": (1.0, 2.0)}, "2 weights for 1 banks"),
+        ({"patch_dropout": 1.0}, "--patch-dropout is 1.0"),
+        ({"min_crop": 0.0}, "--min-crop is 0.0"),
+        ({"lora_rank": 4, "unlocked_blocks": 1}, "leave out --unlocked-blocks"),
+        ({"captions_per_picture": 0}, "--captions-per-picture is 0"),
+        ({"patience": 2}, "add --val-bank"),
+        ({"label_smoothing": 0.1, "loss": "sigmoid"}, "softmax"),
+        ({"ignore_above": 2.0}, "--ignore-above is 2.0"),
+        ({"max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0"),
+    ],
+)
+def test_wrong_settings(wrong, says) -> None:
+    with pytest.raises(UsageError, match=says) as error:
+        StudentConfig(**{"bank": ("bank",), "tower": "tower", "out": "out", **wrong})
+    assert "\n" not in str(error.value)
+
+
+def test_what_only_changes_speed_is_not_a_setting() -> None:
+    settings = StudentConfig(bank=("bank",), tower="tower", out="out", mix={"short": 1.0}).settings()
+    assert not set(SPEED_FIELDS) & set(settings)
+    assert settings["mix"] == {"short": 1.0} and settings["bank"] == ["bank"]

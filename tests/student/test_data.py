@@ -1,0 +1,197 @@
+"""Batches are a pure function of seed and number, hold what they say, and survive bad samples."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm2clip.bank.reader import Bank
+from llm2clip.captions.pictures import load_picture
+from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.errors import SourceError, UsageError
+from llm2clip.student.data import BankDataset, Batch
+from llm2clip.student.transform import ImageTransform
+
+from .banks import colour, picture_samples, vector_of, write_test_bank
+
+TRANSFORM = ImageTransform(image_size=(16, 16), resize=16)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    folder = tmp_path_factory.mktemp("data")
+    return write_test_bank(folder / "bank", picture_samples(folder / "pictures", 48))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    folder = tmp_path_factory.mktemp("other")
+    return write_test_bank(folder / "bank", picture_samples(folder / "pictures", 12, name="q"))
+
+
+def load(dataset: BankDataset, number: int, first: int = 0, last: int | None = None) -> Batch:
+    batch = dataset[number, first, dataset.batch_size if last is None else last]
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def equal(one: Batch, another: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.tensors(), another.tensors(), strict=True))
+
+
+def test_a_batch_holds_pictures_and_vectors_of_their_captions(bank: Bank) -> None:
+    batch = load(BankDataset([bank], transform=TRANSFORM, batch_size=8), 0)
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (8, 3, 16, 16)
+    assert batch.text_embeds.dtype == torch.float16 and len(batch) == 8 and batch.bad == []
+    for pixels, vector, row, sample in zip(batch.pixels, *batch.tensors()[1:], strict=True):
+        assert row in bank.rows(int(sample)).tolist()
+        assert tuple(pixels[:, 3, 3].tolist()) == colour(int(sample))
+        np.testing.assert_array_equal(vector.numpy(), vector_of(bank.text(int(row))))
+
+
+def test_parts_make_up_the_batch_and_numbers_need_no_replay(bank: Bank) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=8, seed=5)
+    whole = load(dataset, 7)
+    parts = [load(dataset, 7, first, last) for first, last in ((0, 3), (3, 4), (4, 8))]
+    for name in ("pixels", "text_embeds", "rows", "samples"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert equal(load(pickle.loads(pickle.dumps(dataset)), 7), whole)
+    assert not equal(load(BankDataset([bank], transform=TRANSFORM, batch_size=8, seed=6), 7), whole)
+
+
+def test_no_memory_map_travels_to_a_worker(bank: Bank) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=8)
+    load(dataset, 0)
+    assert len(pickle.dumps(dataset)) < 5000
+
+
+def test_crops_and_captions_change_from_epoch_to_epoch(tmp_path: Path) -> None:
+    pictures = picture_samples(tmp_path / "pictures", 3)
+    gradient = np.linspace(0, 255, 80 * 60 * 3).reshape(80, 60, 3).astype(np.uint8)
+    from PIL import Image
+
+    Image.fromarray(gradient).save(pictures[0].picture.path)
+    one = write_test_bank(tmp_path / "bank", [Sample("x", pictures[0].picture, {"a": ("1", "2", "3")})])
+    dataset = BankDataset([one], transform=TRANSFORM, batch_size=1)
+    batches = [load(dataset, epoch) for epoch in range(30)]
+    assert {int(batch.rows) for batch in batches} == {0, 1, 2}
+    assert len({batch.packed.numpy().tobytes() for batch in batches}) > 10
+
+
+def test_without_random_crops_pixels_are_the_towers_own(bank: Bank) -> None:
+    batch = load(BankDataset([bank], transform=TRANSFORM, batch_size=8, min_crop=1.0), 3)
+    for pixels, sample in zip(batch.pixels, batch.samples.tolist(), strict=True):
+        assert torch.equal(pixels, TRANSFORM(load_picture(bank.picture(sample))))
+
+
+def test_kinds_are_drawn_by_weight_among_those_a_sample_has(bank: Bank) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=48, mix={"short": 3, "long": 1})
+    drawn: Counter[str] = Counter()
+    for number in range(20):
+        batch = load(dataset, number)
+        for row, sample in zip(batch.rows.tolist(), batch.samples.tolist(), strict=True):
+            captions = bank.sample(sample).captions
+            if "long" in captions:
+                drawn[next(kind for kind, texts in captions.items() if bank.text(row) in texts)] += 1
+            elif "long" not in captions:
+                assert bank.text(row) in captions["short"]
+    assert set(drawn) == {"short", "long"}
+    assert drawn["long"] / drawn.total() == pytest.approx(0.25, abs=0.07)  # 4 standard errors of 640 draws
+
+
+def test_several_captions_a_picture_are_different_ones(bank: Bank) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=48, captions_per_picture=2)
+    batch = load(dataset, 3)
+    assert batch.text_embeds.shape == (96, 8) and batch.rows.shape == (96,) and len(batch) == 48
+    for sample, pair, vectors in zip(
+        batch.samples.tolist(), batch.rows.view(48, 2).tolist(), batch.text_embeds.view(48, 2, -1).numpy(), strict=True
+    ):
+        there = bank.rows(sample).tolist()
+        assert set(pair) <= set(there) and len(set(pair)) == min(2, len(there))
+        np.testing.assert_array_equal(vectors, [vector_of(bank.text(row)) for row in pair])
+    assert torch.equal(load(BankDataset([bank], transform=TRANSFORM, batch_size=48), 3).pixels, batch.pixels)
+
+
+def test_a_sample_without_a_wanted_kind_is_replaced_and_counted(bank: Bank) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=24, mix={"zh": 1})
+    batch = load(dataset, 0)
+    assert all("中文" in bank.text(row) for row in batch.rows.tolist())
+    assert {cause for _, cause, _ in batch.bad} == {"no wanted caption"} and batch.bad[0][2].endswith("zh")
+
+
+def damaged(bank_folder: Path, pictures: Path, missing: set[int]) -> Bank:
+    samples = picture_samples(pictures, 30)
+    for i in missing:
+        Path(samples[i].picture.path).write_bytes(b"" if i % 2 else b"no picture")
+    return write_test_bank(bank_folder, samples)
+
+
+def test_bad_pictures_are_replaced_the_same_way_each_time(tmp_path: Path) -> None:
+    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {3, 8, 20})
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=30)
+    batch = load(dataset, 0)
+    assert len(batch) == 30 and {3, 8, 20}.isdisjoint(batch.samples.tolist())
+    assert {sample_id for sample_id, _, _ in batch.bad} >= {"p3", "p8", "p20"}
+    assert {cause for _, cause, _ in batch.bad} == {"empty picture", "not a picture"}
+    assert all(
+        tuple(p[:, 3, 3].tolist()) == colour(s) for p, s in zip(batch.pixels, batch.samples.tolist(), strict=True)
+    )
+    again = load(dataset, 0)
+    assert equal(batch, again) and batch.bad == again.bad
+
+
+def test_a_replacement_is_no_picture_of_the_same_part(tmp_path: Path) -> None:
+    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {3, 8, 20})
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=10)
+    for number in range(30):
+        batch = load(dataset, number)
+        assert len(set(batch.samples.tolist())) >= 9  # two bad ones may meet in one good sample
+
+
+def test_nothing_but_bad_pictures_is_one_clear_line(bank: Bank, tmp_path: Path) -> None:
+    samples = [replace(bank.sample(i), picture=PictureRef(str(tmp_path / f"{i}.jpg"))) for i in range(20)]
+    moved = write_test_bank(tmp_path / "bank", samples)
+    error = BankDataset([moved], transform=TRANSFORM, batch_size=4)[0, 0, 4]
+    assert isinstance(error, SourceError) and "missing file" in str(error) and "\n" not in str(error)
+
+
+def test_several_banks_count_rows_and_samples_on(bank: Bank, other: Bank) -> None:
+    dataset = BankDataset([bank, other], transform=TRANSFORM, batch_size=60)
+    batch = load(dataset, 0)
+    assert sorted(batch.samples.tolist()) == list(range(60)) and dataset.num_samples == 60
+    for vector, row, sample in zip(batch.text_embeds, batch.rows.tolist(), batch.samples.tolist(), strict=True):
+        of, shift, rows = (bank, 0, 0) if sample < 48 else (other, 48, bank.num_rows)
+        assert row - rows in of.rows(sample - shift).tolist()
+        np.testing.assert_array_equal(vector.numpy(), vector_of(of.text(row - rows)))
+
+
+def test_a_bank_of_weight_0_is_left_out(bank: Bank, other: Bank) -> None:
+    dataset = BankDataset([bank, other], transform=TRANSFORM, batch_size=12, bank_weights=(0, 1))
+    assert dataset.num_samples == 12 and sorted(load(dataset, 0).samples.tolist()) == list(range(12))
+
+
+def test_what_does_not_go_together_is_refused(bank: Bank, other: Bank, tmp_path: Path) -> None:
+    foreign = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 4), teacher="u" * 16)
+    with pytest.raises(UsageError, match=r"uuuu.*tttt.*build both with one teacher"):
+        BankDataset([bank, foreign], transform=TRANSFORM, batch_size=4)
+    with pytest.raises(UsageError, match="--batch-size 49 is above the 48 pictures"):
+        BankDataset([bank], transform=TRANSFORM, batch_size=49)
+    with pytest.raises(UsageError, match="does not divide among 3 processes; take 6"):
+        BankDataset([bank], transform=TRANSFORM, batch_size=8, num_processes=3)
+    with pytest.raises(UsageError, match="did you mean 'short'"):
+        BankDataset([bank, other], transform=TRANSFORM, batch_size=8, mix={"shrot": 1})
+    with pytest.raises(UsageError, match="no bank"):
+        BankDataset([], transform=TRANSFORM, batch_size=8)
+
+
+def test_a_bank_with_none_of_the_kinds_is_refused(bank: Bank, tmp_path: Path) -> None:
+    samples = [Sample("x", bank.picture(0), {"alt": ("a",)})]
+    alone = write_test_bank(tmp_path / "bank", samples)
+    with pytest.raises(UsageError, match="has captions of alt, but --mix wants short"):
+        BankDataset([bank, alone], transform=TRANSFORM, batch_size=8, mix={"short": 1})

@@ -1,0 +1,62 @@
+"""The log: a line a step, resumed without repeats, and a stop at a loss that is no number."""
+
+import json
+
+import pytest
+import torch
+
+from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.student.journal import FLUSH_EVERY, Journal, find_tracker
+
+
+class OneProcess:
+    """What the journal needs of an accelerator."""
+
+    is_main_process = True
+    trackers = ()
+
+    def __init__(self) -> None:
+        self.logged = []
+
+    def log(self, values, step) -> None:
+        self.logged.append((step, values))
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_step_and_no_repeats_after_a_kill(tmp_path) -> None:
+    accelerator = OneProcess()
+    journal = Journal(accelerator, tmp_path, total=20, step=0, pictures=8)
+    for step in range(1, FLUSH_EVERY + 3):
+        journal.add(step, {"loss": torch.tensor(1 / step), "scale": 14.0})
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, FLUSH_EVERY + 1)), "the rest waits"
+    journal.flush()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # torn by a kill
+    journal = Journal(accelerator, tmp_path, total=20, step=4, pictures=8)
+    journal.add(5, {"loss": torch.tensor(0.5), "scale": 14.0})
+    journal.note(5, {"val": 0.25})
+    journal.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 5]
+    assert lines(tmp_path)[1]["loss"] == 0.5 and lines(tmp_path)[-1] == {"step": 5, "val": 0.25}
+    assert accelerator.logged[0][0] == 1 and accelerator.logged[0][1]["loss"] == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, bad) -> None:
+    journal = Journal(OneProcess(), tmp_path, total=20, step=0, pictures=8)
+    journal.add(1, {"loss": torch.tensor(2.0)})
+    journal.add(2, {"loss": torch.tensor(bad)})
+    with pytest.raises(LLM2CLIPError, match=r"loss is (nan|inf) at step 2"):
+        journal.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1], "what was good is written"
+
+
+def test_trackers(monkeypatch) -> None:
+    assert find_tracker("none") == []
+    with pytest.raises(UsageError, match="pip install trackio"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        find_tracker("trackio")
+    assert find_tracker("auto") == []

@@ -1,0 +1,254 @@
+"""Remote shards are drawn a window at a time, fetched once, kept within bounds, and read like local pictures."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip.bank.reader import Bank
+from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.errors import SourceError, UsageError
+from llm2clip.student import shards as shards_module
+from llm2clip.student.data import BankDataset, Batch
+from llm2clip.student.loader import BankLoader
+from llm2clip.student.mix import open_order
+from llm2clip.student.order import ShuffledOrder
+from llm2clip.student.shards import ShardCache, ShardOrder, shard_starts
+
+from .banks import colour, picture_samples, write_test_bank
+from .test_data import TRANSFORM, equal
+
+STARTS = np.array([0, 4, 9, 12, 20, 23, 30, 31, 40])
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_an_epoch_reads_each_lanes_own_shards_once(lanes: int) -> None:
+    order = ShardOrder(STARTS, seed=1, window=2)
+    size = order.lane_size(lanes)
+    for epoch in range(3):
+        seen = []
+        for lane in range(lanes):
+            samples = order.samples(np.arange(epoch * size, (epoch + 1) * size), lane=lane, lanes=lanes)
+            assert len(set(samples.tolist())) == size
+            shards = set((np.searchsorted(STARTS, samples, side="right") - 1).tolist())
+            assert shards <= set(order.lane_shards(lane, lanes).tolist())
+            seen += samples.tolist()
+        assert len(set(seen)) == len(seen)
+    if lanes == 1:
+        assert sorted(seen) == list(range(40))
+
+
+def test_draws_stay_in_their_window_which_is_known_ahead() -> None:
+    order = ShardOrder(STARTS, seed=1, window=2)
+    samples = order.samples(np.arange(80), lane=0, lanes=1)
+    shards = np.searchsorted(STARTS, samples, side="right") - 1
+    for draw in range(80):
+        coming = {
+            int(np.searchsorted(STARTS, sample, side="right")) - 1 for sample in order.upcoming(draw, lane=0, lanes=1)
+        }
+        assert shards[draw] in coming and len(coming) <= 4
+    changes = int((np.diff(shards) != 0).sum())
+    assert changes > 20  # samples of a window are mixed, not read shard after shard
+    assert not np.array_equal(samples[:40], samples[40:])
+
+
+def test_a_draw_needs_no_replay() -> None:
+    order = ShardOrder(STARTS, seed=1, window=3)
+    whole = order.samples(np.arange(100), lane=1, lanes=2)
+    assert np.array_equal(
+        ShardOrder(STARTS, seed=1, window=3).samples(np.arange(57, 71), lane=1, lanes=2), whole[57:71]
+    )
+
+
+def test_a_substitute_is_of_the_same_shard() -> None:
+    order = ShardOrder(STARTS, seed=0)
+    assert {order.substitute(13, draw) for draw in (0.0, 0.3, 0.6, 0.999)} == {12, 14, 16, 19}
+
+
+def test_more_processes_than_shards_are_refused() -> None:
+    with pytest.raises(UsageError, match="8 remote shards cannot be shared by 9 processes"):
+        ShardOrder(STARTS, seed=0).lane_size(9)
+
+
+def remote_samples(folder: Path, counts: list[int]) -> list[Sample]:
+    """Tars of PNG files, named by URLs."""
+    samples = []
+    for number, count in enumerate(counts):
+        path = folder / f"{number:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for _ in range(count):
+                buffer = io.BytesIO()
+                Image.new("RGB", (20, 20), colour(len(samples))).save(buffer, "PNG")
+                entry = tarfile.TarInfo(f"{len(samples):05d}.png")
+                entry.size = len(buffer.getvalue())
+                offset = tar.fileobj.tell() + 512  # type: ignore[union-attr]
+                tar.addfile(entry, io.BytesIO(buffer.getvalue()))
+                ref = PictureRef(path.as_uri(), offset, entry.size)
+                samples.append(Sample(entry.name, ref, {"short": (f"caption {len(samples)}",)}))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    folder = tmp_path_factory.mktemp("remote")
+    return write_test_bank(folder / "bank", remote_samples(folder, [6, 5, 7, 6]))
+
+
+def dataset_of(bank: Bank, cache: Path, **options: object) -> BankDataset:
+    settings = {"transform": TRANSFORM, "batch_size": 4, "cache": ShardCache(cache), **options}
+    return BankDataset([bank], **settings)  # type: ignore[arg-type]
+
+
+def test_batches_from_shards_behind_urls(bank: Bank, tmp_path: Path) -> None:
+    batches = list(BankLoader(dataset_of(bank, tmp_path)).batches(0, 6))
+    assert sorted(sample for batch in batches for sample in batch.samples.tolist()) == list(range(24))
+    for batch in batches:
+        assert not batch.bad
+        for pixels, sample in zip(batch.pixels, batch.samples.tolist(), strict=True):
+            assert tuple(pixels[:, 5, 5].tolist()) == colour(sample)
+    assert len(list(tmp_path.glob("*.tar"))) == 4
+
+
+def test_workers_and_a_fresh_start_give_the_same_from_shards(bank: Bank, tmp_path: Path) -> None:
+    alone = list(BankLoader(dataset_of(bank, tmp_path / "a")).batches(0, 8))
+    later = list(BankLoader(dataset_of(bank, tmp_path / "b"), workers=2).batches(3, 8))
+    assert all(equal(one, another) for one, another in zip(alone[3:], later, strict=True))
+
+
+def test_each_process_fetches_its_own_shards_only(bank: Bank, tmp_path: Path) -> None:
+    seen: list[set[int]] = []
+    for process in range(2):
+        dataset = dataset_of(bank, tmp_path / str(process), num_processes=2)
+        batches = list(BankLoader(dataset, process=process).batches(0, 2 * dataset.batches_per_epoch))
+        seen.append({sample for batch in batches for sample in batch.samples.tolist()})
+        assert len(list((tmp_path / str(process)).glob("*.tar"))) == 2
+    assert seen[0].isdisjoint(seen[1])
+
+
+def test_shards_beside_a_local_bank(bank: Bank, tmp_path: Path) -> None:
+    local = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 12))
+    dataset = BankDataset([bank, local], transform=TRANSFORM, batch_size=6, cache=ShardCache(tmp_path / "cache"))
+    drawn = [sample for batch in BankLoader(dataset).batches(0, 6) for sample in batch.samples.tolist()]
+    assert sorted(drawn) == list(range(36))
+
+
+def test_local_pictures_and_single_urls_are_shuffled_freely(bank: Bank, tmp_path: Path) -> None:
+    assert isinstance(open_order(bank, seed=0, name=""), ShardOrder)
+    singles = [Sample(str(i), PictureRef(f"memory://{i}.png"), {"short": (str(i),)}) for i in range(5)]
+    single = write_test_bank(tmp_path / "single", singles)
+    assert shard_starts(single) is None and isinstance(open_order(single, seed=0, name=""), ShuffledOrder)
+    ref = single.picture(0)
+    assert ShardCache(tmp_path).local(ref) is ref
+
+
+def put(name: str, size: int) -> str:
+    with fsspec.open(f"memory://{name}", "wb") as file:
+        file.write(bytes(size))
+    return f"memory://{name}"
+
+
+def test_a_shard_is_fetched_once(tmp_path: Path) -> None:
+    cache, url = ShardCache(tmp_path / "cache"), put("once.tar", 100)
+    path = cache.fetch(url)
+    assert path.read_bytes() == bytes(100) and path.suffix == ".tar"
+    fsspec.filesystem("memory").rm("once.tar")
+    assert cache.fetch(url) == path
+    assert ShardCache(tmp_path / "cache").local(PictureRef(url, 5, 10)) == PictureRef(str(path), 5, 10)
+
+
+def test_the_longest_unused_shards_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path, max_bytes=250)
+    paths = [cache.fetch(put(f"room{i}.tar", 100)) for i in range(2)]
+    for path, age in zip(paths, (1000, 2000), strict=True):
+        os.utime(path, (time.time() - age,) * 2)
+    cache.fetch(put("room2.tar", 100))
+    assert paths[0].exists() and not paths[1].exists()
+    cache.fetch(put("room3.tar", 100))  # the two others were used just now, or make room
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= 300
+    assert cache.fetch(put("room1.tar", 100)) == paths[1] and paths[1].exists()
+
+
+def test_shards_are_fetched_ahead(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path)
+    urls = [put(f"ahead{i}.tar", 10) for i in range(3)]
+    cache.fetch_ahead([*urls, "memory://not-there.tar"])
+    deadline = time.monotonic() + 20
+    while not all(cache.path(url).exists() for url in urls):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_shard_that_cannot_be_fetched_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"the shard memory://gone\.tar cannot be fetched") as caught:
+        ShardCache(tmp_path).fetch("memory://gone.tar")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flaky_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, failures = put("flaky.tar", 10), [OSError("reset"), OSError("reset")]
+    real = shards_module.filesystem_of
+
+    def flaky(name: str) -> object:
+        if failures:
+            raise failures.pop()
+        return real(name)
+
+    monkeypatch.setattr(shards_module, "filesystem_of", flaky)
+    monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: None)
+    assert ShardCache(tmp_path).fetch(url).read_bytes() == bytes(10)
+    failures += [OSError("reset")] * shards_module.TRIES
+    with pytest.raises(SourceError, match="reset"):
+        ShardCache(tmp_path / "other").fetch(url)
+
+
+def test_a_shard_that_disappears_stops_the_run_in_one_line(tmp_path: Path) -> None:
+    samples = remote_samples(tmp_path, [5, 5])
+    bank = write_test_bank(tmp_path / "bank", samples)
+    (tmp_path / "00001.tar").unlink()
+    with pytest.raises(SourceError, match=r"00001\.tar cannot be fetched"):
+        list(BankLoader(dataset_of(bank, tmp_path / "cache"), workers=1).batches(0, 2))
+
+
+def test_a_damaged_picture_in_a_shard_is_replaced_from_that_shard(tmp_path: Path) -> None:
+    samples = remote_samples(tmp_path, [5, 5])
+    with (tmp_path / "00000.tar").open("r+b") as file:
+        file.seek(samples[2].picture.offset)
+        file.write(bytes(samples[2].picture.length))
+    dataset = dataset_of(write_test_bank(tmp_path / "bank", samples), tmp_path / "cache", batch_size=5)
+    batches = [dataset[number, 0, 5] for number in range(2)]
+    bad = [problem for batch in batches if isinstance(batch, Batch) for problem in batch.bad]
+    assert [sample_id for sample_id, _, _ in bad] == ["00002.png"]
+    drawn = torch.cat([batch.samples for batch in batches if isinstance(batch, Batch)]).tolist()
+    assert len(drawn) == 10 and 2 not in drawn and sum(sample < 5 for sample in drawn) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("LLM2CLIP_SHARD_CACHE_GIB", "2", 2 * 2**30), ("LLM2CLIP_SHARD_CACHE_GIB", "", 64 * 2**30)],
+)
+def test_the_cache_is_set_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, expected: int
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LLM2CLIP_SHARD_CACHE", str(tmp_path))
+    cache = ShardCache()
+    assert cache.max_bytes == expected and cache.folder == tmp_path
+
+
+def test_a_wrong_environment_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLM2CLIP_SHARD_CACHE_GIB", "lots")
+    with pytest.raises(UsageError, match="'lots'"):
+        ShardCache()
+    monkeypatch.delenv("LLM2CLIP_SHARD_CACHE_GIB")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        ShardCache(tmp_path / "file" / "cache").fetch("memory://a.tar")

@@ -1,0 +1,91 @@
+"""Folders that are no vision tower: one clear line each."""
+
+import json
+
+import pytest
+import torch
+
+from llm2clip.errors import UsageError
+from llm2clip.student.start import open_transform, start_student
+
+
+def complaint(tower, **options) -> str:
+    with pytest.raises(UsageError) as error:
+        start_student(str(tower), teacher_dim=8, projection_dim=4, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_llm_is_no_tower(tiny_llm) -> None:
+    assert "llama" in complaint(tiny_llm)
+
+
+def test_a_teacher_is_no_tower(tmp_path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    assert "teacher" in complaint(tmp_path)
+
+
+def test_an_empty_folder_and_a_missing_one(tmp_path) -> None:
+    assert "no config.json" in complaint(tmp_path)
+    assert "does not exist" in complaint(tmp_path / "nowhere")
+
+
+def test_a_hub_id_that_cannot_be_had() -> None:
+    assert "no-such/tower" in complaint("no-such/tower")
+
+
+def test_a_student_is_no_tower(tiny_tower, tmp_path) -> None:
+    start_student(str(tiny_tower), teacher_dim=8, projection_dim=4).save_pretrained(tmp_path)
+    assert "export --to tower" in complaint(tmp_path)
+
+
+def test_naflex_is_named(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2_vision_model"}))
+    assert "fixed resolution" in complaint(tmp_path)
+
+
+def test_a_checkpoint_without_the_towers_weights(tiny_tower, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text((tiny_tower / "config.json").read_text())
+    save_file({"something.else": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks" in complaint(tmp_path)
+
+
+def test_damaged_and_absent_weights(tiny_tower, tmp_path) -> None:
+    (tmp_path / "config.json").write_text((tiny_tower / "config.json").read_text())
+    assert "cannot be used" in complaint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    assert "cannot be used" in complaint(tmp_path)
+
+
+def test_a_size_that_does_not_fit(tiny_tower) -> None:
+    assert "use 32 or 40" in complaint(tiny_tower, image_size=37)
+
+
+def test_pickled_weights_run_no_code(tiny_tower, tmp_path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "config.json").write_text((tiny_tower / "config.json").read_text())
+    with (tmp_path / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"x": Evil()}, file)
+    complaint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pictures_are_prepared_as_the_tower_says_or_as_clip(tiny_tower, tmp_path) -> None:
+    import shutil
+
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny_tower, tower)
+    assert open_transform(str(tower)).image_size == (32, 32)
+    assert open_transform(str(tower), image_size=48).image_size == (48, 48)
+    (tower / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"preprocessor_config\.json cannot be used"):
+        open_transform(str(tower))
+    (tower / "preprocessor_config.json").unlink()
+    assert open_transform(str(tower)).image_size == (32, 32)

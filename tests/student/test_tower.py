@@ -1,0 +1,72 @@
+"""Pooling, resizing and patch dropout of towers."""
+
+import pytest
+import torch
+
+from llm2clip.student.tower import PatchDropout, add_patch_dropout, resample_positions, resize_tower, tower_blocks
+
+
+def test_positions_keep_the_class_token_and_the_mean() -> None:
+    table = torch.randn(1 + 16, 8)
+    larger = resample_positions(table, torch.Size([1 + 64, 8]))
+    torch.testing.assert_close(larger[0], table[0])
+    torch.testing.assert_close(larger[1:].mean(0), table[1:].mean(0), atol=0.1, rtol=0)
+    assert resample_positions(table, table.shape) is table
+
+
+def test_positions_of_a_plane_stay_a_plane() -> None:
+    rows = torch.arange(8.0).repeat_interleave(8)
+    smaller = resample_positions(rows[:, None], torch.Size([16, 1])).reshape(4, 4)
+    torch.testing.assert_close(smaller, torch.tensor([0.5, 2.5, 4.5, 6.5])[:, None].expand(4, 4), atol=0.2, rtol=0)
+
+
+def test_resized_tower_gives_nearly_the_same_on_a_flat_picture(tiny_tower) -> None:
+    from transformers import CLIPVisionModel
+
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    larger = resize_tower(tower, image_size=64).eval()
+    assert larger.config.image_size == 64
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    a, b = tower(flat[..., :32, :32]).pooler_output, larger(flat).pooler_output
+    assert torch.cosine_similarity(a, b) > 0.98
+    with pytest.raises(ValueError, match="use 32 or 40"):
+        resize_tower(tower, image_size=36)
+
+
+def test_blocks_are_found_in_order(towers) -> None:
+    from transformers import AutoModel
+
+    for name in ("clip-vision", "siglip-vision", "dinov2", "dinov3", "vit"):
+        blocks = tower_blocks(AutoModel.from_pretrained(towers[name]))
+        assert [block[0].rpartition(".")[2] for block in blocks] == ["0", "1"], name
+
+
+def test_patch_dropout_keeps_prefix_and_order() -> None:
+    torch.manual_seed(0)
+    tokens = torch.arange(11.0).expand(5, 11).unsqueeze(-1)
+    drop = PatchDropout(0.5, num_prefix_tokens=1)
+    kept = drop(tokens)
+    assert kept.shape == (5, 6, 1)
+    assert (kept[:, 0] == 0).all()
+    assert (kept.diff(dim=1) > 0).all()
+    assert len({tuple(row) for row in kept.squeeze(-1).tolist()}) > 1, "every picture loses other patches"
+    assert drop.eval()(tokens) is tokens
+
+
+@pytest.mark.parametrize("family", ["clip-vision", "siglip-vision", "dinov2", "vit"])
+def test_patch_dropout_shortens_training_only(towers, family) -> None:
+    from transformers import AutoModel
+
+    tower = AutoModel.from_pretrained(towers[family])
+    picture = torch.rand(2, 3, 32, 32)
+    before = tower.eval()(picture).last_hidden_state
+    add_patch_dropout(tower, rate=0.5, image_size=32)
+    torch.testing.assert_close(tower.eval()(picture).last_hidden_state, before)
+    assert tower.train()(picture).last_hidden_state.shape[1] == before.shape[1] - 8
+
+
+def test_patch_dropout_is_refused_where_positions_are_rotary(towers) -> None:
+    from transformers import AutoModel
+
+    with pytest.raises(ValueError, match="dinov3"):
+        add_patch_dropout(AutoModel.from_pretrained(towers["dinov3"]), rate=0.5, image_size=32)

@@ -1,0 +1,310 @@
+"""The whole stage on 24 pictures: it learns, every option trains, a killed run ends in the same bytes."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from llm2clip.artifacts import read_manifest
+from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
+from llm2clip.student import session, train
+from llm2clip.student.config import StudentConfig
+from llm2clip.student.model import Student
+from llm2clip.student.train import accuracy, train_student
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_llm, pictures_csv, tmp_path_factory) -> Path:
+    from llm2clip.bank.build import build_bank
+    from llm2clip.bank.config import BankConfig
+
+    out = tmp_path_factory.mktemp("banks") / "bank"
+    return build_bank(BankConfig(data=(str(pictures_csv),), teacher=str(tiny_llm), out=out))
+
+
+@pytest.fixture
+def config(bank, tiny_tower, tmp_path):
+    """A function from settings to a config of a run of a second."""
+
+    def make(**settings) -> StudentConfig:
+        base = {
+            "bank": (str(bank),),
+            "tower": str(tiny_tower),
+            "out": tmp_path / "student",
+            "steps": 6,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "adaptor_learning_rate": 1e-3,
+            "dim": 16,
+            "workers": 0,
+            "precision": "fp32",
+            "tracker": "none",
+        }
+        return StudentConfig(**{**base, **settings})
+
+    return make
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def artifact(folder: Path) -> dict[str, bytes]:
+    """The bytes of what a run leaves for others; its log has speeds in it."""
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json", "manifest.json")}
+
+
+def test_it_learns_and_leaves_a_whole_folder(config) -> None:
+    out = train_student(config(steps=60, batch_size=12))
+    losses = [line["loss"] for line in log(out)]
+    assert len(losses) == 60 and sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    manifest = read_manifest(out, "student")
+    assert manifest["steps"] == 60 and manifest["bad_pictures"]["num_bad"] == 0
+    assert manifest["teacher_dim"] == 32 and manifest["projection_dim"] == 16
+    assert not (out / "checkpoints").exists() and not (out / ".lock").exists()
+    student = Student.from_pretrained(out)
+    assert sum(p.numel() for p in student.parameters()) == manifest["num_parameters"]
+    from transformers import AutoImageProcessor
+
+    assert AutoImageProcessor.from_pretrained(out).crop_size["height"] == 32
+
+
+def test_a_complete_run_is_left_alone(config) -> None:
+    out = train_student(config(steps=2))
+    before = artifact(out)
+    train_student(config(steps=2))
+    assert artifact(out) == before
+    with pytest.raises(UsageError, match="other settings"):
+        train_student(config(steps=3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch_size": 3, "captions_per_picture": 2},
+        {"accumulate": 2},
+        {"loss": "sigmoid"},
+        {"label_smoothing": 0.1, "soft_targets": 0.2, "ignore_above": 0.9},
+        {"optimizer": "muon", "ema": 0.9},
+        {"lora_rank": 2},
+        {"unlocked_blocks": 1, "patch_dropout": 0.5},
+        {"unlocked_blocks": 0},
+        {"gradient_checkpointing": True, "image_size": 48},
+        {"adaptor_warmup_steps": 3, "warmup_steps": 2},
+        {"init": "random", "precision": "bf16", "min_crop": 0.5},
+        {"mix": {"long": 1.0}, "adaptor_learning_rate": 1e-2},
+        {"workers": 2},
+    ],
+    ids=str,
+)
+def test_every_option_trains_and_survives_a_kill(config, settings, tmp_path, monkeypatch) -> None:
+    """Each option twice: in one go, and broken off after step 4 with a checkpoint at 2."""
+    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    real = train.train_step
+
+    def dies(run, batches):
+        if run.step == 4:
+            raise KeyboardInterrupt
+        return real(run, batches)
+
+    broken = config(**settings, save_every=2)
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(broken)
+    monkeypatch.setattr(train, "train_step", real)
+    out = train_student(broken)
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
+    for name, content in artifact(out).items():
+        assert content == whole[name], name
+
+
+def test_kill_9_and_the_same_command_again(config, tmp_path) -> None:
+    settings = {"steps": 12, "save_every": 3}
+    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    out = tmp_path / "killed"
+    run = config(**settings, out=out)
+    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in run.settings().items()}
+    (tmp_path / "run.json").write_text(json.dumps({**fields, "out": str(out), "workers": 0, "save_every": 3}))
+    code = f"""
+import os, signal
+from llm2clip.config import from_file
+from llm2clip.student import train
+from llm2clip.student.config import StudentConfig
+real = train.train_step
+def dies(run, batches):
+    if run.step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, batches)
+train.train_step = dies
+train.train_student(from_file(StudentConfig, {str(tmp_path / "run.json")!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert artifact(train_student(run)) == whole
+
+
+def test_kill_9_at_ten_random_moments(config, tmp_path) -> None:
+    """Also while a checkpoint or the finished folder is being written: forks, so that a try costs no imports."""
+    settings = {"steps": 40, "save_every": 2, "ema": 0.9}
+    began = time.monotonic()
+    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    seconds = time.monotonic() - began
+    run, moments = config(**settings, out=tmp_path / "killed"), random.Random(0)
+    for _ in range(10):
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                train_student(run)
+            os._exit(0)
+        time.sleep(moments.uniform(0.2, 0.6) * seconds)  # starting anew takes a good part of it
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert artifact(train_student(run)) == whole
+
+
+def test_bad_pictures_are_replaced_counted_and_named(config, tiny_llm, pictures_csv, tmp_path) -> None:
+    from llm2clip.bank.build import build_bank
+    from llm2clip.bank.config import BankConfig
+
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures_csv.parent, folder)
+    bank = build_bank(BankConfig(data=(str(folder / "captions.csv"),), teacher=str(tiny_llm), out=tmp_path / "bank"))
+    (folder / "003.jpg").write_bytes(b"")
+    (folder / "007.jpg").write_bytes((folder / "007.jpg").read_bytes()[:200])
+    manifest = read_manifest(train_student(config(bank=(str(bank),), max_bad_fraction=0.5)), "student")
+    bad = manifest["bad_pictures"]
+    assert bad["num_bad"] == sum(bad["counts"].values()) > 0 and len(bad["counts"]) == 2
+    assert any("003.jpg" in example for examples in bad["examples"].values() for example in examples)
+    with pytest.raises(TooManyBadSamples, match=r"--max-bad-fraction 0\.01"):
+        train_student(config(bank=(str(bank),), max_bad_fraction=0.01, out=tmp_path / "strict"))
+
+
+def test_two_banks_and_a_batch_that_is_too_large(config, bank, tiny_tower, tmp_path) -> None:
+    out = train_student(config(bank=(str(bank), str(bank)), bank_weights=(1.0, 3.0)))
+    assert read_manifest(out, "student")["num_samples"] == 48
+    with pytest.raises(UsageError, match="--batch-size 25"):
+        train_student(config(batch_size=25, out=tmp_path / "large"))
+    with pytest.raises(UsageError, match="kind"):
+        train_student(config(mix={"shrt": 1.0}, out=tmp_path / "typo"))
+
+
+def test_the_step_is_that_of_plain_pytorch(config, bank) -> None:
+    """Parity: two steps of the loop against two written out here, with the same batches."""
+    settings = config(steps=2, layer_decay=1.0, weight_decay=0.0, max_grad_norm=1e9)
+    out = train_student(settings)
+    accelerator = session.start_accelerator(config(out="unused"))
+    run = session.Session(config(steps=2, out=out.parent / "by-hand"), accelerator)
+    student, optimizer = run.student, torch.optim.AdamW(run.student.parameters(), lr=1e-3, weight_decay=0.0)
+    for step, (batch,) in enumerate(run.batches()):
+        image, text, scale = student(batch.pixels, batch.text_embeds.float())
+        scores, target = scale * image @ text.T, torch.arange(8)
+        loss = (cross_entropy(scores, target) + cross_entropy(scores.T, target)) / 2
+        assert loss.item() == pytest.approx(log(out)[step]["loss"], rel=1e-5)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1, 0.5)[step]  # cosine over two steps
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = Student.from_pretrained(out).state_dict()
+    for name, value in student.state_dict().items():
+        if not name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which Adam makes into whole steps
+            torch.testing.assert_close(trained[name], value, atol=2e-5, rtol=1e-4)
+
+
+def test_frozen_tower_does_not_move_while_the_adaptor_warms_up(config, tiny_tower) -> None:
+    from transformers import CLIPVisionModel
+
+    out = train_student(config(steps=3, adaptor_warmup_steps=3))
+    original, tower = CLIPVisionModel.from_pretrained(tiny_tower).state_dict(), Student.from_pretrained(out).tower
+    assert all(torch.equal(value, original[name]) for name, value in tower.state_dict().items())
+
+
+def test_the_best_score_picks_the_weights_and_stops_the_run(config, bank, monkeypatch) -> None:
+    scores = iter([0.1, 0.5, 0.3, 0.4, 0.9])
+    seen = []
+
+    def fake(student, *args, **kwargs):
+        seen.append({name: p.detach().clone() for name, p in student.named_parameters()})
+        return {"val/r@1": next(scores)}
+
+    monkeypatch.setattr(session, "validate", fake)
+    out = train_student(config(steps=20, val_bank=str(bank), val_every=2, patience=2))
+    manifest = read_manifest(out, "student")
+    assert manifest["steps"] == 8 and manifest["best_score"] == 0.5
+    kept = dict(Student.from_pretrained(out).named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
+    assert [line["val/r@1"] for line in log(out) if "val/r@1" in line] == [0.1, 0.5, 0.3, 0.4]
+
+
+def test_scores_are_kept_through_a_kill(config, bank, tmp_path, monkeypatch) -> None:
+    settings = {"steps": 8, "val_bank": str(bank), "val_every": 2, "save_every": 3}
+    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    real = train.train_step
+
+    def dies(run, batches):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return real(run, batches)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(config(**settings))
+    monkeypatch.setattr(train, "train_step", real)
+    assert artifact(train_student(config(**settings))) == whole
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch) -> None:
+    real = train.train_step
+
+    def breaks(run, batches):
+        values = real(run, batches)
+        return {**values, "loss": values["loss"] * float("nan")} if run.step == 4 else values
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    run = config(save_every=2)
+    with pytest.raises(LLM2CLIPError, match="loss is nan at step 5"):
+        train_student(run)
+    assert (run.out / "checkpoints" / "step-00000004").exists()
+    assert not (run.out / "manifest.json").exists()
+
+
+def test_another_tower_in_the_same_place_is_noticed(config, tiny_tower, tmp_path) -> None:
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny_tower, tower)
+    run = config(tower=str(tower), save_every=2)
+    real, train.train_step = train.train_step, None
+    try:
+        train.train_step = lambda s, b: (_ for _ in ()).throw(KeyboardInterrupt) if s.step == 4 else real(s, b)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(run)
+    finally:
+        train.train_step = real
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tower / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="other contents"):
+        train_student(run)
+
+
+def test_accuracy_by_hand() -> None:
+    image = torch.eye(4)
+    assert accuracy(image, image) == 1
+    assert accuracy(image, image[[0, 1, 3, 2]]) == 0.5
+    assert accuracy(image, image.repeat_interleave(2, 0), tile=3) == 1, "two captions a picture"
+
+
+def test_tensorboard_curves(config) -> None:
+    pytest.importorskip("tensorboard")
+    out = train_student(config(steps=2, tracker="tensorboard"))
+    assert list((out / "curves").rglob("events.out*"))

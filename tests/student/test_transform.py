@@ -1,0 +1,144 @@
+"""The transform equals each family's own image processor, and survives being saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from llm2clip.errors import UsageError
+from llm2clip.student.pixels import NUM_DRAWS
+from llm2clip.student.transform import ImageTransform
+
+from .test_pixels import photo
+
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}),
+    "clip-of-2021": ("CLIPImageProcessor", {"size": 64, "crop_size": 64}),
+    "siglip": ("SiglipImageProcessor", {"size": {"height": 112, "width": 112}}),
+    "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 73}, "crop_size": {"height": 64, "width": 64}}),
+    "vit": ("ViTImageProcessor", {"size": {"height": 64, "width": 64}}),
+    "larger-than-the-picture": (
+        "CLIPImageProcessor",
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 64, "width": 65}},
+    ),
+}
+
+
+def processor_of(name: str, backend: str) -> Any:
+    class_name, options = PROCESSORS[name]
+    processor_class = getattr(transformers, class_name + backend, None)
+    if processor_class is None:
+        pytest.skip(f"this transformers has no {class_name}{backend}")
+    return processor_class(**options)
+
+
+def pixels_of(processor: Any, transform: ImageTransform, picture: Image.Image) -> torch.Tensor:
+    """What the processor gives, before normalisation: 0..255."""
+    values = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (transform.mean, transform.std))
+    return 255 * (values * std + mean)
+
+
+@pytest.mark.parametrize("backend", ["", "Pil"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_equal_those_of_the_image_processor(name: str, backend: str) -> None:
+    processor = processor_of(name, backend)
+    transform = ImageTransform.from_processor(processor)
+    for size in ((160, 120), (91, 200), (50, 40), (64, 64)):
+        ours = transform(photo(*size))
+        theirs = pixels_of(processor, transform, photo(*size))
+        assert ours.dtype == torch.uint8 and ours.shape == theirs.shape
+        if backend == "Pil" and name == "larger-than-the-picture":
+            continue  # numpy's rule puts the odd row of black on the other side
+        difference = (ours - theirs).abs()
+        assert difference.max() < 2.01 and difference.mean() < (0.3 if backend else 1e-4)  # of 255
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_saved_transform_is_the_same_and_loads_in_transformers(name: str, tmp_path: Path) -> None:
+    transform = ImageTransform.from_processor(processor_of(name, ""))
+    transform.save(tmp_path)
+    assert ImageTransform.from_pretrained(tmp_path) == transform
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert (transform(photo(90, 120)) - pixels_of(processor, transform, photo(90, 120))).abs().max() < 2.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"input_size": (3, 64, 64), "crop_pct": 0.8, "crop_mode": "center", "interpolation": "bicubic"},
+        {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"},
+        {"input_size": (3, 64, 64), "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear"},
+    ],
+)
+def test_pixels_equal_those_of_timm(settings: dict[str, Any]) -> None:
+    pytest.importorskip("timm")
+    config = {**settings, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    processor = transformers.TimmWrapperImageProcessor(pretrained_cfg=config)
+    transform = ImageTransform.from_processor(processor)
+    for size in ((160, 120), (91, 201)):  # margins of even width, see `_from_timm`
+        assert (transform(photo(*size)) - pixels_of(processor, transform, photo(*size))).abs().max() < 2.01
+
+
+def test_a_processor_that_only_scales_normalises_by_nothing() -> None:
+    processor = transformers.ViTImageProcessor(do_normalize=False)
+    transform = ImageTransform.from_processor(processor)
+    assert transform.mean == (0.0, 0.0, 0.0) and transform.std == (1.0, 1.0, 1.0)
+
+
+def test_values_in_minus_one_to_one_without_rescaling() -> None:
+    fields = {"size": 8, "do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3}
+    transform = ImageTransform.from_processor(transformers.ViTImageProcessor(**fields))
+    assert transform.mean == pytest.approx([0.5] * 3) and transform.std == pytest.approx([0.5] * 3)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        transformers.ViTImageProcessor(size={"shortest_edge": 8, "longest_edge": 16}),
+        transformers.ViTImageProcessor(do_resize=False),
+        transformers.ViTImageProcessor(size={"shortest_edge": 8}),
+    ],
+)
+def test_no_fixed_size_is_refused(processor: Any) -> None:
+    with pytest.raises(UsageError, match="fixed"):
+        ImageTransform.from_processor(processor)
+
+
+def test_a_timm_tower_with_borders_is_refused() -> None:
+    pytest.importorskip("timm")
+    config = {"input_size": (3, 8, 8), "crop_mode": "border", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(UsageError, match="border"):
+        ImageTransform.from_processor(transformers.TimmWrapperImageProcessor(pretrained_cfg=config))
+
+
+def test_a_folder_without_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no usable image processor"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+def test_another_size_keeps_the_margins_in_proportion() -> None:
+    dinov2 = ImageTransform(image_size=(224, 224), resize=256)
+    assert dinov2.at_size(448) == ImageTransform(image_size=(448, 448), resize=512)
+    siglip = ImageTransform(image_size=(224, 224), resize=(224, 224)).at_size(384)
+    assert siglip.resize == siglip.image_size == (384, 384)
+
+
+def test_a_crop_of_the_whole_picture_is_the_squashed_picture() -> None:
+    transform = ImageTransform(image_size=(32, 32), resize=(32, 32))
+    picture = photo(90, 90)
+    assert torch.equal(transform.augmented(picture, [0.999] * NUM_DRAWS)[:3], transform(picture))
+
+
+def test_augmentation_is_a_pure_function_of_its_draws() -> None:
+    transform = ImageTransform(image_size=(32, 24), resize=32)
+    first, other = np.random.default_rng(0).random((2, NUM_DRAWS)).tolist()
+    assert transform.augmented(photo(90, 80), first)[:3].shape == (3, 32, 24)
+    assert torch.equal(transform.augmented(photo(90, 80), first), transform.augmented(photo(90, 80), first))
+    assert not torch.equal(transform.augmented(photo(90, 80), first), transform.augmented(photo(90, 80), other))

@@ -1,0 +1,64 @@
+"""Tiny random decoders of eight families, and data for stage 1; made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral": ("MistralConfig", {"sliding_window": 64}),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 64}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 64}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "llama-64": ("LlamaConfig", {"hidden_size": 64, "intermediate_size": 128}),  # bitsandbytes packs 64 by 64
+}
+
+
+def make_llm(folder: Path, family: str, tokenizer_of: Path, **changes: object) -> Path:
+    """A random causal LM folder of `family` with the tokenizer of another folder."""
+    import torch
+    import transformers
+
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SHAPE, **extra, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # transformers starts at a spread of 0.02, where attention hardly moves anything
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(5)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm_of(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Callable[..., Path]:
+    """A function: family -> folder of a tiny random LLM of that family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_llm(tmp_path_factory.mktemp("llm") / family, family, tiny_llm)
+        return made[family]
+
+    return get

@@ -1,0 +1,338 @@
+"""`train-teacher` from captions to a folder: it learns, resumes to the bit, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
+
+from llm2clip.errors import LLM2CLIPError, SourceError, UsageError
+from llm2clip.teacher import train as train_module
+from llm2clip.teacher.config import TeacherConfig
+from llm2clip.teacher.model import load_teacher, teacher_fingerprint
+from llm2clip.teacher.train import train_teacher
+from llm2clip.teacher.trainer import PairTrainer, last_checkpoint
+
+SETTINGS: dict[str, Any] = {"steps": 10, "batch_size": 6, "precision": "fp32", "learning_rate": 5e-3, "save_every": 3}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_llm, pictures_csv):
+    def make(name: str = "teacher", **changes: Any) -> TeacherConfig:
+        return TeacherConfig(
+            **{"data": (str(pictures_csv),), "model": str(tiny_llm), "out": tmp_path / name, **SETTINGS, **changes}
+        )
+
+    return make
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of a step."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PairTrainer.__init__
+
+    def patched(self, **kwargs):
+        original(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], KillAt(step)]})
+
+    monkeypatch.setattr(PairTrainer, "__init__", patched)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", "run.json")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_a_teacher_learns_to_tell_captions_apart(config):
+    out = train_teacher(config(steps=40))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["format"] == "llm2clip/teacher" and manifest["dim"] == 32
+    before, after = manifest["before"], manifest["after"]
+    assert before["pictures"] == after["pictures"] == 24
+    assert after["cra_all"] > before["cra_all"] + 0.3
+    assert after["alignment"] < before["alignment"] * 2 and after["uniformity"] < before["uniformity"]
+    assert manifest["probed_on"] == "a sample of the training captions"
+    assert manifest["fingerprint"] == teacher_fingerprint(out) == teacher_fingerprint(load_teacher(out))
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 40 and lines[-1]["loss"] < lines[0]["loss"]
+    assert not (out / "work").exists() and not list(out.rglob("*.bin")) and not list(out.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_killed_run_goes_on_to_the_same_bytes(step, config, monkeypatch):
+    whole = train_teacher(config("whole"))
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(Killed):
+            train_teacher(config("killed"))
+    assert not (config("killed").out / "manifest.json").exists()
+    resumed = train_teacher(config("killed"))
+    assert files_of(resumed) == files_of(whole)
+    steps = [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) == list(range(1, 11))
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((3, "{}"), (6, '{"global'), (9, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "rng_state.pth").write_bytes(b"")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    assert not (tmp_path / "checkpoint-9").exists()
+    assert last_checkpoint(tmp_path, num_processes=2) is None
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_equal_runs_write_equal_bytes_whatever_the_speed_settings(config):
+    one = train_teacher(config("one"))
+    two = train_teacher(config("two", workers=2, save_every=100))
+    assert files_of(one) == files_of(two)
+    other = train_teacher(config("other", seed=1))
+    assert teacher_fingerprint(other) != teacher_fingerprint(one)
+    cached = train_teacher(config("cached", micro_batch_size=4, lora_dropout=0))
+    plain = train_teacher(config("plain", lora_dropout=0, gradient_checkpointing=True))
+    a, b = (load_file(folder / "model.safetensors") for folder in (cached, plain))
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-3
+
+
+def test_a_whole_folder_is_left_alone_and_other_settings_are_refused(config, caplog):
+    out = train_teacher(config(steps=2))
+    before = files_of(out)
+    with caplog.at_level("INFO", logger="llm2clip"):
+        train_teacher(config(steps=2, workers=1))
+    assert "already complete" in caplog.text and files_of(out) == before
+    with pytest.raises(UsageError, match="steps was 2, now 3"):
+        train_teacher(config(steps=3))
+
+
+def test_only_the_adapters_change_and_they_can_be_kept_apart(config, tiny_llm):
+    out = train_teacher(config(save_adapter=True, steps=4))
+    bare, trained = load_teacher(tiny_llm), load_teacher(out)
+    changed = {
+        name
+        for (name, a), b in zip(bare[0].model.state_dict().items(), trained[0].model.state_dict().values(), strict=True)
+        if not torch.equal(a, b)
+    }
+    linear = {f"{n}.weight" for n, m in bare[0].model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert changed == linear
+    from peft import PeftModel
+
+    with_adapter = load_teacher(tiny_llm)
+    with_adapter[0].model = PeftModel.from_pretrained(with_adapter[0].model, out / "adapter")
+    text = ["a red disc on a dark background"]
+    np.testing.assert_allclose(with_adapter.encode(text), trained.encode(text), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tuning": "full", "learning_rate": 1e-3},
+        {"tuning": "frozen", "adaptor_layers": 2},
+        {"adaptor_layers": 1, "precision": "bf16"},
+        {"attention": "causal", "pooling": "last-token"},
+        {"pooling": "weighted", "mask_duplicates": False, "random_negative": False},
+        {"positives": "same", "attention_dropout": 0.3},
+        {"pair_weights": {"long+short": 1.0}, "caption_instruction": ""},
+        {"precision": "bf16"},
+    ],
+)
+def test_every_ablation_trains_and_reloads(changes, config):
+    out = train_teacher(config(steps=3, **changes))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert all(manifest["config"][name] == value for name, value in changes.items())
+    teacher = load_teacher(out)
+    assert teacher[0].model.config.is_causal == (changes.get("attention") == "causal")
+    assert teacher[0].model.config.attention_dropout == 0
+    assert np.isfinite(teacher.encode(["a red disc"])).all()
+
+
+def test_an_adaptor_trains_and_loads_without_our_code(config, tiny_llm):
+    out = train_teacher(config(steps=4, tuning="frozen", adaptor_layers=2))
+    bare, teacher = load_teacher(tiny_llm), SentenceTransformer(str(out), device="cpu")
+    frozen = teacher[0].model.state_dict()
+    assert all(torch.equal(weight, frozen[name]) for name, weight in bare[0].model.state_dict().items())
+    assert len(teacher) == 4 and all(float(layer.linear.weight.abs().max()) > 0 for layer in list(teacher)[2:])
+    assert np.abs(teacher.encode(["a red disc"]) - bare.encode(["a red disc"])).max() > 1e-3
+    assert teacher_fingerprint(out) == teacher_fingerprint(load_teacher(out))
+
+
+def test_captions_and_text_tasks_mix(config, tmp_path):
+    nli = tmp_path / "nli.jsonl"
+    words = "red green blue yellow small large".split()
+    rows = [
+        {"query": f"a {a} disc", "positive": f"there is a {a} disc", "negative": f"a {b} square"}
+        for a in words
+        for b in words
+        if a != b
+    ]
+    nli.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = train_teacher(
+        config(
+            text_pairs=(str(nli),),
+            instructions={"nli": "Find an entailed sentence."},
+            source_weights={"captions": 3.0, "nli": 1.0},
+        )
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["rows"] == {"captions": 24, "nli": 30}
+    alone = train_teacher(config("alone", data=(), text_pairs=(str(nli),)))
+    manifest = json.loads((alone / "manifest.json").read_text())
+    assert manifest["before"] is None and manifest["after"] is None
+
+
+def test_scores_on_the_way_are_noted_and_change_nothing(config):
+    plain = train_teacher(config("plain"))
+    scored = train_teacher(config("scored", eval_every=4))
+    assert files_of(plain) == files_of(scored)
+    lines = [json.loads(line) for line in (scored / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "cra_all" in line] == [4, 8]
+
+
+def test_held_out_captions_are_probed_when_given(config, pictures_csv):
+    out = train_teacher(config(steps=2, eval_data=(str(pictures_csv),), eval_pictures=10))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["probed_on"] == "--eval-data" and manifest["after"]["pictures"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"data": ()}, UsageError, "nothing to train on"),
+        ({"steps": 5, "epochs": 1.0}, UsageError, "exclude each other"),
+        ({"batch_size": 1}, UsageError, "--batch-size is 1"),
+        ({"batch_size": 25}, UsageError, "captions has 24 usable rows"),
+        ({"learning_rate": 0.0}, UsageError, "--learning-rate"),
+        ({"attention": "both-ways"}, UsageError, "did you mean|choose from two-way, causal"),
+        ({"lora_dropout": 1.0}, UsageError, "--lora-dropout"),
+        ({"positives": "same", "lora_dropout": 0.0}, UsageError, "--attention-dropout"),
+        ({"tuning": "frozen"}, UsageError, "--adaptor-layers"),
+        ({"adaptor_layers": -1}, UsageError, "--adaptor-layers is -1"),
+        ({"tuning": "full", "quantize": True}, UsageError, "--tuning lora"),
+        ({"tuning": "full", "save_adapter": True}, UsageError, "--tuning lora"),
+        ({"quantize": True, "mntp": True}, UsageError, "exclude each other"),
+        ({"precision": "fp16"}, UsageError, "needs a GPU"),
+        ({"chat_template": True}, UsageError, "no chat template"),
+        ({"pair_weights": {"short": 1.0}}, UsageError, "two kinds"),
+        ({"pair_weights": {"short+short": 1.0}}, SourceError, "short"),
+        ({"instructions": {"nli": "x"}}, UsageError, "no such task"),
+        ({"source_weights": {"nli": 1.0}}, UsageError, "no such task"),
+        ({"caption_instruction": "red " * 600}, UsageError, "--max-length"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_line_and_blocks_nothing(changes, error, words, config, tmp_path):
+    with pytest.raises(error, match=words) as caught:
+        train_teacher(config(**changes))
+    assert "\n" not in str(caught.value)
+    if issubclass(error, UsageError | SourceError):
+        left = list((tmp_path / "teacher").glob("*")) if (tmp_path / "teacher").exists() else []
+        assert [path.name for path in left] in ([], [".lock"])
+
+
+def test_adapters_trained_on_4_bit_weights_are_merged_into_the_full_ones(config, llm_of):
+    pytest.importorskip("bitsandbytes")
+    wide = llm_of("llama-64")
+    out = train_teacher(config(model=str(wide), quantize=True, precision="bf16", steps=3))
+    teacher = load_teacher(out)
+    assert not any("bitsandbytes" in type(module).__module__ for module in teacher.modules())
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    base, tuned = load_file(wide / "model.safetensors"), load_file(out / "model.safetensors")
+    same = [name for name in tuned if torch.equal(tuned[name], base[f"model.{name}"].to(tuned[name].dtype))]
+    assert same and all("proj" not in name for name in same)
+
+
+def test_quantizing_without_bitsandbytes_says_what_to_install(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match="pip install 'llm2clip\\[quantize\\]'"):
+        train_teacher(config(quantize=True))
+
+
+def test_the_model_is_looked_at_before_the_data(config, tiny_tower):
+    with pytest.raises(UsageError, match="is a vision model"):
+        train_teacher(config(model=str(tiny_tower), data=("nosuch.csv",)))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch):
+    monkeypatch.setattr("llm2clip.teacher.loss.pair_loss", lambda v, labels, scale: v[0].sum() * float("nan"))
+    with pytest.raises(LLM2CLIPError, match="the loss is nan at step 1"):
+        train_teacher(config())
+
+
+def test_merging_that_moves_vectors_is_refused(config, monkeypatch):
+    monkeypatch.setattr(train_module, "merge_lora", lambda encoder: None)
+    monkeypatch.setattr(train_module, "_encode", lambda encoder, texts: np.random.randn(len(texts), 4))
+    with pytest.raises(LLM2CLIPError, match="merging the adapter moved"):
+        train_module.merge_checked(None, [("a", "b")], tolerance=1e-3)  # type: ignore[arg-type]
+
+
+SCRIPT = """
+import sys, json
+from pathlib import Path
+from llm2clip.teacher.config import TeacherConfig
+from llm2clip.teacher.train import train_teacher
+settings = json.loads(sys.argv[1])
+settings["data"], settings["out"] = tuple(settings["data"]), Path(settings["out"])
+train_teacher(TeacherConfig(**settings))
+"""
+
+
+def in_process(config: TeacherConfig, *launcher: str, **changes: Any) -> list[str]:
+    settings = {"data": config.data, "model": config.model, "out": str(config.out), **SETTINGS, **changes}
+    script = Path(config.out).parent / "run.py"
+    script.write_text(SCRIPT)
+    return [sys.executable, *launcher, str(script), json.dumps(settings)]
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_give_the_same_bytes(config):
+    changes = {"steps": 200, "save_every": 20}
+    whole = train_teacher(config("whole", **changes))
+    killed = config("killed", **changes)
+    process = subprocess.Popen(in_process(killed, **changes), stderr=subprocess.PIPE)
+    checkpoints = killed.out / "work" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed.out / "manifest.json").exists()
+    subprocess.run(in_process(killed, **changes), check=True, capture_output=True)
+    assert files_of(killed.out) == files_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [None, 4])
+def test_two_processes_equal_one_with_the_whole_batch(micro, config):
+    """Same batches, negatives from both processes, gradients averaged: the same teacher up to rounding."""
+    changes = {"lora_dropout": 0.0, "steps": 6, "micro_batch_size": micro}
+    one = train_teacher(config("one", **changes))
+    two = config("two", **changes)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
+    done = subprocess.run(in_process(two, *launcher, **changes), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, two.out))
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
+    c = load_file(train_teacher(config("seed", **{**changes, "seed": 5})) / "model.safetensors")
+    assert max(float((a[name] - c[name]).abs().max()) for name in a) > 1e-3  # the tolerance tells runs apart

@@ -1,0 +1,84 @@
+"""Artifact folders: manifest last, locked, resumed with the same settings only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm2clip import artifacts
+from llm2clip.errors import ArtifactError, UsageError
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    folder = tmp_path / "bank"
+    with artifacts.open_output(folder, "bank", config={"seed": 1}) as began:
+        assert not began and not artifacts.is_complete(folder)
+        artifacts.write_manifest(folder, "bank", config={"seed": 1}, rows=3)
+    assert artifacts.read_manifest(folder, "bank")["rows"] == 3
+    with artifacts.open_output(folder, "bank", config={"seed": 1}) as began:
+        assert began and artifacts.is_complete(folder)
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1, "dtype": "float16"}):
+        pass
+    with (
+        pytest.raises(UsageError, match="seed was 1, now 2"),
+        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2, "dtype": "float16"}),
+    ):
+        pass
+
+
+def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
+    with (
+        artifacts.open_output(tmp_path / "x", "bank", config={}),
+        pytest.raises(UsageError, match="in use by another process"),
+        artifacts.open_output(tmp_path / "x", "bank", config={}),
+    ):
+        pass
+
+
+def test_foreign_files_are_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with (
+        pytest.raises(UsageError, match="files of another program"),
+        artifacts.open_output(tmp_path, "bank", config={}),
+    ):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"), artifacts.open_output(tmp_path / "file", "bank", config={}):
+        pass
+
+
+def test_read_manifest_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no folder"):
+        artifacts.read_manifest(tmp_path / "absent", "bank")
+    with pytest.raises(UsageError, match=r"holds no manifest\.json"):
+        artifacts.read_manifest(tmp_path, "bank")
+    artifacts.write_json(tmp_path / artifacts.RUN, {})
+    with pytest.raises(ArtifactError, match="unfinished"):
+        artifacts.read_manifest(tmp_path, "bank")
+    artifacts.write_manifest(tmp_path, "student", config={})
+    with pytest.raises(UsageError, match="holds a student, not a bank"):
+        artifacts.read_manifest(tmp_path, "bank")
+    (tmp_path / artifacts.MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        artifacts.read_manifest(tmp_path, "bank")
+    newer = {"format": "llm2clip/bank", "format_version": artifacts.FORMAT_VERSION + 1}
+    (tmp_path / artifacts.MANIFEST).write_text(json.dumps(newer))
+    with pytest.raises(ArtifactError, match="has format 2"):
+        artifacts.read_manifest(tmp_path, "bank")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    artifacts.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(RuntimeError), artifacts.atomic_path(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert artifacts.read_json(tmp_path / "a.json") == 1

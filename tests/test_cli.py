@@ -1,0 +1,138 @@
+"""The command line: one line for every wrong use, exit codes, --config, light import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from llm2clip import cli
+from llm2clip.config import Columns, Weights, to_dict
+from llm2clip.errors import ArtifactError, UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """Do a toy thing."""
+
+    data: tuple[str, ...]
+    """Sources."""
+
+    captions: Columns = dataclasses.field(default_factory=dict)
+    """Columns by kind."""
+
+    mix: Weights = dataclasses.field(default_factory=dict)
+    """Weights by kind."""
+
+    batch_size: int = 4
+    """Pictures a step."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size is {self.batch_size}; it must be above 0")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[ToyConfig]:
+    """The configs that the toy verb was run with."""
+    configs: list[ToyConfig] = []
+    module = types.ModuleType("toy_verb")
+    module.ToyConfig, module.run = ToyConfig, configs.append
+    monkeypatch.setitem(sys.modules, "toy_verb", module)
+    monkeypatch.setitem(cli.VERBS, "toy", cli.Verb("toy", "toy_verb:ToyConfig", "toy_verb:run"))
+    monkeypatch.setitem(cli.VERBS, "toy tool", cli.Verb("toy", "toy_verb:ToyConfig", "toy_verb:run"))
+    return configs
+
+
+def test_flags_become_the_config(seen: list[ToyConfig]) -> None:
+    words = "toy --data a.csv b.tar --captions short=x long=y --mix short=0.25 --batch-size 8".split()
+    assert cli.run(words) == 0
+    assert seen == [
+        ToyConfig(data=("a.csv", "b.tar"), captions={"short": "x", "long": "y"}, mix={"short": 0.25}, batch_size=8)
+    ]
+
+
+def test_a_verb_of_two_words_is_found(seen: list[ToyConfig]) -> None:
+    assert cli.run(["toy", "tool", "--data", "a"]) == 0
+    assert seen[0].data == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("toi", "did you mean 'toy'"),
+        ("toy --data a --mix short=half", "'half' is no number; write for example short=0.5"),
+        ("toy --data a --captions short", "short=caption"),
+        ("toy --data a --batch-size x", "--batch-size"),
+        ("toy --data a --batch-size 0", "--batch-size is 0; it must be above 0"),
+        ("toy --data a --batch-sise 3", "--batch-size"),
+        ("toy", "--data"),
+        ("toy --data a --config", "--config needs a file"),
+        ("toy --data a --config /nowhere.json", "/nowhere.json"),
+        ("bank inof", "did you mean 'info'"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    words: str, part: str, seen: list[ToyConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert part in err
+    assert err.startswith("llm2clip: error: ") and err.count("\n") == 1 and out == ""
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ArtifactError("broken"), 1), (OSError(28, "No space left on device", "x"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_a_failed_run_is_one_line(
+    error: BaseException,
+    code: int,
+    seen: list[ToyConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(config: ToyConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["toy_verb"], "run", fail)
+    assert cli.run(["toy", "--data", "a"]) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_config_of_an_earlier_run_is_the_default_and_flags_win(seen: list[ToyConfig], tmp_path: Path) -> None:
+    earlier = ToyConfig(data=("a", "b"), captions={"short": "x"}, mix={"short": 1.0}, batch_size=16)
+    (tmp_path / "run.json").write_text(json.dumps({"kind": "toy", "config": to_dict(earlier)}))
+    assert cli.run(["toy", "--config", str(tmp_path / "run.json")]) == 0
+    assert cli.run(["toy", f"--config={tmp_path / 'run.json'}", "--batch-size", "2"]) == 0
+    assert seen == [earlier, dataclasses.replace(earlier, batch_size=2)]
+
+
+def test_unknown_field_in_a_config_file_names_the_nearest(
+    seen: list[ToyConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"data": ["a"], "batch_sise": 3}))
+    assert cli.run(["toy", "--config", str(tmp_path / "run.json")]) == 2
+    assert "did you mean 'batch_size'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    assert "--config FILE" in capsys.readouterr().out
+
+
+def test_importing_the_package_and_asking_for_help_is_light() -> None:
+    code = (
+        "import sys, llm2clip, llm2clip.cli as cli; cli.run(['--help']);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

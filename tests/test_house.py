@@ -1,0 +1,97 @@
+"""The rules of the house, held by tests: import direction, exported names, file sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import llm2clip
+
+SOURCE = Path(llm2clip.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+STAGES = {"captions", "teacher", "bank", "student", "eval", "export", "search", "scenes", "recipes"}
+CORE = {"artifacts", "config", "errors", "metrics", "progress", "protocols"}
+TOP = {"__init__", "__main__", "cli", "opening", "pipeline"}
+
+# who may import whom, beside itself and core; the module names an edge allowed from that one file alone
+ALLOWED = {
+    "captions": set(),
+    "teacher": {"captions"},
+    "bank": {"captions"},
+    "student": {"captions", "bank"},
+    "eval": {"captions"},
+    "export": {"teacher", "student", "opening", "pipeline"},
+    "opening": {"teacher", "student"},
+    "pipeline": {"captions", "teacher", "student", "opening"},
+}
+SPECIAL = {("bank", "teacher"): "llm2clip.teacher.model", ("student", "bank"): "llm2clip.bank.reader"}
+ENTRY_POINTS = {("eval", "pipeline"): "eval/run.py", ("eval", "opening"): "eval/run.py"}
+
+
+def imports_of(file: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = ["llm2clip", *file.relative_to(SOURCE).parent.parts]
+                module = ".".join([*package[: len(package) - node.level + 1], *([module] if module else [])])
+            names += [module] if module != "llm2clip" else [f"llm2clip.{alias.name}" for alias in node.names]
+    return [name for name in names if name.startswith("llm2clip.")]
+
+
+def part(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_go_one_way(file: Path) -> None:
+    relative = file.relative_to(SOURCE)
+    own = relative.parts[0].removesuffix(".py")
+    if own in {"__init__", "__main__", "cli", "scenes", "recipes"}:
+        return
+    allowed = CORE | {"__version__", own} | ALLOWED.get(own, set())
+    for module in imports_of(file):
+        target = part(module)
+        edge = (own, target)
+        if edge in SPECIAL:
+            assert module == SPECIAL[edge], f"{relative} imports {module}; only {SPECIAL[edge]} is allowed"
+        elif edge in ENTRY_POINTS:
+            assert str(relative) == ENTRY_POINTS[edge], f"{relative} imports {module}"
+        else:
+            assert target in allowed, f"{relative} imports {module}; {own} may import {sorted(allowed)}"
+
+
+def test_every_file_has_a_place() -> None:
+    places = {file.relative_to(SOURCE).parts[0].removesuffix(".py") for file in FILES}
+    assert places <= STAGES | CORE | TOP
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in llm2clip.__all__:
+        assert getattr(llm2clip, name) is not None
+    assert llm2clip.__all__ == sorted(llm2clip.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nope'"):
+        _ = llm2clip.Nope
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_every_file_says_its_idea_and_stays_small(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert not text or ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
+    assert text.count("\n") <= 400, f"{file} has {text.count(chr(10))} lines; split it by idea"
+
+
+def test_no_public_module_needs_a_gpu_or_an_extra_to_be_imported() -> None:
+    for file in FILES:
+        name = ".".join(["llm2clip", *file.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+        if not name.endswith("__main__"):
+            importlib.import_module(name)

@@ -1,0 +1,170 @@
+"""LLM2CLIP in use: vectors of pictures and texts, the teacher that fits, folders that are no model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip import LLM2CLIP
+from llm2clip.captions.bad import BadPicture
+from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.pipeline import Teacher
+from llm2clip.protocols import ImageEncoder, ImageTextEncoder, TextEncoder
+from llm2clip.student.model import Student
+from llm2clip.teacher.model import load_teacher
+
+TEXTS = ["a red disc", "this picture shows a small blue square .", "a"]
+
+
+@pytest.fixture(scope="module")
+def model(finished_student: Path, finished_teacher: Path) -> LLM2CLIP:
+    return LLM2CLIP.from_pretrained(finished_student, teacher=finished_teacher, device="cpu")
+
+
+def copy_with(folder: Path, to: Path, **facts: object) -> Path:
+    """A copy of a student whose manifest says `facts`."""
+    shutil.copytree(folder, to)
+    manifest = json.loads((to / "manifest.json").read_text())
+    (to / "manifest.json").write_text(json.dumps({**manifest, **facts}))
+    return to
+
+
+def test_pictures_and_texts_are_those_of_the_student(
+    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, pictures_csv: Path
+) -> None:
+    files = sorted(pictures_csv.parent.glob("*.jpg"))[:5]
+    student = Student.from_pretrained(finished_student).eval()
+    vectors = torch.tensor(load_teacher(finished_teacher, device="cpu").encode(TEXTS))
+    pixels = torch.stack([model.transform(Image.open(file)) for file in files])
+    with torch.no_grad():
+        image, text, _ = student(pixels, vectors)
+    np.testing.assert_allclose(model.encode_image(files, batch_size=2), image.numpy(), atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(TEXTS, batch_size=2), text.numpy(), atol=1e-6)
+
+
+def test_vectors_are_float32_of_unit_length_in_the_order_given(model: LLM2CLIP, pictures_csv: Path) -> None:
+    files = sorted(pictures_csv.parent.glob("*.jpg"))
+    image, text = model.encode_image(files, batch_size=7), model.encode_text(TEXTS)
+    assert (image.dtype, text.dtype) == (np.float32, np.float32)
+    assert (image.shape, text.shape) == ((24, 24), (3, 24)) and model.dim == 24
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([image, text]), axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(model.encode_image(files[::-1], batch_size=5), image[::-1], atol=1e-6)
+    assert np.abs(image[0] - image[1]).max() > 1e-3
+
+
+def test_a_picture_may_be_a_path_bytes_or_opened(model: LLM2CLIP, pictures_csv: Path) -> None:
+    file = pictures_csv.parent / "000.jpg"
+    with Image.open(file) as opened:
+        vectors = model.encode_image([str(file), file, file.read_bytes(), opened])
+    assert (vectors == vectors[0]).all()
+
+
+def test_nothing_gives_no_rows(model: LLM2CLIP) -> None:
+    assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 24)
+
+
+def test_a_bad_picture_is_named(model: LLM2CLIP, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    with pytest.raises(BadPicture, match=r"bad\.jpg"):
+        model.encode_image([tmp_path / "bad.jpg"])
+
+
+@pytest.mark.parametrize("call", ["encode_image", "encode_text"])
+def test_a_single_input_instead_of_a_list_is_an_error(model: LLM2CLIP, call: str) -> None:
+    with pytest.raises(UsageError, match=f"{call} takes a list, not str; write for example"):
+        getattr(model, call)("cat.jpg")
+
+
+def test_another_teacher_is_refused_with_both_fingerprints(
+    finished_student: Path, finished_teacher: Path, tmp_path: Path
+) -> None:
+    other = copy_with(finished_student, tmp_path / "other", teacher_fingerprint="0123456789abcdef")
+    with pytest.raises(UsageError, match=r"has fingerprint [0-9a-f]{16}, the student .* with 0123456789abcdef"):
+        LLM2CLIP.from_pretrained(other, teacher=finished_teacher)
+
+
+def test_a_teacher_of_another_width_is_refused_with_both_widths(
+    finished_student: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(tiny_llm, hidden_size=16, intermediate_size=32)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llm).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"gives 16 numbers a text, the student .* reads 32"):
+        LLM2CLIP.from_pretrained(finished_student, teacher=tmp_path)
+
+
+def test_without_a_teacher_only_pictures(finished_student: Path, pictures_csv: Path) -> None:
+    model = LLM2CLIP.from_pretrained(finished_student)
+    assert model.encode_image([pictures_csv.parent / "000.jpg"]).shape == (1, 24)
+    with pytest.raises(UsageError, match="without its teacher"):
+        model.encode_text(TEXTS)
+
+
+def test_the_prompt_of_the_bank_is_put_before_texts(
+    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, tmp_path: Path
+) -> None:
+    prompted = copy_with(finished_student, tmp_path / "prompted", prompt="the picture ")
+    again = LLM2CLIP.from_pretrained(prompted, teacher=finished_teacher, device="cpu")
+    expected = model.encode_text([f"the picture {text}" for text in TEXTS])
+    found = again.encode_text(TEXTS)
+    # a prompt's own tokens are not pooled in this teacher: close to, but not the whole text's vector
+    assert np.abs(found - model.encode_text(TEXTS)).max() > 1e-3
+    assert ((found * expected).sum(1) > 0.5).all()
+
+
+def test_lower_precision_gives_float32_close_to_the_full_one(
+    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, pictures_csv: Path
+) -> None:
+    half = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu", dtype="bfloat16")
+    assert half.student.visual_projection.weight.dtype == torch.bfloat16
+    image = half.encode_image([pictures_csv.parent / "000.jpg"])
+    assert image.dtype == np.float32
+    assert float(image[0] @ model.encode_image([pictures_csv.parent / "000.jpg"])[0]) > 0.999
+    assert ((half.encode_text(TEXTS) * model.encode_text(TEXTS)).sum(1) > 0.995).all()
+
+
+def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, finished_student: Path) -> None:
+    with pytest.raises(UsageError, match="is no student"):
+        LLM2CLIP.from_pretrained(finished_teacher)
+    with pytest.raises(UsageError, match="is no folder"):
+        LLM2CLIP.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="no Hub id that can be fetched"):
+        LLM2CLIP.from_pretrained("nobody/nothing")
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "manifest.json").write_text('{"format": "llm2clip/bank"}')
+    with pytest.raises(UsageError, match="holds a bank, not a model"):
+        LLM2CLIP.from_pretrained(tmp_path / "bank")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="is unfinished"):
+        LLM2CLIP.from_pretrained(tmp_path / "begun")
+    damaged = copy_with(finished_student, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ArtifactError, match="cannot be loaded as a student"):
+        LLM2CLIP.from_pretrained(damaged)
+
+
+def test_a_device_that_is_not_there(finished_student: Path, finished_teacher: Path) -> None:
+    for cls, folder in ((LLM2CLIP, finished_student), (Teacher, finished_teacher)):
+        with pytest.raises(UsageError, match=r"device cuda:99 cannot be used .*; write cpu, cuda or cuda:1"):
+            cls.from_pretrained(folder, device="cuda:99")
+
+
+def test_teacher_alone_encodes_texts(finished_teacher: Path) -> None:
+    vectors = Teacher.from_pretrained(finished_teacher, device="cpu").encode_text(TEXTS)
+    expected = torch.nn.functional.normalize(torch.tensor(load_teacher(finished_teacher).encode(TEXTS)), dim=-1)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+
+
+def test_protocols(model: LLM2CLIP, finished_teacher: Path) -> None:
+    teacher = Teacher.from_pretrained(finished_teacher)
+    assert isinstance(model, ImageTextEncoder) and isinstance(teacher, TextEncoder)
+    assert not isinstance(teacher, ImageEncoder)

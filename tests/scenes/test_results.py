@@ -22,11 +22,16 @@ def test_spread_over_seeds_and_of_one_seed() -> None:
     assert value(0.1, 0.3).spread == pytest.approx(math.sqrt(0.02))
     assert value(0.5).spread == pytest.approx(0.05)  # sqrt(0.5 * 0.5 / 100)
     assert value(0.0).spread > 0  # nothing found among 100 does not mean that nothing ever will be
-    assert value(-0.5).spread > 0  # a gap
 
 
 def test_gaps_are_taken_seed_by_seed() -> None:
-    assert value(0.5, 0.7).minus(value(0.4, 0.6)).samples == pytest.approx((0.1, 0.1))
+    gap = value(0.5, 0.7).minus(value(0.4, 0.6))
+    assert gap.samples == pytest.approx((0.1, 0.1)) and gap.spread == pytest.approx(0)
+
+
+def test_the_gap_of_one_seed_is_as_uncertain_as_both_its_sides() -> None:
+    gap = value(0.5).minus(value(0.2))
+    assert gap.spread == pytest.approx(math.hypot(0.05, 0.04))
 
 
 def found(d: float, b: float, spread: float = 0.01) -> dict[str, dict[str, Value]]:

@@ -30,11 +30,11 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #9aa5ba; --line: #323a49; --paper: #13161c;
   --card: #1b2029; --yes: #6cc795; --no: #ec8a7c; --half: #dcb457; --bar: #7fa5ef; } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 68rem; padding: 2rem 1.2rem 4rem; }
+  max-width: 82rem; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .4rem; } h2 { margin: 2.8rem 0 .6rem; font-size: 1.3rem; }
 p.lead { color: var(--soft); font-size: 1.08rem; max-width: 52rem; } .soft { color: var(--soft); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .9rem; }
-th, td { text-align: right; padding: .32rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap;
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .86rem; }
+th, td { text-align: right; padding: .32rem .38rem; border-bottom: 1px solid var(--line); white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } td small { color: var(--soft); }
 td.best { font-weight: 700; } tr.d td { background: var(--card); }

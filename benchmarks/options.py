@@ -27,7 +27,7 @@ from llm2clip.scenes.write import TEST_KINDS, columns, write_csv
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "several captions as positives": {"captions_per_picture": 2},
+    "two captions as positives": {"captions_per_picture": 2},
     "soft targets 0.2": {"soft_targets": 0.2},
     "soft targets 0.5": {"soft_targets": 0.5},
     "false negatives masked above 0.9": {"ignore_above": 0.9},
@@ -48,7 +48,9 @@ def main() -> None:
     asked = parser.parse_args()
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in asked.demo.glob("seed-*"))
     context = get_context("spawn")
-    with ProcessPoolExecutor(asked.processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as p:
+    with ProcessPoolExecutor(
+        asked.processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as p:
         list(p.map(prepare, *zip(*[(asked.demo, seed, asked.split, asked.share) for seed in seeds], strict=True)))
         tasks = [(asked.demo, seed, asked.split, asked.share, name) for name in OPTIONS for seed in seeds]
         scores = list(p.map(measure, *zip(*tasks, strict=True)))

@@ -30,6 +30,8 @@ BEYOND = {f"short-{kind}": f"short_0,{kind}_0" for kind in ("unseen", "es", "zh"
 """Kinds that stand for caption retrieval between two kinds: one caption of each."""
 MEAN_CAPTIONS = 1000
 """Training captions whose mean vector centres a raw LLM."""
+WARMUP_SHARE = 0.375
+"""Part of stage 2 in which only the adaptor and the projection learn, as the mini CLIP's tower starts good."""
 CONTEXTS = {"B": 32, "B-long": 128}
 TEACHERS = {"C-causal": "raw-causal", "C": "raw-two-way", "D": "lora", "D-full": "full"}
 """The arms that have a teacher, and its folder."""
@@ -138,6 +140,7 @@ def student_config(bank: Path, clip: Path, out: Path, budget: Budget, *, seed: i
     """The settings of stage 2 in every arm that has a teacher."""
     from llm2clip.student.config import StudentConfig
 
+    steps = budget.steps if share == "all" else budget.steps_tenth
     return StudentConfig(
         bank=(str(bank),),
         tower=str(clip),
@@ -145,7 +148,8 @@ def student_config(bank: Path, clip: Path, out: Path, budget: Budget, *, seed: i
         dim=budget.dim,
         mix=MIX,
         min_crop=1.0,
-        steps=budget.steps if share == "all" else budget.steps_tenth,
+        steps=steps,
+        adaptor_warmup_steps=round(WARMUP_SHARE * steps),
         batch_size=budget.batch_size,
         optimizer="muon",
         learning_rate=budget.student_rate,

@@ -56,6 +56,14 @@ dd.right::before { content: "✓ "; color: var(--yes); font-weight: 700; }
 dd.wrong::before { content: "✗ "; color: var(--no); font-weight: 700; }
 @media (max-width: 40rem) { .gallery { grid-template-columns: 1fr; } .shown { flex-direction: column; } }
 """
+READING = """<h2>How to read it</h2>
+<p class=soft>Short captions in known words are B's home ground: the mini CLIP was pretrained on just such captions, so
+its text encoder starts where D's fresh adaptor must first arrive, with few pictures to learn from. On long captions
+B-long is the fair control. The grammar is closed, and a text encoder that reads 128 tokens can learn all of it from
+the pairs; of real captions it could not. What no number of pairs gives B are words and languages that came with no
+picture: the LLM knows them from text alone, and stage 1, which reads only English captions in known words, brings that
+knowledge out. A real LLM has a thousand times more of it. The sizes of the gaps are those of this miniature; what
+carries over is where they come from.</p>"""
 
 
 def write_page(
@@ -82,6 +90,7 @@ def write_page(
     body = [
         head(facts, budget),
         verdict_list(results.verdicts(found)),
+        READING,
         "<h2>Picture and text, R@1</h2>",
         f"<p class=soft>Percent of {budget.test} test pictures whose best caption of the kind is one of their own two, "
         "and of captions whose best picture is theirs (picture → text / text → picture). "

@@ -53,7 +53,7 @@ def main() -> None:
     ) as p:
         list(p.map(prepare, *zip(*[(asked.demo, seed, asked.split, asked.share) for seed in seeds], strict=True)))
         tasks = [(asked.demo, seed, asked.split, asked.share, name) for name in OPTIONS for seed in seeds]
-        scores = list(p.map(measure, *zip(*tasks, strict=True)))
+        scores = list(pool.map(measure, *zip(*tasks, strict=True)))
     found: dict[str, list[list[float]]] = {name: [] for name in OPTIONS}
     for task, one in zip(tasks, scores, strict=True):
         found[task[-1]].append(one)

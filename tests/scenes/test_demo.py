@@ -1,4 +1,4 @@
-"""The demo's quick form end to end: every part runs, the page is whole and loads nothing, equal seeds give equal tables."""
+"""The demo's quick form end to end: every part runs, the page is whole, equal seeds give equal tables."""
 
 from __future__ import annotations
 

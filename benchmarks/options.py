@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in asked.demo.glob("seed-*"))
-    context = get_context("spawn")
-    with ProcessPoolExecutor(
-        asked.processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as p:
-        list(p.map(prepare, *zip(*[(asked.demo, seed, asked.split, asked.share) for seed in seeds], strict=True)))
+    pool = ProcessPoolExecutor(
+        asked.processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    with pool:
+        list(pool.map(prepare, *zip(*[(asked.demo, seed, asked.split, asked.share) for seed in seeds], strict=True)))
         tasks = [(asked.demo, seed, asked.split, asked.share, name) for name in OPTIONS for seed in seeds]
         scores = list(pool.map(measure, *zip(*tasks, strict=True)))
     found: dict[str, list[list[float]]] = {name: [] for name in OPTIONS}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from llm2clip.artifacts import MANIFEST, read_json
@@ -72,6 +72,7 @@ def load_teacher(
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     if manifest.get("format") == "llm2clip/teacher":
         restore_attention(teacher, manifest["config"]["attention"])
+    _route_captions(teacher, path_or_id)
     remember_origin(teacher, folder)
     return teacher.eval()
 
@@ -138,6 +139,18 @@ def llm_as_encoder(
     settings = {"pooling": pooling, "attention": attention, "max_length": max_length, "chat_template": chat_template}
     remember_origin(encoder, folder, settings=settings)
     return encoder.eval()
+
+
+def _route_captions(teacher: SentenceTransformer, name: str | Path) -> None:
+    """Let captions go the way of documents in a Router that would ask each time."""
+    routers: list[Any] = [module for module in teacher if isinstance(module, Router)]
+    for router in routers:
+        if router.default_route is None and not router.route_mappings:
+            if "document" not in router.sub_modules:
+                raise UsageError(
+                    f"{name} is a Router with the routes {', '.join(router.sub_modules)} and no default; set default_route"
+                )
+            router.default_route = "document"
 
 
 def llm(encoder: SentenceTransformer) -> Any:

@@ -137,4 +137,6 @@ def test_only_llama_3_from_llm2vec_is_wrapped_unasked(chat_llm, released):
     (released / "tokenizer.json").write_text(text, encoding="utf-8")
     teacher = load_teacher(released)
     assert not teacher.prompts.get("caption")
-    assert cosine(teacher.encode(CAPTIONS), llm2vec(released, CAPTIONS, chat=False, skip_instruction=False)).min() > 0.99
+    assert (
+        cosine(teacher.encode(CAPTIONS), llm2vec(released, CAPTIONS, chat=False, skip_instruction=False)).min() > 0.99
+    )

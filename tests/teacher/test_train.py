@@ -238,6 +238,9 @@ def test_held_out_captions_are_probed_when_given(config, pictures_csv):
         ({"chat_template": True}, UsageError, "no chat template"),
         ({"pair_weights": {"short": 1.0}}, UsageError, "two kinds"),
         ({"pair_weights": {"short+short": 1.0}}, SourceError, "short"),
+        ({"pair_weights": {"short+raw": 1.0}}, SourceError, r"raw\+short; the kinds are long, short"),
+        ({"seed": -1}, UsageError, "--seed is -1"),
+        ({"eval_pictures": 1}, UsageError, "--eval-pictures is 1"),
         ({"instructions": {"nli": "x"}}, UsageError, "no such task"),
         ({"source_weights": {"nli": 1.0}}, UsageError, "no such task"),
         ({"caption_instruction": "red " * 600}, UsageError, "--max-length"),
@@ -270,9 +273,23 @@ def test_quantizing_without_bitsandbytes_says_what_to_install(config, monkeypatc
         train_teacher(config(quantize=True))
 
 
-def test_the_model_is_looked_at_before_the_data(config, tiny_tower):
-    with pytest.raises(UsageError, match="is a vision model"):
-        train_teacher(config(model=str(tiny_tower), data=("nosuch.csv",)))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "tower"}, "is a vision model"),
+        ({"source_weights": {"nli": 1.0}}, "no such task"),
+        ({"instructions": {"nli": "x"}}, "no such task"),
+        ({"text_pairs": ("a/x.jsonl", "b/x.jsonl")}, "two tasks have one name"),
+        ({"chat_template": True}, "no chat template"),
+        ({"mntp": True, "mntp_mask_token": "two words"}, "not one token"),
+    ],
+)
+def test_settings_and_model_are_looked_at_before_the_data(changes, words, config, tiny_tower):
+    """Reading the captions may take hours."""
+    if "model" in changes:
+        changes = {"model": str(tiny_tower)}
+    with pytest.raises(UsageError, match=words):
+        train_teacher(config(data=("nosuch.csv",), **changes))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch):

@@ -225,7 +225,7 @@ def store_lines(path: Path, files: Iterable[str]) -> Any:
 def _lines(files: Iterable[str]) -> Iterator[dict[str, str]]:
     for name in files:
         try:
-            with Path(name).open(encoding="utf-8") as file:
+            with Path(name).open(encoding="utf-8-sig") as file:
                 yield from ({"text": line.strip()} for line in file if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"--mntp-text {name} cannot be read: {error}") from None

@@ -113,7 +113,7 @@ def test_a_byte_order_mark_is_no_matter(tmp_path):
 
 def test_captions_that_are_all_too_long_are_said_to_be(tmp_path):
     samples = [sample(i, short=("a",), long=("word " * 100_000,)) for i in range(3)]
-    with pytest.raises(TooManyBadSamples, match="3 of 3 .*3 caption too long.*500,000 characters"):
+    with pytest.raises(TooManyBadSamples, match=r"3 of 3 .*3 caption too long.*500,000 characters"):
         store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
 
 

@@ -52,7 +52,7 @@ def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[s
         given = share_of_negatives(rows)
         if 0 < given < 1 and not config.random_negative:
             logger.warning(
-                "%s: its negatives are not used, as only %.0f%% of the rows have one and --no-random-negative leaves the "
+                "%s: its negatives are not used: %.0f%% of the rows have one, and --no-random-negative leaves the "
                 "others without",
                 file,
                 100 * given,

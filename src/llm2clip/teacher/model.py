@@ -147,9 +147,8 @@ def _route_captions(teacher: SentenceTransformer, name: str | Path) -> None:
     for router in routers:
         if router.default_route is None and not router.route_mappings:
             if "document" not in router.sub_modules:
-                raise UsageError(
-                    f"{name} is a Router with the routes {', '.join(router.sub_modules)} and no default; set default_route"
-                )
+                routes = ", ".join(router.sub_modules)
+                raise UsageError(f"{name} is a Router with the routes {routes} and no default; set its default_route")
             router.default_route = "document"
 
 

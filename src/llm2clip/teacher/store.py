@@ -72,9 +72,10 @@ def store_captions(
         count = write_rows(path, stored, {"kinds": pa.list_(pa.string()), "texts": pa.list_(pa.string())})
         if not count:
             needed = "a caption" if same else f"two different captions{_allowed(kinds)}"
+            found = ", ".join(sorted(stored.found)) or "none"
             raise SourceError(
-                f"no picture of --data has {needed}; the kinds are {', '.join(sorted(stored.found)) or 'none'}; give more "
-                "caption columns with --captions kind=column"
+                f"no picture of --data has {needed}; the kinds are {found}; give more caption columns with --captions "
+                "kind=column"
             )
         logger.info("captions: %s pictures to learn from", f"{count:,}")
     return open_rows(path)

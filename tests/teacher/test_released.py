@@ -118,15 +118,17 @@ def released(request, chat_llm, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_a_released_teacher_encodes_as_it_was_made_to(trust, released, chat_llm):
+def test_a_released_teacher_encodes_as_it_was_made_to(trust, released, chat_llm, caplog):
     expected = llm2vec(chat_llm, CAPTIONS, chat=True, skip_instruction=True)
     teacher = load_teacher(released, trust_remote_code=trust)
     assert cosine(teacher.encode(CAPTIONS), expected).min() > 0.99999
+    assert "--chat-template" not in caplog.text
     encoder = CaptionEncoder(teacher, prompt=resolve_prompt(teacher, None, None), dtype="float32")
     assert cosine(encoder.encode(CAPTIONS)[0], expected).min() > 0.99999
     wrapped = llm_as_encoder(released, chat_template=True)
     assert teacher_fingerprint(teacher) == teacher_fingerprint(wrapped)
     assert teacher_fingerprint(teacher) != teacher_fingerprint(llm_as_encoder(released))
+    assert "add --chat-template" in caplog.text
 
 
 def test_only_llama_3_from_llm2vec_is_wrapped_unasked(chat_llm, released):

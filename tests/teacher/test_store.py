@@ -62,12 +62,12 @@ def test_a_book_is_no_caption(tmp_path):
 
 def test_triplets_and_their_instruction(tmp_path):
     rows = [{"query": "q", "positive": "p", "negative": "n", "instruction": "Find it."}] * 3
-    stored, instruction = store_triplets(tmp_path / "s", triplets(tmp_path / "x.jsonl", rows), bad=BadSamples(0))
-    assert instruction == "Find it." and stored[0] == {"query": "q", "positive": "p", "negative": "n"}
+    stored, facts = store_triplets(tmp_path / "s", triplets(tmp_path / "x.jsonl", rows), bad=BadSamples(0))
+    assert facts["instruction"] == "Find it." and stored[0] == {"query": "q", "positive": "p", "negative": "n"}
     assert share_of_negatives(stored) == 1
     rows = [{"query": "q", "positive": ["p", "p2"]}, {"query": "q", "positive": "p", "negative": "n"}]
-    stored, instruction = store_triplets(tmp_path / "t", triplets(tmp_path / "y.jsonl", rows), bad=BadSamples(0))
-    assert instruction == "" and stored[0]["positive"] == "p" and share_of_negatives(stored) == 0.5
+    stored, facts = store_triplets(tmp_path / "t", triplets(tmp_path / "y.jsonl", rows), bad=BadSamples(0))
+    assert facts["instruction"] == "" and stored[0]["positive"] == "p" and share_of_negatives(stored) == 0.5
 
 
 @pytest.mark.parametrize(

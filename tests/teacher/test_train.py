@@ -204,6 +204,24 @@ def test_captions_and_text_tasks_mix(config, tmp_path):
     assert manifest["before"] is None and manifest["after"] is None
 
 
+def test_what_was_bad_is_not_forgotten_by_a_run_that_goes_on(config, tmp_path, monkeypatch):
+    csv, nli = tmp_path / "captions.csv", tmp_path / "nli.jsonl"
+    rows = [f"{i}.jpg,a red disc {i},{'' if i == 3 else f'there is a disc {i}'}" for i in range(30)]
+    csv.write_text("image,short_caption,long_caption\n" + "\n".join(rows) + "\n")
+    nli.write_text(
+        "".join(json.dumps({"query": f"q {i}", "positive": "" if i == 5 else f"p {i}"}) + "\n" for i in range(30))
+    )
+    settings = config("mixed", data=(str(csv),), text_pairs=(str(nli),), steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("llm2clip.teacher.data.store_triplets", lambda *a, **k: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train_teacher(settings)
+    manifest = json.loads((train_teacher(settings) / "manifest.json").read_text())
+    assert manifest["bad_samples"]["counts"] == {"empty caption": 1}
+    assert manifest["bad_rows_nli"]["counts"] == {"no text in query or positive": 1}
+    assert manifest["rows"] == {"captions": 29, "nli": 29}
+
+
 def test_scores_on_the_way_are_noted_and_change_nothing(config):
     plain = train_teacher(config("plain"))
     scored = train_teacher(config("scored", eval_every=4))

@@ -48,7 +48,7 @@ def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[s
         tasks.append(task)
     for i, file in enumerate(map(Path, config.text_pairs)):
         bad = BadSamples(config.max_bad_fraction)
-        rows, instruction = store_triplets(work / f"text{i}.arrow", file, bad=bad)
+        rows, read = store_triplets(work / f"text{i}.arrow", file, bad=bad)
         given = share_of_negatives(rows)
         if 0 < given < 1 and not config.random_negative:
             logger.warning(
@@ -61,15 +61,13 @@ def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[s
             Task(
                 name=file.stem,
                 rows=rows,
-                instruction=config.instructions.get(file.stem, instruction),
+                instruction=config.instructions.get(file.stem, read["instruction"]),
                 negatives=config.random_negative or given == 1,
             )
         )
-        facts[f"bad_rows_{file.stem}"] = bad.to_json()
+        facts[f"bad_rows_{file.stem}"] = read["bad"]
     facts["rows"] = {task.name: len(task) for task in tasks}
-    if not (work / "data.json").exists():
-        write_json(work / "data.json", facts)
-    return tasks, read_json(work / "data.json")  # as first read: a run that goes on finds no bad samples again
+    return tasks, facts
 
 
 def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
@@ -89,7 +87,12 @@ def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
 def _captions(config: TeacherConfig, work: Path) -> tuple[Task, dict[str, Any]]:
     source = open_source(config, pictures=False)
     kinds, same = parse_kinds(config.pair_weights), config.positives == "same"
-    rows = store_captions(work / "captions.arrow", source, kinds=kinds, same=same, bad=source.bad)
+    path, read = work / "captions.arrow", work / "captions.json"
+    if not read.exists():  # killed before what was bad was noted
+        path.unlink(missing_ok=True)
+    rows = store_captions(path, source, kinds=kinds, same=same, bad=source.bad)
+    if not read.exists():
+        write_json(read, {"source_fingerprint": source.fingerprint, "bad_samples": source.bad.to_json()})
     task = Task(
         name=CAPTIONS_TASK,
         rows=rows,
@@ -98,4 +101,4 @@ def _captions(config: TeacherConfig, work: Path) -> tuple[Task, dict[str, Any]]:
         kinds=kinds,
         same=same,
     )
-    return task, {"source_fingerprint": source.fingerprint, "bad_samples": source.bad.to_json()}
+    return task, read_json(read)

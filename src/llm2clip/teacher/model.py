@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llm2clip.teacher.opening import (
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
 
+logger = logging.getLogger("llm2clip")
 POOLING_MODES = {"mean": "mean", "last-token": "lasttoken", "weighted": "weightedmean"}
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 PROBE_TOKENS = 6
@@ -122,8 +124,11 @@ def llm_as_encoder(
             module_output_name="token_embeddings",
         )
     prepare_tokenizer(transformer, path_or_id)
+    wrapped = from_llm2vec and speaks_llama_3(transformer.tokenizer)
     if chat_template is None:
-        chat_template = from_llm2vec and speaks_llama_3(transformer.tokenizer)
+        chat_template = wrapped
+    elif wrapped and not chat_template:
+        logger.warning("%s was tuned on captions as a user's turn; add --chat-template to keep to that", path_or_id)
     header = use_chat_template(transformer.tokenizer) if chat_template else ""
     encoder = SentenceTransformer(
         modules=[

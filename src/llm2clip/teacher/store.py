@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import atomic_path
+from llm2clip.artifacts import atomic_path, read_json, write_json
 from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.pairs import Kinds, possible_pairs
 from llm2clip.captions.sample import Sample
@@ -81,8 +81,10 @@ def store_captions(
     return open_rows(path)
 
 
-def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, str]:
-    """Write the triplets of a JSONL `file` to `path`, unless it is there; returns them opened, and their instruction.
+def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, dict[str, Any]]:
+    """Write the triplets of a JSONL `file` to `path`, unless it is there; returns them opened, and facts.
+
+    The facts are the file's `instruction`, and what was `bad` when it was read.
 
     Raises:
         SourceError: if the file cannot be read, is no JSONL of text triplets, or has no usable row.
@@ -95,9 +97,8 @@ def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, str
         rows = _TripletFile(file, bad)
         write_rows(path, rows, {name: pa.string() for name in ("query", "positive", "negative")})
         bad.check(rows.seen)
-        with atomic_path(facts) as temporary:
-            temporary.write_text(json.dumps({"instruction": rows.instruction or ""}), encoding="utf-8")
-    return open_rows(path), json.loads(facts.read_text(encoding="utf-8"))["instruction"]
+        write_json(facts, {"instruction": rows.instruction or "", "bad": bad.to_json()})
+    return open_rows(path), read_json(facts)
 
 
 def share_of_negatives(rows: Any) -> float:

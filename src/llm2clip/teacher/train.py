@@ -68,6 +68,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     with _output(out, config, main=state.is_main_process):
         if is_complete(out):
             logger.info("%s: already complete", out)
+            shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come just before this
             return out
         check_tasks(config)
         check_model(config, state)

@@ -18,6 +18,8 @@ PLACE_KEYS = {"_name_or_path", "name_or_path", "transformers_version", "__versio
 SETTINGS_FILES = (
     "config.json",
     "modules.json",
+    "joined_config.json",
+    "router_config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "tokenizer.json",
@@ -30,6 +32,8 @@ SETTINGS_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+PARTS = ("", "[0-9]*/**/")
+"""Where a model's files lie: at the top, and in the folders of its modules ("1_Pooling"), not in a checkpoint."""
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -94,7 +98,7 @@ def quick_digests(folder: Path) -> dict[str, str]:
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder and its modules; safetensors only, where there are any."""
     for pattern in ("*.safetensors", "*.bin"):
-        found = [path for depth in ("", "*/") for path in folder.glob(depth + pattern) if _is_part(folder, path)]
+        found = [path for place in PARTS for path in folder.glob(place + pattern)]
         if found:
             return sorted(path for path in found if path.name != "training_args.bin")
     return []
@@ -102,9 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def settings_files(folder: Path) -> list[Path]:
     """The files of a model folder and its modules that set how it encodes."""
-    top = [folder / name for name in SETTINGS_FILES if (folder / name).exists()]
-    modules = sorted(path for path in folder.glob("*/config.json") if _is_part(folder, path))
-    return [*top, *modules]
+    return sorted(path for place in PARTS for path in folder.glob(place + "*") if path.name in SETTINGS_FILES)
 
 
 def settings_digests(folder: Path) -> dict[str, Any]:
@@ -129,11 +131,6 @@ def memory_digest(teacher: SentenceTransformer) -> list[Any]:
     modules: list[Any] = list(teacher)
     settings = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
     return [digest.hexdigest(), json.loads(json.dumps(settings, default=str)), teacher.prompts]
-
-
-def _is_part(folder: Path, path: Path) -> bool:
-    """Whether `path` belongs to the model: at the top, or in a module's folder ("1_Pooling"), not in a checkpoint."""
-    return path.parent == folder or path.parent.name[:1].isdigit()
 
 
 def _without_place(value: Any) -> Any:

@@ -14,6 +14,7 @@ from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import UsageError
 from llm2clip.teacher.chat import use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
+from llm2clip.teacher.joined_module import Joined
 from llm2clip.teacher.opening import check_is_text_model, is_decoder, one_line_errors, resolve_folder
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
@@ -50,6 +51,9 @@ def load_teacher(
         return llm_as_encoder(
             path_or_id, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
+    if (folder / Joined.config_file_name).exists():
+        with one_line_errors(path_or_id):
+            return load_joined(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with one_line_errors(path_or_id):
         teacher = SentenceTransformer(
             str(folder),
@@ -60,6 +64,24 @@ def load_teacher(
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     if manifest.get("format") == "llm2clip/teacher":
         restore_attention(teacher, manifest["config"]["attention"])
+    remember_origin(teacher, folder)
+    return teacher.eval()
+
+
+def load_joined(
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """A joined teacher (see `llm2clip.teacher.join`), put together without running the code file in its folder."""
+    module = Joined.load(
+        str(folder),
+        trust_remote_code=trust_remote_code,
+        model_kwargs={"dtype": dtype} if dtype is not None else None,
+    )
+    teacher = SentenceTransformer(modules=[module], device=str(device) if device is not None else None)
     remember_origin(teacher, folder)
     return teacher.eval()
 

@@ -78,6 +78,7 @@ def join(encoders: Sequence[SentenceTransformer], weights: Sequence[float]) -> S
             "dim": len(encoder.encode("a")),
             "weight": weight,
             "prompt": encoder.prompts.get(encoder.default_prompt_name or "") or "",
+            # Said again here: a Gemma tokenizer, that of SigLIP 2, forgets it when it is read back.
             "lower_case": bool(getattr(encoder[0], "do_lower_case", False)),
         }
         for encoder, weight in zip(encoders, weights, strict=True)
@@ -129,14 +130,16 @@ def text_half(folder: Path, name: str, *, kind: str) -> SentenceTransformer:
         transformer = Transformer(
             str(folder),
             model_kwargs={"dtype": "auto"},
-            processing_kwargs={"text": {"padding": "max_length", "return_attention_mask": False}} if siglip else None,
             modality_config=TEXT_HALF,
             module_output_name="sentence_embedding",
             do_lower_case=siglip,
         )
         model, tokenizer = transformer.model, transformer.tokenizer
-        context = int(model.config.text_config.max_position_embeddings)
-        transformer.max_seq_length = min(context, tokenizer.model_max_length)
+        context = min(int(model.config.text_config.max_position_embeddings), tokenizer.model_max_length)
+        transformer.max_seq_length = context
+        if siglip:
+            padded = {"padding": "max_length", "max_length": context, "return_attention_mask": False}
+            transformer.processing_kwargs = {"text": padded}
         # No pictures will come; a tower without layers keeps the format loadable.
         model.vision_model.encoder.layers = torch.nn.ModuleList()
         model.config.vision_config.num_hidden_layers = 0

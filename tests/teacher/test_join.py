@@ -218,7 +218,7 @@ def test_from_captions_to_a_bundle(joined: Path, tiny_tower: Path, pictures_csv:
     teacher, data = str(joined), (str(pictures_csv),)
     build_bank(BankConfig(data=data, teacher=teacher, out=tmp_path / "bank", precision="fp32", device="cpu"))
     bank = Bank.open(tmp_path / "bank")
-    assert bank.dim == 56
+    assert bank.dim == 56 and bank.tokens(np.arange(4)).min() > 4
     student = tmp_path / "student"
     settings = {"batch_size": 8, "dim": 16, "workers": 0, "precision": "fp32"}
     train_student(

@@ -19,7 +19,6 @@ SETTINGS_FILES = (
     "config.json",
     "modules.json",
     "joined_config.json",
-    "router_config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "tokenizer.json",
@@ -32,7 +31,7 @@ SETTINGS_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-PARTS = ("", "[0-9]*/**/")
+PARTS = ("", "[0-9]*/")
 """Where a model's files lie: at the top, and in the folders of its modules ("1_Pooling"), not in a checkpoint."""
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 

@@ -15,7 +15,7 @@ from llm2clip.errors import UsageError
 class JoinConfig:
     """Make one teacher of several: a caption's vector is theirs, each of unit length, one behind the other.
 
-    With the text half of the CLIP whose tower will be trained as one of them, this is the paper's best scheme (d).
+    An LLM and the text half of the CLIP whose tower will be trained: the paper's best scheme (table 9, d).
     """
 
     teachers: tuple[str, ...]
@@ -23,7 +23,7 @@ class JoinConfig:
     out: Path
     """Folder of the joined teacher; made if it is not there."""
     weights: tuple[float, ...] = ()
-    """Length of each teacher's part of the vector, in their order; by default 1 for all (the paper weighs nothing)."""
+    """Length of each teacher's part of the vector, in their order; by default 1 for all."""
     revisions: tuple[str, ...] = ()
     """Branch, tag or commit of each teacher, in their order ("main" for one that is a local folder)."""
     trust_remote_code: bool = False

@@ -51,12 +51,14 @@ class Joined(Router):
     def preprocess(  # type: ignore[override]
         self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """What each member makes of the texts, its number and a dot before the names."""
+        """What each member makes of the texts, its number and a dot before the names; the first's mask also bare."""
         features: dict[str, Any] = {}
         for (number, modules), member in zip(self.sub_modules.items(), self.members, strict=True):
             texts = [text.lower() for text in inputs] if member["lower_case"] else list(inputs)
             own = modules[0].preprocess(texts, prompt=prompt or member["prompt"] or None)  # type: ignore[index]
             features.update({f"{number}.{name}": value for name, value in own.items()})
+        if "0.attention_mask" in features:  # by which a bank counts the tokens of a caption
+            features["attention_mask"] = features["0.attention_mask"]
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

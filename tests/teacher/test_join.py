@@ -298,3 +298,11 @@ def test_what_cannot_be_a_member(
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UsageError, match="cannot be loaded"):
         join_all(tmp_path / "out", tiny_llm, tmp_path / "empty")
+
+
+def test_an_adapter_without_its_model_is_no_member(tiny_llm: Path, two_towers, tmp_path: Path, monkeypatch) -> None:
+    adapted = load_teacher(tiny_llm, device="cpu")
+    adapted[0].model._hf_peft_config_loaded = True  # as transformers marks one; saved, it would be the adapter alone
+    monkeypatch.setattr(joining, "load_teacher", lambda *args, **options: adapted)
+    with pytest.raises(UsageError, match="is an adapter on another model's weights"):
+        join_all(tmp_path / "out", two_towers["clip"], tiny_llm)

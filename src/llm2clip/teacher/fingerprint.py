@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ PLACE_KEYS = {"_name_or_path", "name_or_path", "transformers_version", "__versio
 SETTINGS_FILES = (
     "config.json",
     "modules.json",
-    "joined_config.json",
+    "router_config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
+    "joined_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,8 +34,8 @@ SETTINGS_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-PARTS = ("", "[0-9]*/")
-"""Where a model's files lie: at the top, and in the folders of its modules ("1_Pooling"), not in a checkpoint."""
+MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
+"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -97,7 +100,7 @@ def quick_digests(folder: Path) -> dict[str, str]:
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder and its modules; safetensors only, where there are any."""
     for pattern in ("*.safetensors", "*.bin"):
-        found = [path for place in PARTS for path in folder.glob(place + pattern)]
+        found = [path for part in _parts(folder) for path in part.glob(pattern)]
         if found:
             return sorted(path for path in found if path.name != "training_args.bin")
     return []
@@ -105,7 +108,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def settings_files(folder: Path) -> list[Path]:
     """The files of a model folder and its modules that set how it encodes."""
-    return sorted(path for place in PARTS for path in folder.glob(place + "*") if path.name in SETTINGS_FILES)
+    return [part / name for part in _parts(folder) for name in SETTINGS_FILES if (part / name).exists()]
 
 
 def settings_digests(folder: Path) -> dict[str, Any]:
@@ -130,6 +133,13 @@ def memory_digest(teacher: SentenceTransformer) -> list[Any]:
     modules: list[Any] = list(teacher)
     settings = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
     return [digest.hexdigest(), json.loads(json.dumps(settings, default=str)), teacher.prompts]
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    """The model's folder and those of its modules, but no checkpoint, adapter or export that lies beside them."""
+    yield folder
+    for module in sorted(path for path in folder.iterdir() if path.is_dir() and MODULE_FOLDER.fullmatch(path.name)):
+        yield from _parts(module)
 
 
 def _without_place(value: Any) -> Any:

@@ -29,6 +29,7 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
         ({"ignore_above": 2.0}, "--ignore-above is 2.0"),
         ({"max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0"),
         ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**63}, r"below 2\*\*63"),
         ({"weight_decay": float("nan")}, "--weight-decay is nan"),
         ({"mix": {"short": float("nan")}}, "--mix is .*finite"),
         ({"bank_weights": (float("inf"),)}, "--bank-weights is .*finite"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -128,6 +129,37 @@ def test_every_option_trains_and_survives_a_kill(config, settings, tmp_path, mon
         assert content == whole[name], name
 
 
+def test_the_loss_scaler_of_fp16_skips_steps_and_goes_on_after_a_kill(config, monkeypatch, tmp_path) -> None:
+    """On the CPU accelerate has none, so it is put in; so large a scale overflows in the first steps."""
+    start, step, scalers, norms = train.start_accelerator, train.train_step, [], []
+
+    def scaling(config):
+        accelerator = start(config)
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28, growth_interval=4)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    def watched(run, batches):
+        values = step(run, batches)
+        norms.append(values["grad_norm"].item())
+        if run.step == 9 and run.out.name == "broken":
+            raise KeyboardInterrupt
+        return values
+
+    monkeypatch.setattr(train, "start_accelerator", scaling)
+    monkeypatch.setattr(train, "train_step", watched)
+    settings = {"steps": 14, "save_every": 7, "micro_batch_size": 3, "precision": "fp16"}
+    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    assert {math.isfinite(norm) for norm in norms} == {False, True}
+    broken = config(**settings, out=tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        train_student(broken)
+    (tmp_path / "broken").rename(tmp_path / "again")
+    assert artifact(train_student(config(**settings, out=tmp_path / "again"))) == whole
+    assert scalers[0].state_dict() == scalers[2].state_dict() != torch.amp.GradScaler("cpu").state_dict()
+
+
 @pytest.fixture(scope="module")
 def usual(bank, tiny_tower, tmp_path_factory) -> dict:
     """What three plain steps leave."""
@@ -224,6 +256,25 @@ def test_every_family_trains_from_its_folder(config, towers, family) -> None:
         pytest.skip("timm is not installed")
     out = train_student(config(tower=str(towers[family]), steps=2, precision="bf16", loss="sigmoid"))
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in log(out))
+
+
+def test_a_whole_clip_is_loaded_without_a_list_of_its_text_weights(towers, caplog, capfd) -> None:
+    import transformers
+
+    from llm2clip.student.start import start_student
+
+    before = transformers.logging.get_verbosity()
+    start_student(str(towers["clip"]), teacher_dim=8)
+    assert "UNEXPECTED" not in capfd.readouterr().err + caplog.text
+    assert transformers.logging.get_verbosity() == before
+
+
+def test_a_tracker_that_is_not_installed_is_what_the_line_is_about(config, monkeypatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="^--tracker wandb needs its package"):
+        session.start_accelerator(config(tracker="wandb"))
 
 
 def test_patch_dropout_is_refused_in_one_line(config, towers) -> None:

@@ -164,6 +164,8 @@ class StudentConfig:
             raise UsageError(f"--ignore-above is {self.ignore_above}; it is a cosine, from -1 to 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed is {self.seed}; it must be below 2**63")
         if self.batch_size < 2:
             raise UsageError(f"--batch-size is {self.batch_size}; it must be at least 2, for there to be a negative")
 

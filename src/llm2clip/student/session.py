@@ -51,17 +51,19 @@ def start_accelerator(config: StudentConfig) -> Any:
     """The accelerator of a run: processes, devices, precision and trackers.
 
     Raises:
-        UsageError: if the device cannot do the precision.
+        UsageError: if a tracker is not installed, the device cannot do the precision, or accelerate is set to a way
+            of sharing the work that a student cannot.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+    trackers = find_tracker(config.tracker) or None
     AcceleratorState._reset_state()  # another stage in this process may have had another precision
     try:
         accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
-            log_with=find_tracker(config.tracker) or None,
+            log_with=trackers,
             project_config=ProjectConfiguration(str(config.out), logging_dir=str(Path(config.out) / CURVES)),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )

@@ -98,9 +98,8 @@ def resize_tower(tower: Any, *, image_size: int) -> Any:
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int) and image_size % patch:
         low = image_size // patch * patch
-        raise ValueError(
-            f"--image-size {image_size} is no multiple of the patch size {patch}; use {low} or {low + patch}"
-        )
+        fitting = f"{low} or {low + patch}" if low else str(patch)
+        raise ValueError(f"--image-size {image_size} is no multiple of the patch size {patch}; use {fitting}")
     resized = AutoModel.from_config(config)
     if getattr(tower, "pooler", 0) is None:
         resized.pooler = None

@@ -273,7 +273,7 @@ def test_a_tracker_that_is_not_installed_is_what_the_line_is_about(config, monke
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="^--tracker wandb needs its package"):
+    with pytest.raises(UsageError, match=r"^--tracker wandb needs its package"):
         session.start_accelerator(config(tracker="wandb"))
 
 

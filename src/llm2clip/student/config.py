@@ -139,15 +139,17 @@ class StudentConfig:
         optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience")
         given = [name for name in optional if getattr(self, name) is not None]
         check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
-        self._check_finite()
+        self._check_numbers()
         self._check_ranges()
         self._check_combinations()
 
-    def _check_finite(self) -> None:
+    def _check_numbers(self) -> None:
         for name, value in vars(self).items():
             numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it takes finite numbers")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed is {self.seed}; it must be below 2**63")
 
     def _check_ranges(self) -> None:
         for name in ("label_smoothing", "soft_targets", "patch_dropout", "ema"):
@@ -164,8 +166,6 @@ class StudentConfig:
             raise UsageError(f"--ignore-above is {self.ignore_above}; it is a cosine, from -1 to 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")
-        if self.seed >= 2**63:
-            raise UsageError(f"--seed is {self.seed}; it must be below 2**63")
         if self.batch_size < 2:
             raise UsageError(f"--batch-size is {self.batch_size}; it must be at least 2, for there to be a negative")
 

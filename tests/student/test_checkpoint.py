@@ -62,6 +62,11 @@ def test_parameters_that_have_not_learned_yet(tmp_path) -> None:
     assert not optimizers[0].state and not optimizers[1].state
 
 
+def test_a_process_that_does_not_write_copies_nothing() -> None:
+    model, optimizers = trained(1)
+    assert collect_state(model, optimizers, keep=False) == {}
+
+
 def test_the_last_two_are_kept(tmp_path) -> None:
     for step in (5, 10, 100):
         save_checkpoint(tmp_path, step, {"model/x": torch.tensor([step])}, {})

@@ -28,6 +28,11 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
         ({"label_smoothing": 0.1, "loss": "sigmoid"}, "softmax"),
         ({"ignore_above": 2.0}, "--ignore-above is 2.0"),
         ({"max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**63}, r"below 2\*\*63"),
+        ({"weight_decay": float("nan")}, "--weight-decay is nan"),
+        ({"mix": {"short": float("nan")}}, "--mix is .*finite"),
+        ({"bank_weights": (float("inf"),)}, "--bank-weights is .*finite"),
     ],
 )
 def test_wrong_settings(wrong, says) -> None:

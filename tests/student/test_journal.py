@@ -14,6 +14,7 @@ class OneProcess:
 
     is_main_process = True
     trackers = ()
+    scaler = None
 
     def __init__(self) -> None:
         self.logged = []
@@ -60,3 +61,17 @@ def test_trackers(monkeypatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         find_tracker("trackio")
     assert find_tracker("auto") == []
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_unless_a_scaler_skips_it(tmp_path) -> None:
+    accelerator = OneProcess()
+    journal = Journal(accelerator, tmp_path, total=20, step=0, pictures=8)
+    journal.add(1, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})
+    journal.add(2, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
+    with pytest.raises(LLM2CLIPError, match="gradient norm is inf at step 2"):
+        journal.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    accelerator.scaler = object()
+    journal.add(3, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
+    journal.flush()
+    assert lines(tmp_path)[-1] == {**lines(tmp_path)[-1], "step": 3, "grad_norm": None}

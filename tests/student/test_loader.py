@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -80,6 +82,26 @@ def test_slices_of_all_processes_make_up_the_batch(bank: Bank) -> None:
     for whole, first, second in zip(for_one, *slices, strict=True):
         for value, *parts in zip(whole.tensors(), first.tensors(), second.tensors(), strict=True):
             assert torch.equal(torch.cat(parts), value)
+
+
+def test_a_batch_that_was_let_go_is_gone_before_the_next_is_made(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a GPU holds a batch more than it needs, gigabytes of a large one."""
+    loader = BankLoader(dataset_of(bank))
+    made: list[weakref.ref[Batch]] = []
+    alive: list[int] = []
+    original = loader._host_batches
+
+    def watched(start: int, stop: int | None) -> Iterator[Batch]:
+        for number in range(3):
+            alive.append(sum(ref() is not None for ref in made))
+            made.append(weakref.ref(batch := next(original(number, number + 1))))
+            yield batch
+            del batch
+
+    monkeypatch.setattr(loader, "_host_batches", watched)
+    for batch in loader.batches(0, 3):
+        del batch
+    assert alive == [0, 0, 0]
 
 
 def test_torchs_random_numbers_are_left_alone(bank: Bank) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from llm2clip.student.model import CLIP_MEAN, CLIP_STD, Student
 from llm2clip.student.start import start_student
-from llm2clip.student.trainable import add_lora, lock_tower, merge_lora
+from llm2clip.student.trainable import add_lora, choose_what_learns, lock_tower, merge_lora
 
 FAMILIES = ("clip", "clip-vision", "siglip", "siglip-vision", "dinov2", "dinov3", "vit", "timm-eva02")
 
@@ -59,6 +59,33 @@ def test_pretrained_tower_and_every_parameter_learns(towers, family) -> None:
     ((image @ text.T * scale)[0, 1] + (image @ text.T).square().sum()).backward()
     # A key's bias shifts all scores of a query alike, so its gradient is zero but there.
     assert [n for n, p in student.named_parameters() if p.grad is None and "mask_token" not in n] == []
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"unlocked_blocks": 1}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_that_should_learn_gets_a_gradient(towers, family, options) -> None:
+    """Data-parallel training waits for the gradient of every parameter that learns: DINOv2's mask token has none."""
+    if family not in towers:
+        pytest.skip("timm is not installed")
+    student = start(towers[family]).train()
+    choose_what_learns(student, **options)
+    image, text, scale = student(*inputs(student))
+    (scale * (image @ text.T).square().sum()).backward()
+    assert student.training
+    assert [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+    learns = {n for n, p in student.tower.named_parameters() if p.requires_grad}
+    assert learns and not any("mask_token" in name for name in learns)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fsdp_shards_blocks_that_are_there(towers, family) -> None:
+    """accelerate looks for each of these classes, and stops at one that it does not find."""
+    if family not in towers:
+        pytest.skip("timm is not installed")
+    student = start(towers[family])
+    units = {type(module).__name__ for module in student.modules()} & set(student._no_split_modules)
+    assert units == set(student._no_split_modules) and len(units) == 2 and "AdaptorBlock" in units
+    assert student.get_input_embeddings() is None
 
 
 def test_uint8_pictures_are_normalised_as_the_processor_does(tiny_tower) -> None:

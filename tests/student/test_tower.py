@@ -65,6 +65,20 @@ def test_patch_dropout_shortens_training_only(towers, family) -> None:
     assert tower.train()(picture).last_hidden_state.shape[1] == before.shape[1] - 8
 
 
+def test_patch_dropout_of_timms_eva_takes_rotary_positions_along(towers) -> None:
+    pytest.importorskip("timm")
+    from transformers import AutoModel
+
+    tower = AutoModel.from_pretrained(towers["timm-eva02"])
+    picture = torch.rand(2, 3, 28, 28)
+    before = tower.eval()(picture).last_hidden_state
+    add_patch_dropout(tower, rate=0.5, image_size=28)
+    torch.testing.assert_close(tower.eval()(picture).last_hidden_state, before)
+    assert tower.train()(picture).last_hidden_state.shape[1] == before.shape[1] - 2
+    tower.timm_model.patch_drop.rate = 0.0
+    torch.testing.assert_close(tower(picture).last_hidden_state, before)
+
+
 def test_patch_dropout_is_refused_where_positions_are_rotary(towers) -> None:
     from transformers import AutoModel
 

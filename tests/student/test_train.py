@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -126,6 +127,184 @@ def test_every_option_trains_and_survives_a_kill(config, settings, tmp_path, mon
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
     for name, content in artifact(out).items():
         assert content == whole[name], name
+
+
+def test_the_loss_scaler_of_fp16_skips_steps_and_goes_on_after_a_kill(config, monkeypatch, tmp_path) -> None:
+    """On the CPU accelerate has none, so it is put in; so large a scale overflows in the first steps."""
+    start, step, scalers, norms = train.start_accelerator, train.train_step, [], []
+
+    def scaling(config):
+        accelerator = start(config)
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28, growth_interval=4)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    def watched(run, batches):
+        values = step(run, batches)
+        norms.append(values["grad_norm"].item())
+        if run.step == 9 and run.out.name == "broken":
+            raise KeyboardInterrupt
+        return values
+
+    monkeypatch.setattr(train, "start_accelerator", scaling)
+    monkeypatch.setattr(train, "train_step", watched)
+    settings = {"steps": 14, "save_every": 7, "micro_batch_size": 3, "precision": "fp16"}
+    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    assert {math.isfinite(norm) for norm in norms} == {False, True}
+    broken = config(**settings, out=tmp_path / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        train_student(broken)
+    (tmp_path / "broken").rename(tmp_path / "again")
+    assert artifact(train_student(config(**settings, out=tmp_path / "again"))) == whole
+    assert scalers[0].state_dict() == scalers[2].state_dict() != torch.amp.GradScaler("cpu").state_dict()
+
+
+@pytest.fixture(scope="module")
+def usual(bank, tiny_tower, tmp_path_factory) -> dict:
+    """What three plain steps leave."""
+    out = tmp_path_factory.mktemp("usual") / "student"
+    run = StudentConfig(**USUAL, bank=(str(bank),), tower=str(tiny_tower), out=out)
+    return read_manifest(train_student(run), "student")
+
+
+USUAL = {
+    "steps": 3,
+    "batch_size": 8,
+    "dim": 16,
+    "workers": 0,
+    "precision": "fp32",
+    "tracker": "none",
+    "learning_rate": 1e-2,
+    "adaptor_learning_rate": 1e-2,
+    "micro_batch_size": 4,
+    "max_grad_norm": 1e3,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init": "random"},
+        {"image_size": 48},
+        {"dim": 8},
+        {"adaptor_blocks": 1},
+        {"mix": {"long": 1.0}},
+        {"captions_per_picture": 2},
+        {"min_crop": 1.0},
+        {"loss": "sigmoid"},
+        {"label_smoothing": 0.1},
+        {"soft_targets": 0.1},
+        {"ignore_above": 0.0},
+        {"steps": 2},
+        {"epochs": 1.0, "steps": None, "batch_size": 12},
+        {"accumulate": 2},
+        {"optimizer": "muon"},
+        {"learning_rate": 1e-3},
+        {"adaptor_learning_rate": 1e-3},
+        {"warmup_steps": 2},
+        {"adaptor_warmup_steps": 1},
+        {"weight_decay": 0.5},
+        {"layer_decay": 0.5},
+        {"max_grad_norm": 1e-3, "weight_decay": 0.0},
+        {"unlocked_blocks": 1},
+        {"lora_rank": 2},
+        {"patch_dropout": 0.5},
+        {"ema": 0.5},
+        {"precision": "bf16"},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_what_is_learned(config, usual, settings) -> None:
+    manifest = read_manifest(train_student(config(**{**USUAL, **settings})), "student")
+    assert manifest["fingerprint"] != usual["fingerprint"]
+    assert manifest["steps"] == (2 if {"steps", "epochs"} & set(settings) else 3)
+
+
+def test_the_same_settings_in_another_folder_learn_the_same(config, usual) -> None:
+    """Without this, the test above could not fail."""
+    manifest = read_manifest(train_student(config(**{**USUAL, "workers": 2, "save_every": 1})), "student")
+    assert manifest == usual
+
+
+def test_lora_alpha_and_bank_weights_have_an_effect_too(config, bank, tmp_path) -> None:
+    two = (str(bank), str(bank))
+    for i, settings in enumerate([{"lora_rank": 2}, {"bank": two, "bank_weights": (1.0, 1.0)}]):
+        other = {**settings, "lora_alpha": 5} if i == 0 else {**settings, "bank_weights": (1.0, 0.0)}
+        runs = [
+            train_student(config(**{**USUAL, **s}, out=tmp_path / f"{i}{j}")) for j, s in enumerate((settings, other))
+        ]
+        assert artifact(runs[0])["model.safetensors"] != artifact(runs[1])["model.safetensors"]
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_pretrained_tower_is_in_training_mode_and_recomputes_where_asked(config, flag) -> None:
+    """transformers loads models in evaluation mode, in which nothing is dropped and nothing recomputed."""
+    settings = config(gradient_checkpointing=flag)
+    run = session.Session(settings, session.start_accelerator(settings))
+    assert all(module.training for module in run.student.modules())
+    calls = []
+    run.student.tower.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    train.train_step(run, next(run.batches()))
+    assert len(calls) == (2 if flag else 1)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "dinov3", "vit", "timm-eva02"])
+def test_every_family_trains_from_its_folder(config, towers, family) -> None:
+    if family not in towers:
+        pytest.skip("timm is not installed")
+    out = train_student(config(tower=str(towers[family]), steps=2, precision="bf16", loss="sigmoid"))
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in log(out))
+
+
+def test_a_whole_clip_is_loaded_without_a_list_of_its_text_weights(towers, caplog, capfd) -> None:
+    import transformers
+
+    from llm2clip.student.start import start_student
+
+    before = transformers.logging.get_verbosity()
+    start_student(str(towers["clip"]), teacher_dim=8)
+    assert "UNEXPECTED" not in capfd.readouterr().err + caplog.text
+    assert transformers.logging.get_verbosity() == before
+
+
+def test_a_tracker_that_is_not_installed_is_what_the_line_is_about(config, monkeypatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"^--tracker wandb needs its package"):
+        session.start_accelerator(config(tracker="wandb"))
+
+
+def test_patch_dropout_is_refused_in_one_line(config, towers) -> None:
+    with pytest.raises(UsageError, match="--patch-dropout does not work for dinov3"):
+        train_student(config(tower=str(towers["dinov3"]), patch_dropout=0.5))
+
+
+def test_steps_let_go_of_their_batches(config) -> None:
+    settings = config(accumulate=2)
+    run = session.Session(settings, session.start_accelerator(settings))
+    batches = run.batches()
+    first = next(batches)
+    assert len(first) == 2
+    next(batches)
+    assert first == []
+
+
+def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypatch) -> None:
+    import accelerate
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    session.keep_sums_whole(plugin)
+    policy = plugin.mixed_precision_policy
+    assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == policy.output_dtype == torch.float32
+    for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
+        monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", False)
+        with pytest.raises(UsageError, match=rf"{kind.value}; a student trains under DDP or FSDP version 2"):
+            session.start_accelerator(config())
 
 
 def test_kill_9_and_the_same_command_again(config, tmp_path) -> None:

@@ -1,11 +1,17 @@
 """The validation score: by hand, and on a bank with a picture that cannot be read."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llm2clip.student.validate import retrieval_scores, validate
+from llm2clip.errors import LLM2CLIPError
+from llm2clip.student import validate as validate_module
+from llm2clip.student.validate import encode_pictures, retrieval_scores, validate
+
+from .banks import picture_samples, write_test_bank
+from .test_data import TRANSFORM
 
 
 def test_scores_by_hand() -> None:
@@ -44,3 +50,38 @@ def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path) -> None:
     assert set(scores) == {"val/r@1", *(f"val/{kind}/{way}_r@1" for kind in bank.kinds for way in ("i2t", "t2i"))}
     assert all(0 <= score <= 1 for score in scores.values())
     assert student.training
+
+
+def test_all_processes_call_the_model_equally_often(tmp_path, monkeypatch) -> None:
+    """Or those that share shards would wait for each other for ever: 9 pictures, one unreadable, on 4 processes."""
+    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 9))
+    (tmp_path / "pictures" / "p008.png").write_bytes(b"")
+    monkeypatch.setattr(validate_module, "BATCH_SIZE", 2)
+    monkeypatch.setattr(validate_module, "_all_parts", lambda parts, world: parts)
+    calls, seen = [], []
+    student = SimpleNamespace(
+        training=False,
+        eval=lambda: None,
+        train=lambda mode: None,
+        get_image_features=lambda pixels: calls.append(rank) or pixels.flatten(1)[:, :4].float(),
+        get_text_features=lambda vectors: vectors[:, :4],
+    )
+    for rank in range(4):
+        accelerator = SimpleNamespace(device="cpu", process_index=rank, num_processes=4, autocast=torch.no_grad)
+        validate(student, accelerator, bank, TRANSFORM)
+        own = range(rank, 12, 4)
+        parts = encode_pictures(lambda pixels: pixels.flatten(1)[:, :4].float(), bank, own, TRANSFORM)
+        seen += [sample for numbers, vectors in parts for sample in numbers if len(numbers) == len(vectors)]
+    assert [calls.count(rank) for rank in range(4)] == [2, 2, 2, 2]
+    assert sorted(seen) == list(range(8))
+
+
+def test_a_bank_whose_pictures_are_gone(tmp_path) -> None:
+    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 3))
+    shutil.rmtree(tmp_path / "pictures")
+    student = torch.nn.Module()
+    student.get_image_features = lambda pixels: pixels.flatten(1)[:, :4].float()
+    student.get_text_features = lambda vectors: vectors[:, :4]
+    accelerator = SimpleNamespace(device="cpu", process_index=0, num_processes=1, autocast=torch.no_grad)
+    with pytest.raises(LLM2CLIPError, match="none of its 3 pictures"):
+        validate(student, accelerator, bank, TRANSFORM)

@@ -31,7 +31,11 @@ BEST = "best.safetensors"
 
 
 def collect_state(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], *, average: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    *,
+    average: Mapping[str, Tensor] | None = None,
+    keep: bool = True,
 ) -> dict[str, Tensor]:
     """Every tensor of a run on the CPU, by name. Under FSDP2 all processes must call it.
 
@@ -39,13 +43,20 @@ def collect_state(
         model: the unwrapped student.
         optimizers: those that train it.
         average: running average of its weights, by parameter name.
+        keep: False on processes that only lend their shards: they get nothing, and copy nothing.
     """
-    tensors = {f"model/{name}": _whole(value) for name, value in model.state_dict().items()}
+    parts = [(f"model/{name}", value) for name, value in model.state_dict().items()]
     for name, parameter, optimizer in _trained(model, optimizers):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = _whole(torch.as_tensor(value))
-    for name, value in (average or {}).items():
-        tensors[f"average/{name}"] = _whole(value)
+        state = optimizer.state.get(parameter, {})
+        parts += [(f"optimizer/{name}/{key}", torch.as_tensor(value)) for key, value in state.items()]
+    parts += [(f"average/{name}", value) for name, value in (average or {}).items()]
+    tensors = {}
+    for name, value in parts:
+        whole = value.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if keep:
+            tensors[name] = whole.to("cpu", copy=True).contiguous()
     return tensors
 
 
@@ -160,11 +171,6 @@ def _trained(
     for name, parameter in model.named_parameters():
         if parameter in holder:
             yield name, parameter, holder[parameter]
-
-
-def _whole(value: Tensor) -> Tensor:
-    value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True).contiguous()
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,28 +134,29 @@ class StudentConfig:
         check_choice("--precision", self.precision, PRECISIONS)
         check_choice("--init", self.init, INITS)
         check_choice("--tracker", self.tracker, TRACKERS)
-        positive = [
-            "dim",
-            "captions_per_picture",
-            "adaptor_blocks",
-            "accumulate",
-            "learning_rate",
-            "layer_decay",
-            "max_grad_norm",
-        ]
-        positive += ["save_every", "val_every", "lora_alpha"]
-        positive += ["adaptor_learning_rate"]
+        positive = ["dim", "captions_per_picture", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
+        positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "save_every", "val_every"]
         optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience")
         given = [name for name in optional if getattr(self, name) is not None]
         check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
+        self._check_numbers()
         self._check_ranges()
         self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        for name, value in vars(self).items():
+            numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it takes finite numbers")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed is {self.seed}; it must be below 2**63")
 
     def _check_ranges(self) -> None:
         for name in ("label_smoothing", "soft_targets", "patch_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("warmup_steps", "adaptor_warmup_steps", "weight_decay", "lora_rank", "workers", "unlocked_blocks"):
+        not_negative = ("warmup_steps", "adaptor_warmup_steps", "weight_decay", "lora_rank", "workers", "seed")
+        for name in (*not_negative, "unlocked_blocks"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be below 0")
         for name in ("min_crop", "layer_decay"):

@@ -48,7 +48,7 @@ class Journal:
         """Note the values of a finished step (from 1).
 
         Raises:
-            LLM2CLIPError: if one of the last steps had a loss that is no number.
+            LLM2CLIPError: if one of the last steps had a loss or gradient that is no number.
         """
         self._waiting.append((step, {name: torch.as_tensor(value) for name, value in values.items()}))
         if len(self._waiting) >= FLUSH_EVERY:
@@ -58,7 +58,7 @@ class Journal:
         """Write what waits.
 
         Raises:
-            LLM2CLIPError: if a loss among it is no number.
+            LLM2CLIPError: if a loss or gradient among it is no number.
         """
         if not self._waiting:
             return
@@ -71,12 +71,16 @@ class Journal:
             for (step, _), row in zip(self._waiting, table.tolist(), strict=True)
         ]
         count, self._waiting, self._last_flush = len(self._waiting), [], now
-        bad = next((line for line in lines if not math.isfinite(line["loss"])), None)
-        self._write(lines if bad is None else lines[: lines.index(bad)])
-        if bad is not None:
+        # A scaler for fp16 skips the step where a gradient is no number; anyone else's weights are lost by it.
+        watched = ["loss"] if self._accelerator.scaler is not None else ["loss", "grad_norm"]
+        bad = [(i, name) for i, line in enumerate(lines) for name in watched if not math.isfinite(line.get(name, 0.0))]
+        self._write(lines[: bad[0][0]] if bad else lines)
+        if bad:
+            line, name = lines[bad[0][0]], bad[0][1]
             raise LLM2CLIPError(
-                f"the loss is {bad['loss']} at step {bad['step']}; checkpoints of earlier steps are kept in "
-                f"{self._out}: lower --learning-rate, add --warmup-steps or take --precision fp32, in a new --out"
+                f"the {name.replace('grad_', 'gradient ')} is {line[name]} at step {line['step']}; checkpoints of "
+                f"earlier steps are kept in {self._out}: lower --learning-rate, add --warmup-steps or take --precision "
+                "fp32, in a new --out"
             )
         if self._accelerator.is_main_process:
             last = lines[-1]

@@ -84,6 +84,7 @@ class BankLoader:
                 self.bad.add(sample_id, cause, detail)
             self.bad.check(self.seen, final=False)
             yield batch
+            del batch  # before the next is asked for: a batch may be gigabytes
         self.bad.check(self.seen)
 
     def state(self) -> dict[str, Any]:
@@ -180,17 +181,19 @@ class _Parts:
 
 
 def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches whose copy to the GPU began one batch earlier, on a stream of its own."""
+    """Batches whose copy to the GPU began one batch earlier, on a stream of its own.
+
+    A batch that its user has let go leaves its memory to the next one but one, so two are held and not three.
+    """
     stream = torch.cuda.Stream(device)
     ready: tuple[Batch, torch.cuda.Event] | None = None
     while True:
+        stream.wait_stream(torch.cuda.current_stream(device))  # what is filled now may be memory of the step before
         with torch.cuda.stream(stream):
             batch = next(batches, None)
             copied = stream.record_event()
         if ready is not None:
             ready[1].wait(torch.cuda.current_stream(device))
-            for value in ready[0].tensors():
-                value.record_stream(torch.cuda.current_stream(device))
             yield ready[0]
         if batch is None:
             return

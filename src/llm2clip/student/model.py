@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .adaptor import Adaptor
-from .tower import build_tower, pooled_output
+from .tower import build_tower, pooled_output, tower_blocks
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020, section 2.5), kept by the released code
@@ -87,7 +87,6 @@ class Student(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["AdaptorBlock"]  # noqa: RUF012  (what FSDP shards as a unit; the tower adds its blocks)
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: StudentModelConfig, tower: Any = None) -> None:
@@ -102,6 +101,10 @@ class Student(PreTrainedModel):
         self.register_buffer("pixel_mean", 255 * torch.tensor(config.image_mean).view(3, 1, 1))
         self.register_buffer("pixel_std", 255 * torch.tensor(config.image_std).view(3, 1, 1))
         self.post_init()
+        # What FSDP shards as a unit. Those that transformers collects name text layers too, and accelerate wants to
+        # find every one.
+        blocks = (*self.adaptor.blocks, *(block for _, block in tower_blocks(self.tower)))
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,6 +118,10 @@ class Student(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> Any:
+        """None: accelerate asks before it shards, and no table of tokens leads into a student."""
+        return None
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Shared-space vectors [B, D] of pictures, not normalised.

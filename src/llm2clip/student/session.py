@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
@@ -50,22 +51,43 @@ def start_accelerator(config: StudentConfig) -> Any:
     """The accelerator of a run: processes, devices, precision and trackers.
 
     Raises:
-        UsageError: if the device cannot do the precision.
+        UsageError: if a tracker is not installed, the device cannot do the precision, or accelerate is set to a way
+            of sharing the work that a student cannot.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+    trackers = find_tracker(config.tracker) or None
     AcceleratorState._reset_state()  # another stage in this process may have had another precision
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,
-            log_with=find_tracker(config.tracker) or None,
+            log_with=trackers,
             project_config=ProjectConfiguration(str(config.out), logging_dir=str(Path(config.out) / CURVES)),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except ValueError as error:
         raise UsageError(f"--precision {config.precision} cannot be had here ({error}); take fp32") from None
+    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
+        raise UsageError(
+            f"accelerate is set to {accelerator.distributed_type.value}; a student trains under DDP or FSDP version 2: "
+            "choose one of them by accelerate config (fsdp_version: 2)"
+        )
+    if accelerator.is_fsdp2:
+        keep_sums_whole(accelerator.state.fsdp_plugin)
+    return accelerator
+
+
+def keep_sums_whole(plugin: Any) -> None:
+    """Have FSDP2 add gradients up, over micro-batches and processes, and give vectors in fp32, as DDP does.
+
+    accelerate's own policy does both in the precision of the arithmetic.
+    """
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 class Session:
@@ -118,7 +140,10 @@ class Session:
     def _choose_what_learns(self, student: Student) -> None:
         config = self.config
         if config.patch_dropout:
-            add_patch_dropout(student.tower, rate=config.patch_dropout, image_size=student.config.image_size)
+            try:
+                add_patch_dropout(student.tower, rate=config.patch_dropout, image_size=student.config.image_size)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
         if config.gradient_checkpointing:
             checkpoint_activations(student.tower)
         choose_what_learns(
@@ -197,6 +222,7 @@ class Session:
                 parameter.requires_grad_(False)
 
     def _prepare(self) -> None:
+        self.student.train()  # what transformers loads is in evaluation mode
         self.model, self.optimizer = self.accelerator.prepare(self.student, self.optimizer)
         if self.accelerator.is_fsdp2:
             for method in ("get_image_features", "get_text_features"):  # scores call them, past forward
@@ -219,6 +245,7 @@ class Session:
         batches = self.loader.batches(self.step * number, self.total_steps * number)
         while group := list(itertools.islice(batches, number)):
             yield group
+            group.clear()  # also in the caller's hands: its memory is for batches to come
 
     def begin_step(self) -> None:
         """Set what a step depends on besides the weights: learning rates, randomness, whether the tower learns."""
@@ -244,7 +271,7 @@ class Session:
     def save(self) -> None:
         """Write a checkpoint of this step, after a look at the losses since the last one."""
         self.journal.flush()
-        tensors = collect_state(self.student, [self._plain_optimizer()], average=self._average_tensors())
+        tensors = self._collect([self._plain_optimizer()], average=self._average_tensors())
         scaler = self.accelerator.scaler
         facts = {
             "origin": self.origin,
@@ -279,7 +306,7 @@ class Session:
             scores = validate(
                 self.student, self.accelerator, self.val_bank, self.transform, workers=self.config.workers
             )
-            tensors = collect_state(self.student, [])
+            tensors = self._collect([])
         self.journal.note(self.step, scores)
         self.waited += 1
         if scores["val/r@1"] > self.best:
@@ -289,14 +316,23 @@ class Session:
         return self.config.patience is not None and self.waited >= self.config.patience
 
     def final_weights(self) -> dict[str, Tensor]:
-        """The weights to save: the best on --val-bank, else the average, else the last. All processes call it."""
-        if self.val_bank is not None:
-            self.accelerator.wait_for_everyone()
-            tensors = load_best(self.out)
-        else:
+        """The weights to save: the best on --val-bank, else the average, else the last.
+
+        All processes call it; only the main one gets them.
+        """
+        tensors: dict[str, Tensor] = {}
+        if self.val_bank is None:
             with self._averaged():
-                tensors = collect_state(self.student, [])
+                tensors = self._collect([])
+        elif self.accelerator.is_main_process:
+            tensors = load_best(self.out)
         return {name.removeprefix("model/"): value for name, value in tensors.items()}
+
+    def _collect(
+        self, optimizers: list[torch.optim.Optimizer], *, average: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """`collect_state` of the student; all processes call it, the main one keeps what it gives."""
+        return collect_state(self.student, optimizers, average=average, keep=self.accelerator.is_main_process)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

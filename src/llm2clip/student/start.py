@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
@@ -127,15 +128,16 @@ def load_tower(tower: str, config: Any, *, pooling: str, revision: str | None = 
     Raises:
         ValueError: if weights of the tower are missing from the checkpoint or have other shapes.
     """
-    model, report = AutoModel.from_pretrained(
-        tower,
-        config=config,
-        revision=revision,
-        dtype=torch.float32,
-        output_loading_info=True,
-        use_safetensors=True,  # never a pickle
-        trust_remote_code=False,
-    )
+    with _quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
+        model, report = AutoModel.from_pretrained(
+            tower,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
+        )
     model = prune_tower(model, pooling=pooling)
     present = dict(model.named_parameters())
     missing = sorted(name for name in report["missing_keys"] if name in present)
@@ -163,6 +165,17 @@ def open_transform(tower: str, *, image_size: int | None = None, revision: str |
     transform = ImageTransform.from_processor(processor)
     wanted = image_size or native
     return transform if transform.image_size == (wanted, wanted) else transform.at_size(wanted)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Errors alone of what transformers logs."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

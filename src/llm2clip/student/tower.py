@@ -98,9 +98,8 @@ def resize_tower(tower: Any, *, image_size: int) -> Any:
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int) and image_size % patch:
         low = image_size // patch * patch
-        raise ValueError(
-            f"--image-size {image_size} is no multiple of the patch size {patch}; use {low} or {low + patch}"
-        )
+        fitting = f"{low} or {low + patch}" if low else str(patch)
+        raise ValueError(f"--image-size {image_size} is no multiple of the patch size {patch}; use {fitting}")
     resized = AutoModel.from_config(config)
     if getattr(tower, "pooler", 0) is None:
         resized.pooler = None
@@ -151,21 +150,24 @@ class PatchDropout(nn.Module):
     Args:
         rate: the part dropped, 0 to 1.
         num_prefix_tokens: class and register tokens before the patches, always kept.
+        with_places: give the places of the kept patches too, for a tower that has to find their rotary positions.
     """
 
-    def __init__(self, rate: float, *, num_prefix_tokens: int) -> None:
+    def __init__(self, rate: float, *, num_prefix_tokens: int, with_places: bool = False) -> None:
         super().__init__()
-        self.rate, self.num_prefix_tokens = rate, num_prefix_tokens
+        self.rate, self.num_prefix_tokens, self.with_places = rate, num_prefix_tokens, with_places
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         """Tokens [B, N, W] with max(1, (1 - rate) x patches) of the patches, in their order."""
         if not self.training:
-            return tokens
+            return (tokens, None) if self.with_places else tokens
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         num_kept = max(1, round(patches.shape[1] * (1 - self.rate)))
         order = torch.rand(patches.shape[:2], device=tokens.device).argsort(dim=1)
-        kept = order[:, :num_kept].sort(dim=1).values.unsqueeze(-1).expand(-1, -1, patches.shape[2])
-        return torch.cat([prefix, patches.gather(1, kept)], dim=1)
+        places = order[:, :num_kept].sort(dim=1).values
+        kept = patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+        tokens = torch.cat([prefix, kept], dim=1)
+        return (tokens, places) if self.with_places else tokens
 
 
 def add_patch_dropout(tower: Any, *, rate: float, image_size: int) -> None:
@@ -174,6 +176,12 @@ def add_patch_dropout(tower: Any, *, rate: float, image_size: int) -> None:
     Raises:
         ValueError: if the family keeps positions beside its tokens (rotary), so that dropping would mix them up.
     """
+    inner: Any = getattr(tower, "timm_model", None)
+    if hasattr(inner, "patch_drop"):  # timm's ViT and EVA drop patches themselves, EVA with their rotary positions
+        inner.patch_drop = PatchDropout(
+            rate, num_prefix_tokens=inner.num_prefix_tokens, with_places=hasattr(inner, "rope")
+        )
+        return
     embeddings = getattr(tower, "embeddings", None)
     patch = getattr(tower.config, "patch_size", None)
     if tower.config.model_type.startswith("dinov3") or embeddings is None or not isinstance(patch, int):

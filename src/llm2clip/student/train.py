@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
@@ -88,6 +89,7 @@ def train_step(session: Session, batches: list[Batch]) -> dict[str, Tensor]:
         )
         losses.append(loss)
     grad_norm = accelerator.clip_grad_norm_(session.model.parameters(), config.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # FSDP2
     session.optimizer.step()
     session.optimizer.zero_grad()
     session.student.clamp_logit_scale()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm2clip.errors import UsageError
 from llm2clip.student.model import Student
@@ -24,6 +24,7 @@ def choose_what_learns(
         lock_tower(student, unlocked_blocks=unlocked_blocks)
     if lora_rank:
         add_lora(student, rank=lora_rank, alpha=lora_alpha)
+    lock_unused(student)
 
 
 def lock_tower(student: Student, *, unlocked_blocks: int) -> None:
@@ -44,6 +45,19 @@ def lock_tower(student: Student, *, unlocked_blocks: int) -> None:
         block.requires_grad_(True)
     for module in _after_blocks(student.tower, blocks):
         module.requires_grad_(True)
+
+
+def lock_unused(student: Student) -> None:
+    """Lock what no picture's vector depends on, such as DINOv2's mask token: data-parallel training waits for it."""
+    learning = [p for p in student.tower.parameters() if p.requires_grad]
+    if not learning:
+        return
+    was_training = student.training
+    pooled = student.eval().get_image_features(_black_picture(student))  # in training, some layers drop others
+    student.train(was_training)
+    gradients = torch.autograd.grad(pooled.sum(), learning, allow_unused=True)
+    for parameter, gradient in zip(learning, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def add_lora(student: Student, *, rank: int, alpha: float) -> Any:
@@ -77,12 +91,15 @@ def _called_linears(student: Student) -> list[str]:
     }
     called: list[str] = []
     hooks = [module.register_forward_hook(lambda m, *_: called.append(linears[m])) for module in linears]
-    size, device = student.config.image_size, student.pixel_mean.device
     with torch.no_grad():
-        student.get_image_features(torch.zeros(1, 3, size, size, device=device))
+        student.get_image_features(_black_picture(student))
     for hook in hooks:
         hook.remove()
     return [name for name in linears.values() if name in called]
+
+
+def _black_picture(student: Student) -> Tensor:
+    return torch.zeros(1, 3, student.config.image_size, student.config.image_size, device=student.pixel_mean.device)
 
 
 def _after_blocks(tower: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[nn.Module]:

@@ -22,8 +22,8 @@ logger = logging.getLogger("llm2clip")
 BATCH_SIZE = 128
 
 
-class _Pictures(Dataset[tuple[int, Tensor | None]]):
-    """Some of a bank's pictures as the tower sees them in evaluation; None where one cannot be read."""
+class _Pictures(Dataset[tuple[int, Tensor]]):
+    """Some of a bank's pictures as the tower sees them in evaluation; -1 and a black one where none can be read."""
 
     def __init__(self, bank: Bank, samples: range, transform: ImageTransform) -> None:
         self.bank, self.samples, self.transform = bank, samples, transform
@@ -31,13 +31,15 @@ class _Pictures(Dataset[tuple[int, Tensor | None]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
+    def __getitem__(self, place: int) -> tuple[int, Tensor]:
         sample = self.samples[place]
         try:
-            picture = load_picture(self.bank.picture(sample), min_size=self.transform.eval_decode_size)
+            if sample < self.bank.num_samples:
+                picture = load_picture(self.bank.picture(sample), min_size=self.transform.eval_decode_size)
+                return sample, self.transform(picture)
         except BadPicture:
-            return sample, None
-        return sample, self.transform(picture)
+            pass
+        return -1, torch.zeros(3, *self.transform.image_size, dtype=torch.uint8)
 
 
 def encode_pictures(
@@ -46,15 +48,14 @@ def encode_pictures(
     """Sample numbers and vectors [n, D] on the CPU, batch by batch; unreadable pictures are left out.
 
     Args:
-        encode: pixels uint8 [n, 3, H, W] to vectors [n, D].
+        encode: pixels uint8 [n, 3, H, W] to vectors [n, D]; called once a batch whatever can be read, as processes
+            that share the weights' shards must call the model equally often.
+        samples: which pictures; numbers past the last one are left out, too.
     """
-    pictures = _Pictures(bank, samples, transform)
-    loader = DataLoader(pictures, batch_size=BATCH_SIZE, num_workers=workers, collate_fn=list)
-    for batch in loader:
-        readable = [(sample, pixels) for sample, pixels in batch if pixels is not None]
-        if readable:
-            numbers, pixels = zip(*readable, strict=True)
-            yield list(numbers), encode(torch.stack(pixels)).float().cpu()
+    loader = DataLoader(_Pictures(bank, samples, transform), batch_size=BATCH_SIZE, num_workers=workers)
+    for numbers, pixels in loader:
+        readable = numbers >= 0
+        yield numbers[readable].tolist(), encode(pixels).float().cpu()[readable]
 
 
 def retrieval_scores(
@@ -69,11 +70,11 @@ def retrieval_scores(
     """
     scores = {}
     for kind, (vectors, ids) in captions.items():
-        answerable = sorted(set(image_ids) & set(ids))
+        answerable = set(image_ids) & set(ids)
         if not answerable:
             continue
-        rows = [i for i, sample in enumerate(image_ids) if sample in set(answerable)]
-        columns = [i for i, sample in enumerate(ids) if sample in set(answerable)]
+        rows = [i for i, sample in enumerate(image_ids) if sample in answerable]
+        columns = [i for i, sample in enumerate(ids) if sample in answerable]
         there, back = recall_both_ways(
             images[rows], vectors[columns], [image_ids[i] for i in rows], [ids[i] for i in columns], ks=(1,)
         )
@@ -93,7 +94,7 @@ def validate(
     was_training = student.training
     student.eval()
     with torch.no_grad(), accelerator.autocast():
-        own = range(rank, bank.num_samples, world)
+        own = range(rank, -(-bank.num_samples // world) * world, world)  # equally many on all processes
         encode = lambda pixels: student.get_image_features(pixels.to(device))  # noqa: E731
         parts = list(encode_pictures(encode, bank, own, transform, workers=workers))
         captions = {kind: _encode_captions(student, bank, kind, device) for kind in bank.kinds}

@@ -1,4 +1,4 @@
-"""Tiny random decoders of eight families, and data for stage 1; made on the spot."""
+"""Tiny random decoders of eight families, one that chats like Llama-3, and data for stage 1; made on the spot."""
 
 from __future__ import annotations
 
@@ -62,3 +62,63 @@ def llm_of(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Callable
         return made[family]
 
     return get
+
+
+LLAMA_3_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+)
+SPECIAL = (
+    "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|im_start|> <|im_end|> "
+    "<start_of_turn> <end_of_turn> [INST] [/INST]"
+).split()
+CHAT_TEXTS = [
+    "a red disc",
+    "This picture shows a large, blue square on a dark background. It's near the top.",
+    "一只红色的猫 🐈",
+]
+
+
+@pytest.fixture(scope="session")
+def chat_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte-level BPE tokenizer like Llama-3's, and its chat template."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*CHAT_TEXTS] * 3, trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]),
+        ]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", model_max_length=512
+    )
+    fast.chat_template = LLAMA_3_TEMPLATE
+
+    folder = tmp_path_factory.mktemp("chat") / "Meta-Llama-3-tiny-Instruct"
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=600,
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder

@@ -114,13 +114,24 @@ def test_steps_of_a_pass():
 
 def test_wrong_weights_and_sizes_are_named():
     tasks = [Task(name="captions", rows=PICTURES), Task(name="nli", rows=TRIPLETS)]
-    assert task_weights(tasks, {"nli": 1.0, "captions": 3.0}) == [3.0, 1.0]
+    names = [task.name for task in tasks]
+    assert task_weights(names, {"nli": 1.0, "captions": 3.0}) == [3.0, 1.0]
     with pytest.raises(UsageError, match="no such task; there are captions, nli"):
-        task_weights(tasks, {"snli": 1.0})
-    with pytest.raises(UsageError, match="nli"):
-        task_weights(tasks, {"captions": 1.0})
+        task_weights(names, {"snli": 1.0})
+    for wrong in (
+        {"captions": 1.0},
+        {"captions": float("nan"), "nli": 1.0},
+        {"captions": float("inf"), "nli": 1.0},
+        {"captions": -1.0, "nli": 1.0},
+        {"captions": 0.0, "nli": 0.0},
+    ):
+        with pytest.raises(UsageError, match="give each task a weight"):
+            task_weights(names, wrong)
     with pytest.raises(UsageError, match=r"nli has 8 usable rows.*--batch-size 8 or less"):
         check_sizes(tasks, batch_size=10)
     for wrong in ("short", "short+", "short+long+raw"):
         with pytest.raises(UsageError, match="two kinds"):
             parse_kinds({wrong: 1.0})
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="two kinds and a weight"):
+            parse_kinds({"short+long": weight})

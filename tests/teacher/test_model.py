@@ -40,6 +40,11 @@ def shake_adapters(encoder: SentenceTransformer) -> None:
                 weight.normal_(0, 0.05)
 
 
+def cosine_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """1 - cosine of the row where it is largest."""
+    return float((1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).max())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_attends_two_ways_and_comes_back_the_same(family, llm_of, tmp_path):
     causal = llm_as_encoder(llm_of(family), attention="causal", dtype="float32")
@@ -92,7 +97,13 @@ def test_a_vector_does_not_depend_on_its_neighbours_or_padding(pooling, side, ll
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_round_trip_is_exact(family, llm_of, tmp_path):
     encoder = llm_as_encoder(llm_of(family), dtype="bfloat16")
+    bare = encoder.encode(TEXTS)
+    add_lora(encoder, rank=4, alpha=8)
+    shake_adapters(encoder)
+    unmerged = encoder.eval().encode(TEXTS)
+    merge_lora(encoder)
     vectors = encoder.encode(TEXTS)
+    assert cosine_distance(vectors, unmerged) < 2e-3 < cosine_distance(vectors, bare)
     save(encoder, tmp_path / "t", attention="two-way")
     reloaded = load_teacher(tmp_path / "t")
     assert reloaded[0].model.dtype == torch.bfloat16

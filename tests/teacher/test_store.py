@@ -10,7 +10,7 @@ import pytest
 from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.sample import PictureRef, Sample
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
-from llm2clip.teacher.store import has_negatives, store_captions, store_triplets
+from llm2clip.teacher.store import share_of_negatives, store_captions, store_triplets
 
 
 def sample(i: int, **captions: tuple[str, ...]) -> Sample:
@@ -62,12 +62,12 @@ def test_a_book_is_no_caption(tmp_path):
 
 def test_triplets_and_their_instruction(tmp_path):
     rows = [{"query": "q", "positive": "p", "negative": "n", "instruction": "Find it."}] * 3
-    stored, instruction = store_triplets(tmp_path / "s", triplets(tmp_path / "x.jsonl", rows), bad=BadSamples(0))
-    assert instruction == "Find it." and stored[0] == {"query": "q", "positive": "p", "negative": "n"}
-    assert has_negatives(stored)
+    stored, facts = store_triplets(tmp_path / "s", triplets(tmp_path / "x.jsonl", rows), bad=BadSamples(0))
+    assert facts["instruction"] == "Find it." and stored[0] == {"query": "q", "positive": "p", "negative": "n"}
+    assert share_of_negatives(stored) == 1
     rows = [{"query": "q", "positive": ["p", "p2"]}, {"query": "q", "positive": "p", "negative": "n"}]
-    stored, instruction = store_triplets(tmp_path / "t", triplets(tmp_path / "y.jsonl", rows), bad=BadSamples(0))
-    assert instruction == "" and stored[0]["positive"] == "p" and not has_negatives(stored)
+    stored, facts = store_triplets(tmp_path / "t", triplets(tmp_path / "y.jsonl", rows), bad=BadSamples(0))
+    assert facts["instruction"] == "" and stored[0]["positive"] == "p" and share_of_negatives(stored) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_triplets_and_their_instruction(tmp_path):
         ),
         ([["q", "p"]], SourceError, "it has list"),
         ([{"query": "q", "positive": "p", "negative": "p"}], TooManyBadSamples, "negative equals positive"),
+        ([{"query": "q", "positive": "a p", "negative": "A p."}], TooManyBadSamples, "negative equals positive"),
         ([{"query": "q", "positive": 3}], TooManyBadSamples, "no text in query or positive"),
         ([{"query": " ", "positive": "p"}], TooManyBadSamples, "no text in query or positive"),
         ([{"query": "q", "positive": "p", "negative": 5}], TooManyBadSamples, "negative is no text"),
@@ -103,6 +104,28 @@ def test_a_few_bad_triplets_are_skipped_and_counted(tmp_path):
     bad = BadSamples(0.05)
     stored, _ = store_triplets(tmp_path / "s", triplets(tmp_path / "x.jsonl", rows), bad=bad)
     assert len(stored) == 30 and bad.num_bad == 1
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"query": "q", "positive": "p"}\n', encoding="utf-8-sig")
+    assert len(store_triplets(tmp_path / "s", tmp_path / "x.jsonl", bad=BadSamples(0))[0]) == 1
+
+
+def test_captions_that_are_all_too_long_are_said_to_be(tmp_path):
+    samples = [sample(i, short=("a",), long=("word " * 100_000,)) for i in range(3)]
+    with pytest.raises(TooManyBadSamples, match=r"3 of 3 .*3 caption too long.*500,000 characters"):
+        store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
+
+
+def test_file_names_for_captions_mean_mixed_up_columns(tmp_path):
+    samples = [sample(i, short=(f"pictures/{i}.JPG",), long=(f"a red disc {i}",)) for i in range(30)]
+    with pytest.raises(TooManyBadSamples, match=r"30 of 30 .*30 caption is a file name.*pictures/0.JPG"):
+        store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.05))
+    assert not (tmp_path / "a").exists()
+    bad = BadSamples(0.05)
+    samples = [*samples[:1], *(sample(i, short=(f"disc {i}.jpg",), long=(f"no.{i} in red.png !",)) for i in range(30))]
+    assert len(store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=bad)) == 30
+    assert bad.num_bad == 1
 
 
 def test_no_json_and_no_file_end_in_one_line(tmp_path):

@@ -204,6 +204,24 @@ def test_captions_and_text_tasks_mix(config, tmp_path):
     assert manifest["before"] is None and manifest["after"] is None
 
 
+def test_what_was_bad_is_not_forgotten_by_a_run_that_goes_on(config, tmp_path, monkeypatch):
+    csv, nli = tmp_path / "captions.csv", tmp_path / "nli.jsonl"
+    rows = [f"{i}.jpg,a red disc {i},{'' if i == 3 else f'there is a disc {i}'}" for i in range(30)]
+    csv.write_text("image,short_caption,long_caption\n" + "\n".join(rows) + "\n")
+    nli.write_text(
+        "".join(json.dumps({"query": f"q {i}", "positive": "" if i == 5 else f"p {i}"}) + "\n" for i in range(30))
+    )
+    settings = config("mixed", data=(str(csv),), text_pairs=(str(nli),), steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("llm2clip.teacher.data.store_triplets", lambda *a, **k: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train_teacher(settings)
+    manifest = json.loads((train_teacher(settings) / "manifest.json").read_text())
+    assert manifest["bad_samples"]["counts"] == {"empty caption": 1}
+    assert manifest["bad_rows_nli"]["counts"] == {"no text in query or positive": 1}
+    assert manifest["rows"] == {"captions": 29, "nli": 29}
+
+
 def test_scores_on_the_way_are_noted_and_change_nothing(config):
     plain = train_teacher(config("plain"))
     scored = train_teacher(config("scored", eval_every=4))
@@ -238,6 +256,9 @@ def test_held_out_captions_are_probed_when_given(config, pictures_csv):
         ({"chat_template": True}, UsageError, "no chat template"),
         ({"pair_weights": {"short": 1.0}}, UsageError, "two kinds"),
         ({"pair_weights": {"short+short": 1.0}}, SourceError, "short"),
+        ({"pair_weights": {"short+raw": 1.0}}, SourceError, r"raw\+short; the kinds are long, short"),
+        ({"seed": -1}, UsageError, "--seed is -1"),
+        ({"eval_pictures": 1}, UsageError, "--eval-pictures is 1"),
         ({"instructions": {"nli": "x"}}, UsageError, "no such task"),
         ({"source_weights": {"nli": 1.0}}, UsageError, "no such task"),
         ({"caption_instruction": "red " * 600}, UsageError, "--max-length"),
@@ -270,9 +291,23 @@ def test_quantizing_without_bitsandbytes_says_what_to_install(config, monkeypatc
         train_teacher(config(quantize=True))
 
 
-def test_the_model_is_looked_at_before_the_data(config, tiny_tower):
-    with pytest.raises(UsageError, match="is a vision model"):
-        train_teacher(config(model=str(tiny_tower), data=("nosuch.csv",)))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "tower"}, "is a vision model"),
+        ({"source_weights": {"nli": 1.0}}, "no such task"),
+        ({"instructions": {"nli": "x"}}, "no such task"),
+        ({"text_pairs": ("a/x.jsonl", "b/x.jsonl")}, "two tasks have one name"),
+        ({"chat_template": True}, "no chat template"),
+        ({"mntp": True, "mntp_mask_token": "two words"}, "not one token"),
+    ],
+)
+def test_settings_and_model_are_looked_at_before_the_data(changes, words, config, tiny_tower):
+    """Reading the captions may take hours."""
+    if "model" in changes:
+        changes = {"model": str(tiny_tower)}
+    with pytest.raises(UsageError, match=words):
+        train_teacher(config(data=("nosuch.csv",), **changes))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch):

@@ -9,7 +9,7 @@ D   LLM2CLIP: the LLM after stage 1 with LoRA as teacher, then stage 2;  D-full:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +21,17 @@ from llm2clip.scenes.clip import ClipTraining, Pairs, train_clip
 from llm2clip.scenes.config import Budget
 from llm2clip.scenes.write import NUM_TARS, columns, write_csv, write_tars
 
+if TYPE_CHECKING:
+    from llm2clip.student.config import StudentConfig
+
 MIX = {"short": 0.7, "long": 0.3}
 """Which captions stage 2, B and B-long see: long ones are learned sooner."""
 BEYOND = {f"short-{kind}": f"short_0,{kind}_0" for kind in ("unseen", "es", "zh")}
 """Kinds that stand for caption retrieval between two kinds: one caption of each."""
 MEAN_CAPTIONS = 1000
 """Training captions whose mean vector centres a raw LLM."""
+WARMUP_SHARE = 0.375
+"""Part of stage 2 in which only the adaptor and the projection learn, as the mini CLIP's tower starts good."""
 CONTEXTS = {"B": 32, "B-long": 128}
 TEACHERS = {"C-causal": "raw-causal", "C": "raw-two-way", "D": "lora", "D-full": "full"}
 """The arms that have a teacher, and its folder."""
@@ -125,30 +130,37 @@ def make_bank(folder: Path, *, teacher: str, share: str, out: str) -> None:
 
 def make_student(folder: Path, clip: Path, budget: Budget, seed: int, *, arm: str, bank: str, share: str) -> None:
     """Stage 2: the mini CLIP's tower learns from pictures and a bank."""
-    from llm2clip.student.config import StudentConfig
     from llm2clip.student.train import train_student
 
-    train_student(
-        StudentConfig(
-            bank=(str(folder / "banks" / bank),),
-            tower=str(clip),
-            out=folder / "models" / f"{arm}-{share}",
-            dim=budget.dim,
-            mix=MIX,
-            min_crop=1.0,
-            steps=budget.steps if share == "all" else budget.steps_tenth,
-            batch_size=budget.batch_size,
-            optimizer="muon",
-            learning_rate=budget.student_rate,
-            adaptor_learning_rate=budget.adaptor_rate,
-            layer_decay=1.0,
-            warmup_steps=10,
-            precision="fp32",
-            workers=0,
-            save_every=10**6,
-            tracker="none",
-            seed=seed,
-        )
+    out = folder / "models" / f"{arm}-{share}"
+    train_student(student_config(folder / "banks" / bank, clip, out, budget, seed=seed, share=share))
+
+
+def student_config(bank: Path, clip: Path, out: Path, budget: Budget, *, seed: int, share: str) -> StudentConfig:
+    """The settings of stage 2 in every arm that has a teacher."""
+    from llm2clip.student.config import StudentConfig
+
+    steps = budget.steps if share == "all" else budget.steps_tenth
+    return StudentConfig(
+        bank=(str(bank),),
+        tower=str(clip),
+        out=out,
+        dim=budget.dim,
+        mix=MIX,
+        min_crop=1.0,
+        steps=steps,
+        adaptor_warmup_steps=round(WARMUP_SHARE * steps),
+        batch_size=budget.batch_size,
+        optimizer="muon",
+        learning_rate=budget.student_rate,
+        adaptor_learning_rate=budget.adaptor_rate,
+        layer_decay=1.0,
+        warmup_steps=10,
+        precision="fp32",
+        workers=0,
+        save_every=10**6,
+        tracker="none",
+        seed=seed,
     )
 
 

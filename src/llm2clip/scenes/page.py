@@ -30,11 +30,11 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #9aa5ba; --line: #323a49; --paper: #13161c;
   --card: #1b2029; --yes: #6cc795; --no: #ec8a7c; --half: #dcb457; --bar: #7fa5ef; } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 68rem; padding: 2rem 1.2rem 4rem; }
+  max-width: 82rem; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .4rem; } h2 { margin: 2.8rem 0 .6rem; font-size: 1.3rem; }
 p.lead { color: var(--soft); font-size: 1.08rem; max-width: 52rem; } .soft { color: var(--soft); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .9rem; }
-th, td { text-align: right; padding: .32rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap;
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .86rem; }
+th, td { text-align: right; padding: .32rem .38rem; border-bottom: 1px solid var(--line); white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } td small { color: var(--soft); }
 td.best { font-weight: 700; } tr.d td { background: var(--card); }
@@ -56,6 +56,14 @@ dd.right::before { content: "✓ "; color: var(--yes); font-weight: 700; }
 dd.wrong::before { content: "✗ "; color: var(--no); font-weight: 700; }
 @media (max-width: 40rem) { .gallery { grid-template-columns: 1fr; } .shown { flex-direction: column; } }
 """
+READING = """<h2>How to read it</h2>
+<p class=soft>Short captions in known words are B's home ground: the mini CLIP was pretrained on just such captions, so
+its text encoder starts where D's fresh adaptor must first arrive, with few pictures to learn from. On long captions
+B-long is the fair control. The grammar is closed, and a text encoder that reads 128 tokens can learn all of it from
+the pairs; of real captions it could not. What no number of pairs gives B are words and languages that came with no
+picture: the LLM knows them from text alone, and stage 1, which reads only English captions in known words, brings that
+knowledge out. A real LLM has a thousand times more of it. The sizes of the gaps are those of this miniature; what
+carries over is where they come from.</p>"""
 
 
 def write_page(
@@ -82,6 +90,7 @@ def write_page(
     body = [
         head(facts, budget),
         verdict_list(results.verdicts(found)),
+        READING,
         "<h2>Picture and text, R@1</h2>",
         f"<p class=soft>Percent of {budget.test} test pictures whose best caption of the kind is one of their own two, "
         "and of captions whose best picture is theirs (picture → text / text → picture). "

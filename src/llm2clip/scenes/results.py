@@ -34,10 +34,15 @@ TEACHERS = {
 
 @dataclass(frozen=True)
 class Value:
-    """A share in 0..1 measured once a seed, on `count` pictures each."""
+    """A share in 0..1 measured once a seed, on `count` pictures each; or a gap between two such.
+
+    Attributes:
+        error: the standard error of a single sample; by default that of a share among `count`.
+    """
 
     samples: tuple[float, ...]
     count: int
+    error: float | None = None
 
     @property
     def mean(self) -> float:
@@ -46,14 +51,17 @@ class Value:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over seeds; with one seed the standard error of the share."""
+        """Standard deviation over seeds; with one seed the standard error."""
         if len(self.samples) > 1:
             return stdev(self.samples)
+        if self.error is not None:
+            return self.error
         return math.sqrt(max(self.mean * (1 - self.mean), 1 / self.count / 4) / self.count)
 
     def minus(self, other: Value) -> Value:
         """The gap, seed by seed."""
-        return Value(tuple(a - b for a, b in zip(self.samples, other.samples, strict=True)), self.count)
+        gaps = tuple(a - b for a, b in zip(self.samples, other.samples, strict=True))
+        return Value(gaps, self.count, math.hypot(self.spread, other.spread) if len(gaps) == 1 else None)
 
 
 @dataclass(frozen=True)

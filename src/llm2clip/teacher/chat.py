@@ -13,6 +13,8 @@ from typing import Any
 from llm2clip.errors import UsageError
 
 MARK = "CAPTION"
+LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
+"""A user's turn of Llama-3: header and closing token."""
 
 
 def use_chat_template(tokenizer: Any) -> str:
@@ -42,6 +44,8 @@ def turn_of(tokenizer: Any) -> tuple[str, str]:
     Example: `("<|im_start|>user\n", "<|im_end|>")` for Qwen.
     """
     if not getattr(tokenizer, "chat_template", None):
+        if speaks_llama_3(tokenizer):
+            return LLAMA_3
         raise UsageError("--chat-template: this model's tokenizer has no chat template; leave the flag out")
     first = _render(tokenizer, [("user", MARK)])
     later = _render(tokenizer, [("user", "x"), ("assistant", "y"), ("user", MARK)])
@@ -57,6 +61,12 @@ def turn_of(tokenizer: Any) -> tuple[str, str]:
     start = _first_special(common, special)
     header = common[common.index(start) :] if start else common.lstrip()
     return header.rstrip(" "), closing
+
+
+def speaks_llama_3(tokenizer: Any) -> bool:
+    """Whether the tokenizer has the tokens of Llama-3's turns, chat template or not."""
+    known = tokenizer.get_added_vocab()
+    return all(token in known for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
 
 
 def _tokens_before(tokenizer: Any) -> list[str]:

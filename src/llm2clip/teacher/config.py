@@ -143,7 +143,7 @@ class TeacherConfig(SourceConfig):
             "max_grad_norm",
             "save_every",
         )
-        positive += ("eval_pictures", "mntp_steps", "mntp_batch_size", "mntp_mask")
+        positive += ("mntp_steps", "mntp_batch_size", "mntp_mask")
         check_positive(**{name: getattr(self, name) for name in positive})
         for name in ("steps", "epochs", "micro_batch_size"):
             if getattr(self, name) is not None:
@@ -154,6 +154,10 @@ class TeacherConfig(SourceConfig):
         for name in ("lora_dropout", "attention_dropout", "mntp_mask"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.eval_pictures < 2:
+            raise UsageError(f"--eval-pictures is {self.eval_pictures}; telling pictures apart takes 2 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}; it must be in 0..{2**32 - 1}")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -181,6 +185,11 @@ class TeacherConfig(SourceConfig):
         for message, applies in wrong.items():
             if applies:
                 raise UsageError(message)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks, in order: "captions" if there is `data`, then the stem of each file of `text_pairs`."""
+        return [*([CAPTIONS_TASK] if self.data else []), *(Path(file).stem for file in self.text_pairs)]
 
     @property
     def load_dtype(self) -> str:

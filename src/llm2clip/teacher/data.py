@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,33 @@ from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.sources import open_source
 from llm2clip.errors import UsageError
 from llm2clip.teacher.config import CAPTIONS_TASK, TeacherConfig, for_eval
-from llm2clip.teacher.mixture import Task, parse_kinds
+from llm2clip.teacher.mixture import Task, parse_kinds, task_weights
 from llm2clip.teacher.probe import CaptionSet, first_captions, sampled_captions
-from llm2clip.teacher.store import has_negatives, store_captions, store_triplets
+from llm2clip.teacher.store import share_of_negatives, store_captions, store_triplets
+
+logger = logging.getLogger("llm2clip")
+
+
+def check_tasks(config: TeacherConfig) -> None:
+    """Raise if settings name tasks that are not there; asked before the captions are read.
+
+    Raises:
+        UsageError: naming what there is.
+    """
+    names = config.task_names
+    if len(set(names)) < len(names):
+        raise UsageError(f"--text-pairs: two tasks have one name ({', '.join(names)}); rename a file")
+    for name in config.instructions:
+        if name not in names:
+            raise UsageError(f"--instructions {name}: no such task; there are {', '.join(names)}")
+    task_weights(names, config.source_weights)
+    parse_kinds(config.pair_weights)
 
 
 def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[str, Any]]:
     """The tasks, read into `work` unless they are there, and what the manifest says of them.
 
     Raises:
-        UsageError: if settings name tasks that are not there.
         SourceError: if a source cannot be read or has nothing to learn from.
         TooManyBadSamples: if more samples are bad than allowed.
     """
@@ -30,21 +48,26 @@ def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[s
         tasks.append(task)
     for i, file in enumerate(map(Path, config.text_pairs)):
         bad = BadSamples(config.max_bad_fraction)
-        rows, instruction = store_triplets(work / f"text{i}.arrow", file, bad=bad)
+        rows, read = store_triplets(work / f"text{i}.arrow", file, bad=bad)
+        given = share_of_negatives(rows)
+        if 0 < given < 1 and not config.random_negative:
+            logger.warning(
+                "%s: its negatives are not used: %.0f%% of the rows have one, and --no-random-negative leaves the "
+                "others without",
+                file,
+                100 * given,
+            )
         tasks.append(
             Task(
                 name=file.stem,
                 rows=rows,
-                instruction=config.instructions.get(file.stem, instruction),
-                negatives=config.random_negative or has_negatives(rows),
+                instruction=config.instructions.get(file.stem, read["instruction"]),
+                negatives=config.random_negative or given == 1,
             )
         )
-        facts[f"bad_rows_{file.stem}"] = bad.to_json()
-    _check_names(config, [task.name for task in tasks])
+        facts[f"bad_rows_{file.stem}"] = read["bad"]
     facts["rows"] = {task.name: len(task) for task in tasks}
-    if not (work / "data.json").exists():
-        write_json(work / "data.json", facts)
-    return tasks, read_json(work / "data.json")  # as first read: a run that goes on finds no bad samples again
+    return tasks, facts
 
 
 def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
@@ -64,7 +87,12 @@ def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
 def _captions(config: TeacherConfig, work: Path) -> tuple[Task, dict[str, Any]]:
     source = open_source(config, pictures=False)
     kinds, same = parse_kinds(config.pair_weights), config.positives == "same"
-    rows = store_captions(work / "captions.arrow", source, kinds=kinds, same=same, bad=source.bad)
+    path, read = work / "captions.arrow", work / "captions.json"
+    if not read.exists():  # killed before what was bad was noted
+        path.unlink(missing_ok=True)
+    rows = store_captions(path, source, kinds=kinds, same=same, bad=source.bad)
+    if not read.exists():
+        write_json(read, {"source_fingerprint": source.fingerprint, "bad_samples": source.bad.to_json()})
     task = Task(
         name=CAPTIONS_TASK,
         rows=rows,
@@ -73,12 +101,4 @@ def _captions(config: TeacherConfig, work: Path) -> tuple[Task, dict[str, Any]]:
         kinds=kinds,
         same=same,
     )
-    return task, {"source_fingerprint": source.fingerprint, "bad_samples": source.bad.to_json()}
-
-
-def _check_names(config: TeacherConfig, names: list[str]) -> None:
-    for name in config.instructions:
-        if name not in names:
-            raise UsageError(f"--instructions {name}: no such task; there are {', '.join(names)}")
-    if len(set(names)) < len(names):
-        raise UsageError(f"--text-pairs: two tasks have one name ({', '.join(names)}); rename a file")
+    return task, read_json(read)

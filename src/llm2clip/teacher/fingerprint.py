@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ PLACE_KEYS = {"_name_or_path", "name_or_path", "transformers_version", "__versio
 SETTINGS_FILES = (
     "config.json",
     "modules.json",
+    "router_config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "tokenizer.json",
@@ -30,6 +33,8 @@ SETTINGS_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
+"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -94,7 +99,7 @@ def quick_digests(folder: Path) -> dict[str, str]:
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder and its modules; safetensors only, where there are any."""
     for pattern in ("*.safetensors", "*.bin"):
-        found = [path for depth in ("", "*/") for path in folder.glob(depth + pattern) if _is_part(folder, path)]
+        found = [path for part in _parts(folder) for path in part.glob(pattern)]
         if found:
             return sorted(path for path in found if path.name != "training_args.bin")
     return []
@@ -102,9 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def settings_files(folder: Path) -> list[Path]:
     """The files of a model folder and its modules that set how it encodes."""
-    top = [folder / name for name in SETTINGS_FILES if (folder / name).exists()]
-    modules = sorted(path for path in folder.glob("*/config.json") if _is_part(folder, path))
-    return [*top, *modules]
+    return [part / name for part in _parts(folder) for name in SETTINGS_FILES if (part / name).exists()]
 
 
 def settings_digests(folder: Path) -> dict[str, Any]:
@@ -131,9 +134,11 @@ def memory_digest(teacher: SentenceTransformer) -> list[Any]:
     return [digest.hexdigest(), json.loads(json.dumps(settings, default=str)), teacher.prompts]
 
 
-def _is_part(folder: Path, path: Path) -> bool:
-    """Whether `path` belongs to the model: at the top, or in a module's folder ("1_Pooling"), not in a checkpoint."""
-    return path.parent == folder or path.parent.name[:1].isdigit()
+def _parts(folder: Path) -> Iterator[Path]:
+    """The model's folder and those of its modules, but no checkpoint, adapter or export that lies beside them."""
+    yield folder
+    for module in sorted(path for path in folder.iterdir() if path.is_dir() and MODULE_FOLDER.fullmatch(path.name)):
+        yield from _parts(module)
 
 
 def _without_place(value: Any) -> Any:

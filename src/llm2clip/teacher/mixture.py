@@ -7,6 +7,7 @@ sets larger than memory. A row of the captions' task is a picture with its capti
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -166,20 +167,19 @@ def check_sizes(tasks: list[Task], *, batch_size: int) -> None:
             )
 
 
-def task_weights(tasks: list[Task], weights: Mapping[str, float]) -> list[float] | None:
-    """The weight of each task, in order, or None if none were given.
+def task_weights(names: list[str], weights: Mapping[str, float]) -> list[float] | None:
+    """The weight of each of the tasks `names`, in order, or None if none were given.
 
     Raises:
         UsageError: if a weight names no task, or a task has none.
     """
     if not weights:
         return None
-    names = [task.name for task in tasks]
     for name in weights:
         if name not in names:
             raise UsageError(f"--source-weights {name}={weights[name]}: no such task; there are {', '.join(names)}")
     missing = [name for name in names if name not in weights]
-    if missing or min(weights.values()) < 0 or not sum(weights.values()):
+    if missing or not all(0 <= weight < math.inf for weight in weights.values()) or not sum(weights.values()):
         raise UsageError(
             f"--source-weights: give each task a weight, one of them above 0; {missing or dict(weights)} is wrong"
         )
@@ -190,12 +190,12 @@ def parse_kinds(weights: Mapping[str, float]) -> dict[Kinds, float] | None:
     """`{"short+long": 2.0}` as `{("long", "short"): 2.0}`; None if empty.
 
     Raises:
-        UsageError: if a name is no two kinds joined by "+", or a weight is negative.
+        UsageError: if a name is no two kinds joined by "+", or a weight is negative or no number.
     """
     parsed: dict[Kinds, float] = {}
     for name, weight in weights.items():
         kinds = name.split("+")
-        if len(kinds) != 2 or not all(kinds) or weight < 0:
+        if len(kinds) != 2 or not all(kinds) or not 0 <= weight < math.inf:
             raise UsageError(f"--pair-weights {name}={weight}: write two kinds and a weight, as in short+long=1")
         first, second = sorted(kinds)
         parsed[first, second] = weight

@@ -24,7 +24,7 @@ from llm2clip.teacher.mixture import BatchOrder, Key
 from llm2clip.teacher.opening import one_line_errors
 from llm2clip.teacher.store import open_rows, write_rows
 from llm2clip.teacher.trainer import Log, Run, TrainedWeights, prepare_model, run_trainer
-from llm2clip.teacher.tuning import with_lora
+from llm2clip.teacher.tuning import is_sharded, load_trained, trained_weights, with_lora
 
 KEEP, REPLACE = 0.1, 0.1
 """Of the chosen tokens, the share left as it is and the share replaced by a random token, as in BERT; the rest is
@@ -144,12 +144,15 @@ def train_mntp(
     """
     if out.exists():
         return out
-    causal_lm, tokenizer = load_causal_lm(
-        model, max_length=max_length, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    causal_lm.config.is_causal = False
-    if lora is not None:
-        causal_lm = with_lora(causal_lm, **lora, seed=run.seed)
+
+    def load() -> tuple[Any, Any]:
+        causal_lm, tokenizer = load_causal_lm(
+            model, max_length=max_length, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        causal_lm.config.is_causal = False
+        return causal_lm if lora is None else with_lora(causal_lm, **lora, seed=run.seed), tokenizer
+
+    causal_lm, tokenizer = load()
     data = MaskedTexts(
         captions, texts, tokenizer, share=share, mask_id=mask_token_id(tokenizer, mask_token), seed=run.seed
     )
@@ -166,6 +169,10 @@ def train_mntp(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
     run_trainer(trainer)
+    if is_sharded(causal_lm):  # one process puts the whole together again
+        weights = trained_weights(causal_lm)
+        causal_lm, _ = load()
+        load_trained(causal_lm, weights)
     if main:
         merged = causal_lm.merge_and_unload() if lora is not None else causal_lm
         partial = out.with_name(out.name + ".partial")
@@ -225,7 +232,7 @@ def store_lines(path: Path, files: Iterable[str]) -> Any:
 def _lines(files: Iterable[str]) -> Iterator[dict[str, str]]:
     for name in files:
         try:
-            with Path(name).open(encoding="utf-8") as file:
+            with Path(name).open(encoding="utf-8-sig") as file:
                 yield from ({"text": line.strip()} for line in file if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"--mntp-text {name} cannot be read: {error}") from None

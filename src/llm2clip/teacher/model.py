@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import UsageError
-from llm2clip.teacher.chat import use_chat_template
+from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
-from llm2clip.teacher.opening import check_is_text_model, is_decoder, one_line_errors, resolve_folder
+from llm2clip.teacher.opening import (
+    check_is_text_model,
+    is_decoder,
+    is_from_llm2vec,
+    one_line_errors,
+    resolve_folder,
+)
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
 
+logger = logging.getLogger("llm2clip")
 POOLING_MODES = {"mean": "mean", "last-token": "lasttoken", "weighted": "weightedmean"}
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 PROBE_TOKENS = 6
@@ -34,7 +42,8 @@ def load_teacher(
     """A teacher ready to encode, in evaluation mode: one of ours, any SentenceTransformer, or a bare LLM.
 
     One of ours comes back with the attention it was trained with. A bare decoder LLM is wrapped as
-    `llm_as_encoder` does by default; other embedders keep their own pooling and prompts.
+    `llm_as_encoder` does by default, a released LLM2CLIP teacher with captions as a user's turn; other embedders keep
+    their own pooling and prompts.
 
     Raises:
         UsageError: if `path_or_id` is no text model.
@@ -48,7 +57,12 @@ def load_teacher(
     check_is_text_model(folder, path_or_id)
     if not (folder / "modules.json").exists() and is_decoder(read_json(folder / "config.json")):
         return llm_as_encoder(
-            path_or_id, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            path_or_id,
+            chat_template=None,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
     with one_line_errors(path_or_id):
         teacher = SentenceTransformer(
@@ -60,6 +74,7 @@ def load_teacher(
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     if manifest.get("format") == "llm2clip/teacher":
         restore_attention(teacher, manifest["config"]["attention"])
+    _route_captions(teacher, path_or_id)
     remember_origin(teacher, folder)
     return teacher.eval()
 
@@ -70,7 +85,7 @@ def llm_as_encoder(
     pooling: str = "mean",
     attention: str = "two-way",
     max_length: int = 512,
-    chat_template: bool = False,
+    chat_template: bool | None = False,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -83,7 +98,8 @@ def llm_as_encoder(
         pooling: "mean", "last-token" or "weighted" (later tokens weigh more).
         attention: "two-way" or "causal".
         max_length: tokens read of each text.
-        chat_template: wrap each text as a user's turn, header not pooled (see `llm2clip.teacher.chat`).
+        chat_template: wrap each text as a user's turn, header not pooled (see `llm2clip.teacher.chat`); None for as
+            the LLM was tuned: only Llama-3 models from LLM2Vec, such as the released LLM2CLIP teachers, are wrapped.
         quantize: hold the weights in 4 bits, through bitsandbytes.
 
     Raises:
@@ -91,6 +107,8 @@ def llm_as_encoder(
     """
     folder = resolve_folder(path_or_id, revision)
     check_is_text_model(folder, path_or_id)
+    from_llm2vec = is_from_llm2vec(read_json(folder / "config.json"))
+    trust_remote_code = trust_remote_code and not from_llm2vec
     model_kwargs: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     if quantize:
         model_kwargs["quantization_config"] = four_bit_config()
@@ -106,6 +124,11 @@ def llm_as_encoder(
             module_output_name="token_embeddings",
         )
     prepare_tokenizer(transformer, path_or_id)
+    wrapped = from_llm2vec and speaks_llama_3(transformer.tokenizer)
+    if chat_template is None:
+        chat_template = wrapped
+    elif wrapped and not chat_template:
+        logger.warning("%s was tuned on captions as a user's turn; add --chat-template to keep to that", path_or_id)
     header = use_chat_template(transformer.tokenizer) if chat_template else ""
     encoder = SentenceTransformer(
         modules=[
@@ -121,6 +144,17 @@ def llm_as_encoder(
     settings = {"pooling": pooling, "attention": attention, "max_length": max_length, "chat_template": chat_template}
     remember_origin(encoder, folder, settings=settings)
     return encoder.eval()
+
+
+def _route_captions(teacher: SentenceTransformer, name: str | Path) -> None:
+    """Let captions go the way of documents in a Router that would ask each time."""
+    routers: list[Any] = [module for module in teacher if isinstance(module, Router)]
+    for router in routers:
+        if router.default_route is None and not router.route_mappings:
+            if "document" not in router.sub_modules:
+                routes = ", ".join(router.sub_modules)
+                raise UsageError(f"{name} is a Router with the routes {routes} and no default; set its default_route")
+            router.default_route = "document"
 
 
 def llm(encoder: SentenceTransformer) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from llm2clip.artifacts import MANIFEST, RUN, read_json
 from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError
 
 VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
+LLM2VEC_CLASS = re.compile(r"(Llama|Mistral|Gemma|Qwen2)(Bi\w*|Encoder)Model")
+"""LLM2Vec's two-way classes: the plain model of transformers, same weights, without the causal mask."""
 
 
 def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
@@ -70,6 +73,16 @@ def is_decoder(config: dict[str, Any]) -> bool:
         return True
     kind = config.get("model_type", "")
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def is_from_llm2vec(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` names a two-way class of LLM2Vec, as those of the released LLM2CLIP teachers do.
+
+    Their code was written for transformers 4.40 to 4.46 and is not needed: with `is_causal` off, the plain model is
+    the same.
+    """
+    named = [*(config.get("architectures") or []), *map(str, (config.get("auto_map") or {}).values())]
+    return any(LLM2VEC_CLASS.fullmatch(name.rsplit(".", 1)[-1]) for name in named)
 
 
 @contextlib.contextmanager

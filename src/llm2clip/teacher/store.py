@@ -5,21 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import atomic_path
+from llm2clip.artifacts import atomic_path, read_json, write_json
 from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.pairs import Kinds, possible_pairs
 from llm2clip.captions.sample import Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.progress import track
+from llm2clip.teacher.mixture import text_key
 
 logger = logging.getLogger("llm2clip")
 ROWS_PER_CHUNK = 1000
 MAX_CHARACTERS = 100_000
 """Longest text taken; a longer one is no caption but a mistake, and tokenising it takes seconds."""
+FILE_NAME = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+"""A caption that is nothing else comes from the wrong column."""
 TRIPLET_FIELDS = ("query", "positive", "negative", "instruction")
 
 
@@ -59,22 +63,28 @@ def store_captions(
 
     Raises:
         SourceError: if no picture is left.
+        TooManyBadSamples: if more pictures than allowed lost their pairs to captions that cannot be used.
     """
     if not path.exists():
         import pyarrow as pa
 
-        stored = _caption_rows(source, kinds=kinds, same=same, bad=bad)
+        stored = _CaptionRows(source, kinds=kinds, same=same, bad=bad)
         count = write_rows(path, stored, {"kinds": pa.list_(pa.string()), "texts": pa.list_(pa.string())})
+        if not count:
+            needed = "a caption" if same else f"two different captions{_allowed(kinds)}"
+            found = ", ".join(sorted(stored.found)) or "none"
+            raise SourceError(
+                f"no picture of --data has {needed}; the kinds are {found}; give more caption columns with --captions "
+                "kind=column"
+            )
         logger.info("captions: %s pictures to learn from", f"{count:,}")
-    rows = open_rows(path)
-    if not len(rows):
-        needed = "a caption" if same else f"two different captions{_allowed(kinds)}"
-        raise SourceError(f"no picture of --data has {needed}; give more caption columns with --captions kind=column")
-    return rows
+    return open_rows(path)
 
 
-def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, str]:
-    """Write the triplets of a JSONL `file` to `path`, unless it is there; returns them opened, and their instruction.
+def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, dict[str, Any]]:
+    """Write the triplets of a JSONL `file` to `path`, unless it is there; returns them opened, and facts.
+
+    The facts are the file's `instruction`, and what was `bad` when it was read.
 
     Raises:
         SourceError: if the file cannot be read, is no JSONL of text triplets, or has no usable row.
@@ -87,42 +97,67 @@ def store_triplets(path: Path, file: Path, *, bad: BadSamples) -> tuple[Any, str
         rows = _TripletFile(file, bad)
         write_rows(path, rows, {name: pa.string() for name in ("query", "positive", "negative")})
         bad.check(rows.seen)
-        with atomic_path(facts) as temporary:
-            temporary.write_text(json.dumps({"instruction": rows.instruction or ""}), encoding="utf-8")
-    return open_rows(path), json.loads(facts.read_text(encoding="utf-8"))["instruction"]
+        write_json(facts, {"instruction": rows.instruction or "", "bad": bad.to_json()})
+    return open_rows(path), read_json(facts)
 
 
-def has_negatives(rows: Any) -> bool:
-    """Whether every triplet names its negative."""
-    return rows.data.column("negative").null_count == 0
+def share_of_negatives(rows: Any) -> float:
+    """How many of the triplets name their negative."""
+    return 1 - float(rows.data.column("negative").null_count) / len(rows)
 
 
-def _caption_rows(
-    source: Iterable[Sample], *, kinds: Mapping[Kinds, float] | None, same: bool, bad: BadSamples
-) -> Iterator[dict[str, list[str]]]:
-    unpaired = 0
-    for sample in track(source, description="read captions", unit="pictures"):
-        captions: dict[str, list[str]] = {}
-        for kind, texts in sample.captions.items():
-            for text in texts:
-                if len(text) > MAX_CHARACTERS:
-                    bad.note(sample.id, "caption too long", f"{len(text):,} characters; at most {MAX_CHARACTERS:,}")
-                else:
-                    captions.setdefault(kind, []).append(text)
+class _CaptionRows:
+    """The captions of the pictures that have a pair; what cannot be a caption is left out and counted."""
+
+    def __init__(
+        self, source: Iterable[Sample], *, kinds: Mapping[Kinds, float] | None, same: bool, bad: BadSamples
+    ) -> None:
+        self.source, self.kinds, self.same, self.bad = source, kinds, same, bad
+        self.found: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[dict[str, list[str]]]:
+        seen = unpaired = lost = 0
+        for sample in track(self.source, description="read captions", unit="pictures"):
+            seen += 1
+            captions, faults = _usable(sample)
+            self.found.update(dict.fromkeys(captions))
+            for fault in faults:
+                self.bad.note(sample.id, *fault)
+            if self._pairs(captions):
+                yield {
+                    "kinds": [kind for kind, texts in captions.items() for _ in texts],
+                    "texts": [text for texts in captions.values() for text in texts],
+                }
+            else:
+                unpaired += 1
+                lost += bool(faults)
+        self.bad.num_bad += lost
+        self.bad.check(seen + self.bad.num_bad - lost)
+        if unpaired:
+            logger.warning(
+                "%s pictures have no two different captions%s and are not used", f"{unpaired:,}", _allowed(self.kinds)
+            )
+
+    def _pairs(self, captions: Mapping[str, list[str]]) -> bool:
         pairs = possible_pairs(captions)
-        if kinds is not None:
-            pairs = {pair: found for pair, found in pairs.items() if kinds.get(pair, 0) > 0}
-        if pairs or (same and captions):
-            yield {
-                "kinds": [kind for kind, texts in captions.items() for _ in texts],
-                "texts": [text for texts in captions.values() for text in texts],
-            }
-        else:
-            unpaired += 1
-    if unpaired:
-        logger.warning(
-            "%s pictures have no two different captions%s and are not used", f"{unpaired:,}", _allowed(kinds)
-        )
+        if self.kinds is not None:
+            pairs = {pair: found for pair, found in pairs.items() if self.kinds.get(pair, 0) > 0}
+        return bool(pairs or (self.same and captions))
+
+
+def _usable(sample: Sample) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """The captions of a sample that can be ones, by kind, and what is wrong with the others: cause and detail."""
+    captions: dict[str, list[str]] = {}
+    faults = []
+    for kind, texts in sample.captions.items():
+        for text in texts:
+            if len(text) > MAX_CHARACTERS:
+                faults.append(("caption too long", f"{kind} has {len(text):,} characters; at most {MAX_CHARACTERS:,}"))
+            elif FILE_NAME.fullmatch(text):
+                faults.append(("caption is a file name", f"{kind} is {text[:80]}; see --captions kind=column"))
+            else:
+                captions.setdefault(kind, []).append(text)
+    return captions, faults
 
 
 def _allowed(kinds: Mapping[Kinds, float] | None) -> str:
@@ -138,7 +173,7 @@ class _TripletFile:
 
     def __iter__(self) -> Iterator[dict[str, str | None]]:
         try:
-            with self.path.open(encoding="utf-8") as file:
+            with self.path.open(encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         self.seen += 1
@@ -193,7 +228,7 @@ def _fault(texts: Mapping[str, str | None], negative: Any) -> str | None:
         return "no text in query or positive"
     if negative is not None and texts["negative"] is None:
         return "negative is no text"
-    if texts["negative"] is not None and texts["negative"] == texts["positive"]:
+    if texts["negative"] is not None and text_key(texts["negative"]) == text_key(texts["positive"]):
         return "negative equals positive"
     if max(len(text or "") for text in texts.values()) > MAX_CHARACTERS:
         return "text too long"

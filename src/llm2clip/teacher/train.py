@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
 
 from llm2clip.artifacts import RUN, is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
+from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
-from llm2clip.teacher.data import prepare_probe, prepare_tasks
+from llm2clip.teacher.data import check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
 from llm2clip.teacher.mixture import (
     BatchOrder,
@@ -28,9 +30,9 @@ from llm2clip.teacher.mixture import (
     count_steps,
     task_weights,
 )
-from llm2clip.teacher.mntp import store_lines, train_mntp
-from llm2clip.teacher.model import llm, llm_as_encoder, save
-from llm2clip.teacher.opening import check_is_text_model, resolve_folder
+from llm2clip.teacher.mntp import mask_token_id, store_lines, train_mntp
+from llm2clip.teacher.model import four_bit_config, llm, llm_as_encoder, save
+from llm2clip.teacher.opening import check_is_text_model, one_line_errors, resolve_folder
 from llm2clip.teacher.probe import CaptionSet, probe_captions
 from llm2clip.teacher.trainer import Run, fit
 from llm2clip.teacher.tuning import (
@@ -66,7 +68,9 @@ def train_teacher(config: TeacherConfig) -> Path:
     with _output(out, config, main=state.is_main_process):
         if is_complete(out):
             logger.info("%s: already complete", out)
+            shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come just before this
             return out
+        check_tasks(config)
         check_model(config, state)
         with state.main_process_first():
             (out / WORK).mkdir(exist_ok=True)
@@ -124,7 +128,17 @@ def check_model(config: TeacherConfig, state: PartialState) -> None:
     if config.precision == "fp16" and state.device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU; on a CPU give bf16 or fp32")
     with state.main_process_first():
-        check_is_text_model(resolve_folder(config.model, config.model_revision), config.model)
+        folder = resolve_folder(config.model, config.model_revision)
+        check_is_text_model(folder, config.model)
+    if config.quantize:
+        four_bit_config()
+    if config.chat_template or config.mntp:
+        with one_line_errors(config.model):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        if config.chat_template:
+            turn_of(tokenizer)
+        if config.mntp:
+            mask_token_id(tokenizer, config.mntp_mask_token)
 
 
 def build_encoder(config: TeacherConfig, model: str | Path, state: PartialState) -> SentenceTransformer:
@@ -195,7 +209,7 @@ def train(
         batch_size=config.batch_size,
         steps=steps,
         seed=config.seed,
-        weights=task_weights(tasks, config.source_weights),
+        weights=task_weights([task.name for task in tasks], config.source_weights),
         num_parts=state.num_processes,
     )
 

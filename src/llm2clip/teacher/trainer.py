@@ -250,6 +250,8 @@ class Log(TrainerCallback):
         self.start = time.monotonic()
         if not state.is_world_process_zero:
             return
+        if self.every and self.probe is not None and is_sharded(kwargs["model"]):
+            logger.warning("--eval-every: no scores on the way, as one process alone cannot run a sharded model")
         self.progress = Progress(state.max_steps, description=self.description, unit="steps", initial=state.global_step)
         self.progress.__enter__()
         if self.path.exists():
@@ -263,7 +265,7 @@ class Log(TrainerCallback):
         self.progress.advance(note=self.note)
         model = kwargs["model"]
         due = self.every and state.global_step % self.every == 0
-        if self.probe is not None and due and not is_sharded(model):  # one process alone cannot run a sharded model
+        if self.probe is not None and due and not is_sharded(model):
             self._write({"step": state.global_step, **self.probe()})
             model.train()
 

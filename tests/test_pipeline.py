@@ -166,7 +166,7 @@ def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, fin
         LLM2CLIP.from_pretrained("nobody/nothing")
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "manifest.json").write_text('{"format": "llm2clip/bank"}')
-    with pytest.raises(UsageError, match="holds a bank, not a model"):
+    with pytest.raises(UsageError, match="is no model: it holds a bank"):
         LLM2CLIP.from_pretrained(tmp_path / "bank")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.json").write_text("{}")

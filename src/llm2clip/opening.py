@@ -63,6 +63,21 @@ def origin_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def check_unchanged(out: Path, model: str | Path, before: str | None) -> None:
+    """Check that a model is still the one that a finished `out` was made of, where both say so.
+
+    Raises:
+        UsageError: naming both fingerprints.
+    """
+    manifest = Path(model) / MANIFEST
+    now = read_json(manifest).get("fingerprint") if manifest.exists() else None
+    if None not in (before, now) and before != now:
+        raise UsageError(
+            f"--out {out} was made of {model} when it had fingerprint {before}; it has {now} now: name a new folder or "
+            f"delete {out}"
+        )
+
+
 def find_model(path_or_id: str | Path, *, revision: str | None = None) -> tuple[Path, str]:
     """The folder of a model (downloaded for a Hub id), and what it holds.
 
@@ -83,7 +98,7 @@ def find_model(path_or_id: str | Path, *, revision: str | None = None) -> tuple[
     if not (folder / "config.json").exists():
         manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
         found = str(manifest.get("format", "")).removeprefix("llm2clip/")
-        raise UsageError(f"{path_or_id} holds {f'a {found}' if found else 'no config.json'}, not a model")
+        raise UsageError(f"{path_or_id} is no model: it holds {f'a {found}' if found else 'no config.json'}")
     kind = "llm2clip" if read_json(folder / "config.json").get("model_type") == "llm2clip" else "transformers"
     return folder, kind
 

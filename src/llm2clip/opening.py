@@ -85,10 +85,13 @@ def find_model(path_or_id: str | Path, *, revision: str | None = None) -> tuple[
         The folder, and "llm2clip" for a student or an exported folder, "sentence-transformers" or "transformers".
 
     Raises:
-        UsageError: if there is no model.
+        UsageError: if there is no model, or its weights are a pickle.
         ArtifactError: if it is not finished.
     """
+    from llm2clip.teacher.opening import check_no_pickle
+
     folder = find_folder(path_or_id, revision=revision)
+    check_no_pickle(folder, path_or_id)
     if (folder / RUN).exists() and not (folder / MANIFEST).exists():
         raise ArtifactError(f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped")
     if is_bundle(folder):
@@ -187,10 +190,12 @@ def open_bundle(
 
     Raises:
         ArtifactError: if it is damaged.
-        UsageError: if the teacher needs code of its own.
+        UsageError: if the teacher needs code of its own, or weights are a pickle.
     """
     from llm2clip.student.transform import ImageTransform
+    from llm2clip.teacher.opening import check_no_pickle
 
+    check_no_pickle(folder, folder)
     parts = bundle_parts(folder)
     try:
         student: Any = _student_of(folder, parts)
@@ -211,7 +216,7 @@ def _student_of(folder: Path, parts: dict[str, Any]) -> Student:
 
     from llm2clip.student.model import Student, StudentModelConfig
 
-    tower = Transformer.load(str(folder), subfolder=parts["tower"]).model
+    tower = Transformer.load(str(folder), subfolder=parts["tower"], model_kwargs={"use_safetensors": True}).model
     student = Student(StudentModelConfig.from_dict(read_json(folder / STUDENT_CONFIG)), tower=tower)
     weight = load_file(folder / parts["projection"] / "model.safetensors")["linear.weight"]
     student.visual_projection.load_state_dict({"weight": weight})

@@ -88,7 +88,9 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
         check_unchanged(config.out, config.teacher, done["model"].get("teacher_fingerprint"))
     for name, source in sources.items():
         if source.fingerprint != done["datasets"][name]["fingerprint"]:
-            raise UsageError(f"--data {name} has changed since --out {config.out}: name a new folder or delete that one")
+            raise UsageError(
+                f"--data {name} has changed since --out {config.out}: name a new folder or delete that one"
+            )
 
 
 def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> dict[str, Any]:

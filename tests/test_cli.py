@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm2clip import cli
 from llm2clip.config import Columns, Weights, to_dict
@@ -89,7 +90,13 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ArtifactError("broken"), 1), (OSError(28, "No space left on device", "x"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (ArtifactError("broken"), 1),
+        (OSError(28, "No space left on device", "x"), 1),
+        (MemoryError(), 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_a_failed_run_is_one_line(
     error: BaseException,

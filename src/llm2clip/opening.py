@@ -171,15 +171,23 @@ def open_student(
     """
     from llm2clip.student.model import Student
     from llm2clip.student.transform import ImageTransform
+    from llm2clip.teacher.opening import quiet_loading
 
     manifest = student_manifest(folder)
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = Student.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+        with quiet_loading():
+            loaded: Any = Student.from_pretrained(folder, **options)
     except LOAD_ERRORS as error:
         raise ArtifactError(f"{folder} cannot be loaded as a student: {_first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         raise ArtifactError(f"{folder} lacks weights of the student, such as {sorted(report['missing_keys'])[0]}")
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise ArtifactError(
+            f"{folder}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
+        )
     return model.to(device=device, dtype=dtype).eval(), ImageTransform.from_pretrained(folder), manifest
 
 

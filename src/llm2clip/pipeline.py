@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llm2clip.student.model import Student
     from llm2clip.student.transform import ImageTransform
 
+PictureInput = Picture | np.ndarray | Tensor
 PICTURE_THREADS = min(8, os.cpu_count() or 1)
 """Pictures decoded and resized ahead of the model; decoding lets go of the interpreter."""
 
@@ -118,7 +119,7 @@ class LLM2CLIP:
         """Where the student lies."""
         return self.student.visual_projection.weight.device
 
-    def prepare_image(self, picture: Picture | np.ndarray | Tensor) -> Tensor:
+    def prepare_image(self, picture: PictureInput) -> Tensor:
         """The pixels uint8 [3, H, W] that the tower sees of a picture; such pixels stay as they are.
 
         Raises:
@@ -135,7 +136,7 @@ class LLM2CLIP:
         )
 
     @torch.inference_mode()
-    def encode_image(self, pictures: Sequence[Picture | np.ndarray | Tensor], *, batch_size: int = 32) -> np.ndarray:
+    def encode_image(self, pictures: Sequence[PictureInput], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length, a row a picture.
 
         Args:
@@ -169,7 +170,7 @@ class LLM2CLIP:
             rows.append(normalize(features.float(), dim=-1).cpu().numpy())
         return np.concatenate(rows)
 
-    def _pixel_batches(self, pictures: Sequence[Picture | Tensor], batch_size: int) -> Iterator[Tensor]:
+    def _pixel_batches(self, pictures: Sequence[PictureInput], batch_size: int) -> Iterator[Tensor]:
         """uint8 [B, 3, H, W] of one batch after another, the next prepared while this one is used."""
         with ThreadPoolExecutor(PICTURE_THREADS) as pool:
             waiting = [pool.submit(self.prepare_image, picture) for picture in pictures[:batch_size]]

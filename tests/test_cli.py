@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm2clip import cli
-from llm2clip.config import Columns, Weights, to_dict
+from llm2clip.config import Columns, Texts, Weights, to_dict
 from llm2clip.errors import ArtifactError, UsageError
 
 
@@ -29,6 +29,9 @@ class ToyConfig:
 
     mix: Weights = dataclasses.field(default_factory=dict)
     """Weights by kind."""
+
+    words: Texts = dataclasses.field(default_factory=dict)
+    """Words by name."""
 
     batch_size: int = 4
     """Pictures a step."""
@@ -69,6 +72,8 @@ def test_a_verb_of_two_words_is_found(seen: list[ToyConfig]) -> None:
         ("toi", "did you mean 'toy'"),
         ("toy --data a --mix short=half", "'half' is no number; write for example short=0.5"),
         ("toy --data a --captions short", "short=caption"),
+        ("toy --data a --mix short", "short=0.5"),
+        ("toy --data a --words short", 'name="some words"'),
         ("toy --data a --batch-size x", "--batch-size"),
         ("toy --data a --batch-size 0", "--batch-size is 0; it must be above 0"),
         ("toy --data a --batch-sise 3", "--batch-size"),

@@ -157,9 +157,7 @@ def test_lower_precision_gives_float32_close_to_the_full_one(
     assert ((half.encode_text(TEXTS) * model.encode_text(TEXTS)).sum(1) > 0.995).all()
 
 
-def test_folders_that_are_no_student(
-    tmp_path: Path, finished_teacher: Path, finished_student: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, finished_student: Path) -> None:
     with pytest.raises(UsageError, match="is no student"):
         LLM2CLIP.from_pretrained(finished_teacher)
     with pytest.raises(UsageError, match="is no folder"):
@@ -179,7 +177,6 @@ def test_folders_that_are_no_student(
     (other / "config.json").write_text(json.dumps({**config, "projection_dim": 8}))
     with pytest.raises(ArtifactError, match=r"do not fit its config\.json: .* is \[24\], expected \[8\]"):
         LLM2CLIP.from_pretrained(other)
-    assert "MISMATCH" not in capsys.readouterr().err  # no table of transformers besides the line
     damaged = copy_with(finished_student, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ArtifactError, match="cannot be loaded as a student"):

@@ -23,18 +23,6 @@ MANIFEST = "manifest.json"
 RUN = "run.json"
 LOCK = ".lock"
 FORMAT_VERSION = 1
-_held: set[int] = set()
-"""Descriptors of this process's locks."""
-
-
-def _let_go_in_child() -> None:
-    """A forked worker shares its parent's locks: it lets go of them, or they would outlive a killed parent."""
-    for lock in _held:
-        os.close(lock)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def canonical_json(value: Any) -> str:
@@ -179,6 +167,20 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
 
 def _is_foreign(path: Path) -> bool:
     return path.name != LOCK and not path.name.startswith(f".{RUN}.")
+
+
+_held: set[int] = set()
+"""Descriptors of this process's locks."""
+
+
+def _let_go_in_child() -> None:
+    """A forked worker shares its parent's locks: it lets go of them, or they would outlive a killed parent."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _lock(folder: Path, *, shared: bool) -> int:

@@ -224,6 +224,8 @@ def _is_main_process() -> bool:
 def _start_logging() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log with fragments
+    # else transformers prints a table of the weights that a model lacks or has too many; what matters is said in a line
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from tqdm import tqdm
 
     class Handler(logging.Handler):

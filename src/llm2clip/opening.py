@@ -171,13 +171,11 @@ def open_student(
     """
     from llm2clip.student.model import Student
     from llm2clip.student.transform import ImageTransform
-    from llm2clip.teacher.opening import quiet_loading
 
     manifest = student_manifest(folder)
     options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        with quiet_loading():
-            loaded: Any = Student.from_pretrained(folder, **options)
+        loaded: Any = Student.from_pretrained(folder, **options)
     except LOAD_ERRORS as error:
         raise ArtifactError(f"{folder} cannot be loaded as a student: {_first_line(error)}") from None
     model, report = loaded

@@ -104,24 +104,19 @@ def is_from_llm2vec(config: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep transformers from reporting on a model's weights: of an LLM, its output layer, each time."""
+def one_line_errors(name: str | Path) -> Iterator[None]:
+    """Turn what loading a model from `name` may raise into one line; loading itself is kept quiet.
+
+    Transformers would report the LLM's output layer as an unexpected weight, each time.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def one_line_errors(name: str | Path) -> Iterator[None]:
-    """Turn what loading a model from `name` may raise into one line; loading itself is kept quiet."""
-    try:
-        with quiet_loading():
-            yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, LLM2CLIPError):
             raise
         detail = " ".join(str(error).split())[:300]
         raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -22,6 +22,8 @@ _HOME = {
     "Student": "llm2clip.student.model",
     "StudentConfig": "llm2clip.student.config",
     "train_student": "llm2clip.student.train",
+    "JoinConfig": "llm2clip.teacher.join_config",
+    "join_teachers": "llm2clip.teacher.join",
     "TeacherConfig": "llm2clip.teacher.config",
     "load_teacher": "llm2clip.teacher.model",
     "train_teacher": "llm2clip.teacher.train",

@@ -34,6 +34,11 @@ VERBS = {
         "llm2clip.teacher.config:TeacherConfig",
         "llm2clip.teacher.train:train_teacher",
     ),
+    "join-teachers": Verb(
+        "one teacher of several, such as an LLM and a CLIP's own text half",
+        "llm2clip.teacher.join_config:JoinConfig",
+        "llm2clip.teacher.join:join_teachers",
+    ),
     "build-bank": Verb(
         "encode every caption once with the teacher",
         "llm2clip.bank.config:BankConfig",

@@ -264,9 +264,13 @@ def bundle_parts(folder: Path) -> dict[str, Any]:
 
 
 def _load_module(folder: Path, kind: str, place: str) -> Any:
-    """One of a teacher's modules, if it is sentence-transformers' own."""
+    """One of a teacher's modules, if it is sentence-transformers' own or ours."""
     from sentence_transformers.util import import_from_string
 
+    from llm2clip.teacher.joined_module import Joined
+
+    if kind == f"{Joined.__module__}.{Joined.__name__}":
+        return Joined.load(str(folder), subfolder=place)
     if not kind.startswith("sentence_transformers."):
         raise UsageError(
             f"{folder}: the teacher in it has a module of its own ({kind}); open the folder with "

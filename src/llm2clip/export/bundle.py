@@ -18,6 +18,7 @@ from llm2clip.export.adaptor_module import AdaptorModule
 from llm2clip.export.tower import load_options, save_tower
 from llm2clip.opening import STUDENT_CONFIG, bundle_parts
 from llm2clip.pipeline import LLM2CLIP
+from llm2clip.teacher.joined_module import Joined
 
 
 def save_bundle(model: LLM2CLIP, folder: Path) -> None:
@@ -54,7 +55,7 @@ def text_leg(model: LLM2CLIP) -> list[torch.nn.Module]:
     assert model.teacher is not None
     modules = list(model.teacher.children())
     for module in modules:
-        if not type(module).__module__.startswith("sentence_transformers."):
+        if not isinstance(module, Joined) and not type(module).__module__.startswith("sentence_transformers."):
             raise UsageError(
                 f"the teacher's module {type(module).__name__} comes with code of its own, which one folder cannot "
                 "hold; use --to transformers and keep the teacher beside it"

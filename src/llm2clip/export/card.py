@@ -86,7 +86,7 @@ def summary(facts: dict[str, Any]) -> str:
 
 def use_bundle(facts: dict[str, Any]) -> str:
     """How to encode with sentence-transformers and with llm2clip."""
-    return """`trust_remote_code` runs the two small files in this folder, `adaptor.py` and `adaptor_module.py`.
+    return """`trust_remote_code` runs the small `.py` files in this folder, which are llm2clip's.
 
 ```python
 from PIL import Image

@@ -23,6 +23,7 @@ SETTINGS_FILES = (
     "router_config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
+    "joined_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -15,6 +15,7 @@ from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import UsageError
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
+from llm2clip.teacher.joined_module import Joined
 from llm2clip.teacher.opening import (
     check_is_text_model,
     is_decoder,
@@ -64,6 +65,9 @@ def load_teacher(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+    if (folder / Joined.config_file_name).exists():
+        with one_line_errors(path_or_id):
+            return load_joined(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with one_line_errors(path_or_id):
         teacher = SentenceTransformer(
             str(folder),
@@ -75,6 +79,24 @@ def load_teacher(
     if manifest.get("format") == "llm2clip/teacher":
         restore_attention(teacher, manifest["config"]["attention"])
     _route_captions(teacher, path_or_id)
+    remember_origin(teacher, folder)
+    return teacher.eval()
+
+
+def load_joined(
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """A joined teacher (see `llm2clip.teacher.join`), put together without running the code file in its folder."""
+    module = Joined.load(
+        str(folder),
+        trust_remote_code=trust_remote_code,
+        model_kwargs={"dtype": dtype} if dtype is not None else None,
+    )
+    teacher = SentenceTransformer(modules=[module], device=str(device) if device is not None else None)
     remember_origin(teacher, folder)
     return teacher.eval()
 

@@ -1,0 +1,157 @@
+"""join-teachers: one teacher of several, an LLM and a CLIP's own text half for example."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from torch.nn.functional import normalize
+
+from llm2clip.artifacts import is_complete, open_output, read_json, write_manifest
+from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests, remember_origin, teacher_fingerprint
+from llm2clip.teacher.join_config import JoinConfig
+from llm2clip.teacher.joined_module import Joined
+from llm2clip.teacher.model import load_joined, load_teacher
+from llm2clip.teacher.opening import one_line_errors, resolve_folder
+
+logger = logging.getLogger("llm2clip")
+TWO_TOWERS = ("clip", "metaclip_2", "siglip", "siglip2")
+"""Model types of transformers whose text half can be a member."""
+TEXT_HALF: Any = {"text": {"method": "get_text_features", "method_output_name": "pooler_output"}}
+PROBES = ("a red disc", "Two Children in yellow RAINCOATS stand behind a dog. " * 12 + "It ends here.")
+MIN_COSINE = 0.9999
+
+
+def join_teachers(config: JoinConfig) -> Path:
+    """Write the teacher that `config` describes and return its folder; it is loaded again and compared first.
+
+    Raises:
+        UsageError: if one of the teachers is no text encoder, or cannot lie in one folder with others.
+        LLM2CLIPError: if what was written gives other vectors than the teachers.
+
+    Example:
+        >>> join_teachers(JoinConfig(teachers=("teacher", "openai/clip-vit-large-patch14-336"), out="joined"))
+    """
+    out = Path(config.out)
+    encoders = [] if is_complete(out) else open_members(config)
+    with open_output(out, "teacher", config=config.settings()):
+        if is_complete(out):
+            logger.info("%s is already complete", out)
+            return out
+        weights = config.weights or (1.0,) * len(encoders)
+        expected = joined_vectors(encoders, weights)
+        joined = join(encoders, weights)
+        joined.save_pretrained(str(out), create_model_card=False)
+        facts = [
+            {"name": name, "fingerprint": teacher_fingerprint(encoder), "dim": member["dim"]}
+            for name, encoder, member in zip(config.teachers, encoders, joined[0].members, strict=True)  # type: ignore[union-attr,arg-type]
+        ]
+        del encoders, joined  # their copy needs the room
+        gc.collect()
+        found = load_joined(out, device="cpu", trust_remote_code=config.trust_remote_code).encode(list(PROBES))
+        least = float(torch.cosine_similarity(torch.as_tensor(found), expected).min())
+        if not least >= MIN_COSINE:
+            raise LLM2CLIPError(f"{out} gives other vectors than its members: least cosine {least:.6f}")
+        write_manifest(
+            out,
+            "teacher",
+            config=config.settings(),
+            fingerprint=compute_fingerprint(out),
+            files=quick_digests(out),
+            dim=expected.shape[1],
+            members=facts,
+        )
+    return out
+
+
+def join(encoders: Sequence[SentenceTransformer], weights: Sequence[float]) -> SentenceTransformer:
+    """One encoder made of the modules of several."""
+    members = [
+        {
+            "dim": len(encoder.encode("a")),
+            "weight": weight,
+            "prompt": encoder.prompts.get(encoder.default_prompt_name or "") or "",
+            # Said again here: a Gemma tokenizer, that of SigLIP 2, forgets it when it is read back.
+            "lower_case": bool(getattr(encoder[0], "do_lower_case", False)),
+        }
+        for encoder, weight in zip(encoders, weights, strict=True)
+    ]
+    module = Joined({str(i): list(encoder.children()) for i, encoder in enumerate(encoders)}, members)
+    return SentenceTransformer(modules=[module], device="cpu").eval()
+
+
+def joined_vectors(encoders: Sequence[SentenceTransformer], weights: Sequence[float]) -> torch.Tensor:
+    """What the joined teacher must make of the probes, from each member by itself."""
+    parts = [torch.as_tensor(encoder.encode(list(PROBES))).float() for encoder in encoders]
+    return torch.cat([weight * normalize(part, dim=-1) for part, weight in zip(parts, weights, strict=True)], dim=-1)
+
+
+def open_members(config: JoinConfig) -> list[SentenceTransformer]:
+    """The teachers to be joined, on the CPU.
+
+    Raises:
+        UsageError: if one is no text encoder, or has code of its own.
+    """
+    encoders = []
+    revisions = config.revisions or (None,) * len(config.teachers)
+    for name, revision in zip(config.teachers, revisions, strict=True):
+        logger.info("reading %s", name)
+        folder = resolve_folder(name, revision)
+        kind = _kind(folder)
+        if kind in TWO_TOWERS:
+            encoder = text_half(folder, name, kind=kind)
+        else:
+            encoder = load_teacher(name, revision=revision, device="cpu", trust_remote_code=config.trust_remote_code)
+        for module in encoder.children():
+            if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
+                raise UsageError(
+                    f"--teachers {name} has a module that is not sentence-transformers' own ({type(module).__name__}); "
+                    "join others, or the members of a joined teacher themselves"
+                )
+        if getattr(getattr(encoder[0], "model", None), "_hf_peft_config_loaded", False):
+            raise UsageError(f"--teachers {name} is an adapter on another model's weights; merge it into them first")
+        encoders.append(encoder)
+    return encoders
+
+
+def text_half(folder: Path, name: str, *, kind: str) -> SentenceTransformer:
+    """The text encoder of a CLIP or SigLIP, projection included, reading captions as it was trained.
+
+    Captions are cut to its context, the closing token kept. SigLIP models read lower-case text padded to that length,
+    without an attention mask; see `llm2clip.eval.encoders`, which reads them alike.
+    """
+    siglip = kind.startswith("siglip")
+    with one_line_errors(name):
+        transformer = Transformer(
+            str(folder),
+            model_kwargs={"dtype": "auto"},
+            modality_config=TEXT_HALF,
+            module_output_name="sentence_embedding",
+            do_lower_case=siglip,
+        )
+        model, tokenizer = transformer.model, transformer.tokenizer
+        context = min(int(model.config.text_config.max_position_embeddings), tokenizer.model_max_length)
+        transformer.max_seq_length = context
+        if siglip:
+            padded = {"padding": "max_length", "max_length": context, "return_attention_mask": False}
+            transformer.processing_kwargs = {"text": padded}
+        # No pictures will come; a tower without layers keeps the format loadable.
+        model.vision_model.encoder.layers = torch.nn.ModuleList()
+        model.config.vision_config.num_hidden_layers = 0
+    encoder = SentenceTransformer(modules=[transformer], device="cpu")
+    remember_origin(encoder, folder)
+    return encoder.eval()
+
+
+def _kind(folder: Path) -> str:
+    """The `model_type` of a transformers model's folder; "" for a SentenceTransformer or what is no model."""
+    if (folder / "modules.json").exists() or not (folder / "config.json").exists():
+        return ""
+    return str(read_json(folder / "config.json").get("model_type", ""))

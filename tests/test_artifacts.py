@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +42,26 @@ def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
         artifacts.open_output(tmp_path / "x", "bank", config={}),
     ):
         pass
+
+
+def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from llm2clip import artifacts\n"
+        "with artifacts.open_output(sys.argv[1], 'bank', config={}):\n"
+        "    if not os.fork():\n"
+        "        print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with artifacts.open_output(tmp_path / "x", "bank", config={}) as began:
+                assert began
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_foreign_files_are_never_touched(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm2clip import cli
-from llm2clip.config import Columns, Weights, to_dict
+from llm2clip.config import Columns, Texts, Weights, to_dict
 from llm2clip.errors import ArtifactError, UsageError
 
 
@@ -28,6 +29,9 @@ class ToyConfig:
 
     mix: Weights = dataclasses.field(default_factory=dict)
     """Weights by kind."""
+
+    words: Texts = dataclasses.field(default_factory=dict)
+    """Words by name."""
 
     batch_size: int = 4
     """Pictures a step."""
@@ -68,6 +72,8 @@ def test_a_verb_of_two_words_is_found(seen: list[ToyConfig]) -> None:
         ("toi", "did you mean 'toy'"),
         ("toy --data a --mix short=half", "'half' is no number; write for example short=0.5"),
         ("toy --data a --captions short", "short=caption"),
+        ("toy --data a --mix short", "short=0.5"),
+        ("toy --data a --words short", 'name="some words"'),
         ("toy --data a --batch-size x", "--batch-size"),
         ("toy --data a --batch-size 0", "--batch-size is 0; it must be above 0"),
         ("toy --data a --batch-sise 3", "--batch-size"),
@@ -89,7 +95,13 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ArtifactError("broken"), 1), (OSError(28, "No space left on device", "x"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (ArtifactError("broken"), 1),
+        (OSError(28, "No space left on device", "x"), 1),
+        (MemoryError(), 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_a_failed_run_is_one_line(
     error: BaseException,

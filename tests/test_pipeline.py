@@ -61,8 +61,34 @@ def test_vectors_are_float32_of_unit_length_in_the_order_given(model: LLM2CLIP, 
 def test_a_picture_may_be_a_path_bytes_or_opened(model: LLM2CLIP, pictures_csv: Path) -> None:
     file = pictures_csv.parent / "000.jpg"
     with Image.open(file) as opened:
-        vectors = model.encode_image([str(file), file, file.read_bytes(), opened])
-    assert (vectors == vectors[0]).all()
+        vectors = model.encode_image([str(file), file, file.read_bytes(), opened, np.asarray(opened)])
+    np.testing.assert_allclose(vectors, vectors[:1].repeat(5, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"array float32 \[8, 8, 3\] is no picture; write it as uint8"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"array uint8 \[1, 8, 8, 3\] is no picture"),
+        (torch.zeros(3, 32, 32), r"tensor torch.float32 \[3, 32, 32\] is not what prepare_image gives"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"give pixels of other sizes as an array"),
+        (None, "not as NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_told_in_a_line(model: LLM2CLIP, picture: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        model.encode_image([picture])
+
+
+def test_a_grey_array_is_a_picture(model: LLM2CLIP) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    vectors = model.encode_image([grey, np.stack([grey] * 3, axis=2)])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+
+
+def test_what_is_no_text_is_named(model: LLM2CLIP) -> None:
+    with pytest.raises(UsageError, match="number 1 of 2 is None"):
+        model.encode_text(["a red disc", None])
 
 
 def test_nothing_gives_no_rows(model: LLM2CLIP) -> None:
@@ -140,12 +166,17 @@ def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, fin
         LLM2CLIP.from_pretrained("nobody/nothing")
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "manifest.json").write_text('{"format": "llm2clip/bank"}')
-    with pytest.raises(UsageError, match="holds a bank, not a model"):
+    with pytest.raises(UsageError, match="is no model: it holds a bank"):
         LLM2CLIP.from_pretrained(tmp_path / "bank")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.json").write_text("{}")
     with pytest.raises(ArtifactError, match="is unfinished"):
         LLM2CLIP.from_pretrained(tmp_path / "begun")
+    other = copy_with(finished_student, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "projection_dim": 8}))
+    with pytest.raises(ArtifactError, match=r"do not fit its config\.json: .* is \[24\], expected \[8\]"):
+        LLM2CLIP.from_pretrained(other)
     damaged = copy_with(finished_student, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ArtifactError, match="cannot be loaded as a student"):

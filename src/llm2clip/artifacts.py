@@ -151,6 +151,7 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
         raise UsageError(f"--out {folder} is in use: it holds files of another program; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder, shared=shared)
+    _held.add(lock)
     try:
         began = _check_same_run(folder, kind, config)
         if not began:
@@ -160,11 +161,26 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
     finally:
         if _try_lock(lock, fcntl.LOCK_EX):  # else another shared run still holds it
             (folder / LOCK).unlink(missing_ok=True)
+        _held.discard(lock)
         os.close(lock)
 
 
 def _is_foreign(path: Path) -> bool:
     return path.name != LOCK and not path.name.startswith(f".{RUN}.")
+
+
+_held: set[int] = set()
+"""Descriptors of this process's locks."""
+
+
+def _let_go_in_child() -> None:
+    """A forked worker shares its parent's locks: it lets go of them, or they would outlive a killed parent."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _lock(folder: Path, *, shared: bool) -> int:

@@ -110,6 +110,10 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except OSError as error:  # a full disk, a missing right: the system's own words and the file it speaks of
         return _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's; not imported
+            raise
+        return _fail(f"out of memory ({str(error).split('. ')[0] or 'of this machine'}); give a smaller batch", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped", 130)
     if _is_main_process() and isinstance(result, os.PathLike):
@@ -225,6 +229,8 @@ def _is_main_process() -> bool:
 def _start_logging() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log with fragments
+    # else transformers prints a table of the weights that a model lacks or has too many; what matters is said in a line
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from tqdm import tqdm
 
     class Handler(logging.Handler):

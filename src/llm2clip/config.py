@@ -23,19 +23,26 @@ Config = TypeVar("Config")
 
 def _parse_columns(words: list[str]) -> dict[str, str]:
     """`["short=caption", "long=dense"]` as `{"short": "caption", "long": "dense"}`."""
+    return _parse_pairs(words, "short=caption")
+
+
+def _parse_texts(words: list[str]) -> dict[str, str]:
+    """`["nli=Find an entailed sentence."]` as `{"nli": "Find an entailed sentence."}`."""
+    return _parse_pairs(words, 'name="some words"')
+
+
+def _parse_pairs(words: list[str], example: str) -> dict[str, str]:
     pairs = [word.partition("=") for word in words]
     for kind, equals, value in pairs:
         if not (kind and equals and value):
-            raise UsageError(
-                f"{kind + equals + value!r} is not of the form name=value; write for example short=caption"
-            )
+            raise UsageError(f"{kind + equals + value!r} is not of the form name=value; write for example {example}")
     return {kind: value for kind, _, value in pairs}
 
 
 def _parse_weights(words: list[str]) -> dict[str, float]:
     """`["short=0.5", "long=0.5"]` as `{"short": 0.5, "long": 0.5}`."""
     weights = {}
-    for kind, value in _parse_columns(words).items():
+    for kind, value in _parse_pairs(words, "short=0.5").items():
         try:
             weights[kind] = float(value)
         except ValueError:
@@ -55,6 +62,8 @@ def _spec(parse: Any, metavar: str) -> Any:
 
 Columns = Annotated[Mapping[str, str], _spec(_parse_columns, "KIND=COLUMN ...")]
 """A config field given as `--field kind=column ...` on the command line, as a dict in Python."""
+Texts = Annotated[Mapping[str, str], _spec(_parse_texts, "NAME=TEXT ...")]
+"""A config field given as `--field name="some words" ...` on the command line, as a dict in Python."""
 Weights = Annotated[Mapping[str, float], _spec(_parse_weights, "KIND=WEIGHT ...")]
 """A config field given as `--field kind=weight ...` on the command line, as a dict in Python."""
 

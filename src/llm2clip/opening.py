@@ -63,6 +63,21 @@ def origin_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def check_unchanged(out: Path, model: str | Path, before: str | None) -> None:
+    """Check that a model is still the one that a finished `out` was made of, where both say so.
+
+    Raises:
+        UsageError: naming both fingerprints.
+    """
+    manifest = Path(model) / MANIFEST
+    now = read_json(manifest).get("fingerprint") if manifest.exists() else None
+    if None not in (before, now) and before != now:
+        raise UsageError(
+            f"--out {out} was made of {model} when it had fingerprint {before}; it has {now} now: name a new folder or "
+            f"delete {out}"
+        )
+
+
 def find_model(path_or_id: str | Path, *, revision: str | None = None) -> tuple[Path, str]:
     """The folder of a model (downloaded for a Hub id), and what it holds.
 
@@ -70,10 +85,13 @@ def find_model(path_or_id: str | Path, *, revision: str | None = None) -> tuple[
         The folder, and "llm2clip" for a student or an exported folder, "sentence-transformers" or "transformers".
 
     Raises:
-        UsageError: if there is no model.
+        UsageError: if there is no model, or its weights are a pickle.
         ArtifactError: if it is not finished.
     """
+    from llm2clip.teacher.opening import check_no_pickle
+
     folder = find_folder(path_or_id, revision=revision)
+    check_no_pickle(folder, path_or_id)
     if (folder / RUN).exists() and not (folder / MANIFEST).exists():
         raise ArtifactError(f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped")
     if is_bundle(folder):
@@ -83,7 +101,7 @@ def find_model(path_or_id: str | Path, *, revision: str | None = None) -> tuple[
     if not (folder / "config.json").exists():
         manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
         found = str(manifest.get("format", "")).removeprefix("llm2clip/")
-        raise UsageError(f"{path_or_id} holds {f'a {found}' if found else 'no config.json'}, not a model")
+        raise UsageError(f"{path_or_id} is no model: it holds {f'a {found}' if found else 'no config.json'}")
     kind = "llm2clip" if read_json(folder / "config.json").get("model_type") == "llm2clip" else "transformers"
     return folder, kind
 
@@ -155,13 +173,19 @@ def open_student(
     from llm2clip.student.transform import ImageTransform
 
     manifest = student_manifest(folder)
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = Student.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+        loaded: Any = Student.from_pretrained(folder, **options)
     except LOAD_ERRORS as error:
         raise ArtifactError(f"{folder} cannot be loaded as a student: {_first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         raise ArtifactError(f"{folder} lacks weights of the student, such as {sorted(report['missing_keys'])[0]}")
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise ArtifactError(
+            f"{folder}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
+        )
     return model.to(device=device, dtype=dtype).eval(), ImageTransform.from_pretrained(folder), manifest
 
 
@@ -172,10 +196,12 @@ def open_bundle(
 
     Raises:
         ArtifactError: if it is damaged.
-        UsageError: if the teacher needs code of its own.
+        UsageError: if the teacher needs code of its own, or weights are a pickle.
     """
     from llm2clip.student.transform import ImageTransform
+    from llm2clip.teacher.opening import check_no_pickle
 
+    check_no_pickle(folder, folder)
     parts = bundle_parts(folder)
     try:
         student: Any = _student_of(folder, parts)
@@ -196,7 +222,7 @@ def _student_of(folder: Path, parts: dict[str, Any]) -> Student:
 
     from llm2clip.student.model import Student, StudentModelConfig
 
-    tower = Transformer.load(str(folder), subfolder=parts["tower"]).model
+    tower = Transformer.load(str(folder), subfolder=parts["tower"], model_kwargs={"use_safetensors": True}).model
     student = Student(StudentModelConfig.from_dict(read_json(folder / STUDENT_CONFIG)), tower=tower)
     weight = load_file(folder / parts["projection"] / "model.safetensors")["linear.weight"]
     student.visual_projection.load_state_dict({"weight": weight})

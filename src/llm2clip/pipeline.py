@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from llm2clip.student.model import Student
     from llm2clip.student.transform import ImageTransform
 
+PictureInput = Picture | np.ndarray | Tensor
 PICTURE_THREADS = min(8, os.cpu_count() or 1)
 """Pictures decoded and resized ahead of the model; decoding lets go of the interpreter."""
 
@@ -117,20 +119,29 @@ class LLM2CLIP:
         """Where the student lies."""
         return self.student.visual_projection.weight.device
 
-    def prepare_image(self, picture: Picture | Tensor) -> Tensor:
-        """The pixels uint8 [3, H, W] that the tower sees of a picture; pixels stay as they are.
+    def prepare_image(self, picture: PictureInput) -> Tensor:
+        """The pixels uint8 [3, H, W] that the tower sees of a picture; such pixels stay as they are.
 
         Raises:
             BadPicture: if it cannot be read.
+            UsageError: if it is nothing that can be a picture.
         """
-        return picture if isinstance(picture, Tensor) else self.transform(load_picture(picture))
+        if not isinstance(picture, Tensor):
+            return self.transform(load_picture(_opened(picture)))
+        if picture.dtype == torch.uint8 and tuple(picture.shape) == (3, *self.transform.image_size):
+            return picture
+        raise UsageError(
+            f"a tensor {picture.dtype} {list(picture.shape)} is not what prepare_image gives, uint8 "
+            f"{[3, *self.transform.image_size]}; give pixels of other sizes as an array uint8 [H, W, 3]"
+        )
 
     @torch.inference_mode()
-    def encode_image(self, pictures: Sequence[Picture | Tensor], *, batch_size: int = 32) -> np.ndarray:
+    def encode_image(self, pictures: Sequence[PictureInput], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length, a row a picture.
 
         Args:
-            pictures: paths, encoded bytes or Pillow pictures of any mode and size, or what `prepare_image` gave.
+            pictures: paths, encoded bytes, Pillow pictures of any mode and size, arrays uint8 [H, W, 3] (RGB) or
+                [H, W], or what `prepare_image` gave.
             batch_size: pictures in the tower at once; the pixels of only two batches are in memory.
 
         Raises:
@@ -148,7 +159,7 @@ class LLM2CLIP:
         """float32 [N, D] of unit length, a row a text; `batch_size` texts are in the teacher at once.
 
         Raises:
-            UsageError: if the model was loaded without its teacher.
+            UsageError: if the model was loaded without its teacher, or something is no text.
         """
         if self.teacher is None:
             raise UsageError("this model was opened without its teacher, so it encodes pictures only; add the teacher")
@@ -159,7 +170,7 @@ class LLM2CLIP:
             rows.append(normalize(features.float(), dim=-1).cpu().numpy())
         return np.concatenate(rows)
 
-    def _pixel_batches(self, pictures: Sequence[Picture | Tensor], batch_size: int) -> Iterator[Tensor]:
+    def _pixel_batches(self, pictures: Sequence[PictureInput], batch_size: int) -> Iterator[Tensor]:
         """uint8 [B, 3, H, W] of one batch after another, the next prepared while this one is used."""
         with ThreadPoolExecutor(PICTURE_THREADS) as pool:
             waiting = [pool.submit(self.prepare_image, picture) for picture in pictures[:batch_size]]
@@ -210,10 +221,28 @@ def encode_texts(
 ) -> np.ndarray:
     """float32 [N, T], a teacher's own vectors of `texts`, of whatever length it gives them."""
     _check_list(texts, "encode_text", 'encode_text(["a grey cat"])')
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UsageError(f"encode_text takes texts; number {i} of {len(texts)} is {text!r}")
     if not len(texts):
         return np.empty((0, teacher.get_embedding_dimension() or 0), np.float32)
     vectors = teacher.encode(list(texts), batch_size=batch_size, prompt=prompt, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
+
+
+def _opened(picture: Any) -> Picture:
+    """An array as a Pillow picture; what else can be a picture stays as it is."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype == np.uint8 and (picture.ndim == 2 or picture.shape[2:] in ((3,), (4,))) and picture.size:
+            return Image.fromarray(picture)
+        raise UsageError(
+            f"an array {picture.dtype} {list(picture.shape)} is no picture; write it as uint8 [H, W, 3], 0 to 255, RGB"
+        )
+    if isinstance(picture, get_args(Picture)):
+        return picture  # type: ignore[no-any-return]
+    raise UsageError(
+        f"a picture is given as a path, encoded bytes, a Pillow picture or an array, not as {type(picture).__name__}"
+    )
 
 
 def _check_list(inputs: Any, name: str, example: str) -> None:

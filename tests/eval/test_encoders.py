@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 import transformers as t
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llm2clip.errors import UsageError
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
-from llm2clip.eval.run import evaluate
+from llm2clip.eval.run import evaluate, open_encoder
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {**VISION, "vocab_size": 128}
@@ -113,3 +115,18 @@ def test_folders_that_cannot_serve(tmp_path: Path, folders: dict[str, Path]) -> 
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(UsageError, match="cannot be loaded"):
         ClipEncoder.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_a_pickle_or_missing_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(folders["clip"], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = EvaluateConfig(model=str(folder), data=("a.csv",), out=tmp_path / "report", device="cpu")
+    with pytest.raises(UsageError, match=r"lacks weights, such as visual_projection\.weight"):
+        open_encoder(config)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="keeps its weights in a pickle"):
+        open_encoder(config)

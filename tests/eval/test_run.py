@@ -100,6 +100,24 @@ def test_again_gives_the_same_bytes_and_is_not_done_twice(
     assert "already complete" in caplog.text and set(report["metrics"]) == KEYS
 
 
+def test_a_report_of_another_student_or_other_data_is_not_taken_for_done(
+    finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+) -> None:
+    teacher, data = tmp_path / "teacher", tmp_path / "captions.csv"
+    shutil.copytree(finished_teacher, teacher)
+    shutil.copy(pictures_csv, data)
+    config = EvaluateConfig(teacher=str(teacher), data=(str(data),), out=tmp_path / "report", device="cpu")
+    found = evaluate(config)
+    assert evaluate(config) == found
+    (teacher / "manifest.json").write_text(json.dumps({"format": "llm2clip/teacher", "fingerprint": "another"}))
+    with pytest.raises(UsageError, match=r"when it had fingerprint [0-9a-f]{16}; it has another now"):
+        evaluate(config)
+    (teacher / "manifest.json").unlink()
+    data.write_text(data.read_text().replace("large", "big"))
+    with pytest.raises(UsageError, match="--data captions has changed since"):
+        evaluate(config)
+
+
 def test_exported_folder_alone_scores_the_same(
     report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
 ) -> None:

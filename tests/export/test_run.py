@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,23 @@ def test_a_finished_export_is_not_written_again(
         export(ExportConfig(to="sentence-transformers", out=bundle, **options))
     assert "already complete" in caplog.text
     assert (bundle / "README.md").stat().st_mtime_ns == before
+
+
+def test_a_student_trained_anew_is_not_taken_for_exported(finished_student: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(finished_student, student)
+
+    def mark(fingerprint: str) -> None:
+        manifest = json.loads((student / "manifest.json").read_text())
+        (student / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": fingerprint}))
+
+    mark("first")
+    config = ExportConfig(model=str(student), to="tower", out=tmp_path / "tower", device="cpu")
+    export(config)
+    export(config)
+    mark("second")
+    with pytest.raises(UsageError, match="when it had fingerprint first; it has second now"):
+        export(config)
 
 
 def test_transformers_folder(

@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 from transformers import AutoModel
 
 from llm2clip.errors import UsageError
@@ -235,3 +237,25 @@ def test_max_length_cuts(llm_of):
     encoder = llm_as_encoder(llm_of("llama"), max_length=6)
     long = " ".join(["red"] * 1000)
     assert encoder.preprocess([long])["input_ids"].shape == (1, 6)
+
+
+def test_a_pickle_is_never_loaded(tiny_llm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(tiny_llm, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        UsageError, match=r"keeps its weights in a pickle \(pytorch_model\.bin\), which is never loaded"
+    ):
+        load_teacher(folder)
+
+
+def test_a_pickle_in_a_module_is_never_loaded(tiny_llm: Path, tmp_path: Path) -> None:
+    teacher = llm_as_encoder(tiny_llm)
+    teacher.append(Dense(32, 16))
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    (dense,) = (tmp_path / "teacher").glob("*_Dense")
+    (dense / "model.safetensors").unlink()
+    torch.save({}, dense / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"in a pickle \(2_Dense/pytorch_model\.bin\)"):
+        load_teacher(tmp_path / "teacher")

@@ -59,8 +59,12 @@ class ClipEncoder:
         try:
             config = AutoConfig.from_pretrained(folder, **options)
             _check_two_towers(MODEL_MAPPING.get(type(config), None), folder)
-            model = AutoModel.from_pretrained(folder, dtype=dtype or "auto", **options)
+            model, report = AutoModel.from_pretrained(
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            )
             _check_two_towers(type(model), folder)
+            if report["missing_keys"]:
+                raise UsageError(f"--model {folder} lacks weights, such as {sorted(report['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             processor = AutoImageProcessor.from_pretrained(folder, **options)
         except UsageError:
@@ -145,7 +149,7 @@ class SentenceTransformerEncoder:
                 str(folder),
                 device=str(device),
                 trust_remote_code=trust_remote_code,
-                model_kwargs={"dtype": dtype} if dtype is not None else None,
+                model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
         except LOAD_ERRORS as error:
             raise UsageError(f"--model {folder} cannot be loaded: {_first_line(error)}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
-from llm2clip.opening import find_model, pick_device
+from llm2clip.opening import check_unchanged, find_model, pick_device
 from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
@@ -44,12 +45,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     with open_output(out, "report", config=config.settings()):
-        if is_complete(out):
-            logger.info("%s is already complete", out)
-            return dict(read_json(out / REPORT))
         sources = {
             name: open_source(part, pictures=config.model is not None) for name, part in parts_of(config).items()
         }
+        if is_complete(out):
+            done = dict(read_json(out / REPORT))
+            check_current(done, config, sources)
+            logger.info("%s is already complete", out)
+            return done
         encoder, facts = open_encoder(config)
         report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
         for name, source in sources.items():
@@ -71,6 +74,23 @@ def parts_of(config: EvaluateConfig) -> dict[str, SourceConfig]:
     """The source settings of each dataset, by its name in the report."""
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)}
     return {name: SourceConfig(**{**shared, "data": specs}) for name, specs in named_datasets(config.data).items()}
+
+
+def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapping[str, Any]) -> None:
+    """Check that a finished report is of the model and data that are there now.
+
+    Raises:
+        UsageError: naming what has changed since.
+    """
+    if config.model is not None:
+        check_unchanged(config.out, config.model, done["model"].get("fingerprint"))
+    elif config.teacher is not None:
+        check_unchanged(config.out, config.teacher, done["model"].get("teacher_fingerprint"))
+    for name, source in sources.items():
+        if source.fingerprint != done["datasets"][name]["fingerprint"]:
+            raise UsageError(
+                f"--data {name} has changed since --out {config.out}: name a new folder or delete that one"
+            )
 
 
 def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> dict[str, Any]:

@@ -13,6 +13,10 @@ TITLES = {
     "transformers": "LLM2CLIP student",
     "tower": "Vision tower trained with LLM2CLIP",
 }
+UPRIGHT = (
+    "Photographs that a camera marked as turned (EXIF) go in upright: `PIL.ImageOps.exif_transpose(Image.open(...))`. "
+    "llm2clip does that itself."
+)
 TAGS = ["llm2clip", "image-text-retrieval", "clip"]
 
 
@@ -28,7 +32,7 @@ def write_card(folder: Path, facts: dict[str, Any], *, scores: dict[str, float] 
         front_matter(kind),
         f"# {TITLES[kind]}",
         summary(facts),
-        f"## Use\n\n{USE[kind](facts)}",
+        f"## Use\n\n{USE[kind](facts)}\n\n{UPRIGHT}",
         f"## Made from\n\n{origin_table(facts)}",
     ]
     if scores:

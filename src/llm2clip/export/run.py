@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
 from llm2clip.errors import UsageError
 from llm2clip.export.bundle import save_bundle
 from llm2clip.export.card import read_scores, write_card
 from llm2clip.export.check import PROBE_TEXTS, compare, encode_fresh, probe_embeds, probe_pictures
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
-from llm2clip.opening import pick_device
+from llm2clip.opening import check_unchanged, pick_device
 from llm2clip.pipeline import LLM2CLIP
 
 logger = logging.getLogger("llm2clip")
@@ -39,6 +39,7 @@ def export(config: ExportConfig) -> Path:
     out = Path(config.out)
     with open_output(out, "export", config=config.settings()):
         if is_complete(out):
+            check_unchanged(out, config.model, read_json(out / MANIFEST).get("fingerprint"))
             logger.info("%s is already complete", out)
             return out
         device = pick_device(config.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm2clip.captions.config import SourceConfig
-from llm2clip.config import Columns, Weights, check_choice, check_positive
+from llm2clip.config import Texts, Weights, check_choice, check_positive
 from llm2clip.errors import UsageError
 
 ATTENTIONS = ("two-way", "causal")
@@ -38,7 +38,7 @@ class TeacherConfig(SourceConfig):
 
     text_pairs: tuple[str, ...] = ()
     """JSONL files of text triplets, one task a file: `query`, `positive`, and `negative`, `instruction` if any."""
-    instructions: Columns = field(default_factory=dict)
+    instructions: Texts = field(default_factory=dict)
     """Instruction put before the queries of a task, by file stem ("nli=Find an entailed sentence."); beats the file."""
     caption_instruction: str = "Given a caption, retrieve a similar relevant caption."
     """Instruction before the query captions in training (paper, section 3); empty for none. Never used in encoding."""

@@ -86,7 +86,7 @@ def compute_fingerprint(folder: Path) -> str:
     """The fingerprint of a model folder, from all bytes of its weights."""
     weights = weight_files(folder)
     if not weights:
-        raise UsageError(f"{folder} holds no model weights (*.safetensors or *.bin)")
+        raise UsageError(f"{folder} holds no model weights (*.safetensors)")
     facts = {str(path.relative_to(folder)): file_digest(path) for path in weights}
     return fingerprint([facts, settings_digests(folder)])
 
@@ -98,17 +98,13 @@ def quick_digests(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder and its modules; safetensors only, where there are any."""
-    for pattern in ("*.safetensors", "*.bin"):
-        found = [path for part in _parts(folder) for path in part.glob(pattern)]
-        if found:
-            return sorted(path for path in found if path.name != "training_args.bin")
-    return []
+    """The weight files of a model folder and its modules."""
+    return sorted(path for part in model_parts(folder) for path in part.glob("*.safetensors"))
 
 
 def settings_files(folder: Path) -> list[Path]:
     """The files of a model folder and its modules that set how it encodes."""
-    return [part / name for part in _parts(folder) for name in SETTINGS_FILES if (part / name).exists()]
+    return [part / name for part in model_parts(folder) for name in SETTINGS_FILES if (part / name).exists()]
 
 
 def settings_digests(folder: Path) -> dict[str, Any]:
@@ -135,11 +131,11 @@ def memory_digest(teacher: SentenceTransformer) -> list[Any]:
     return [digest.hexdigest(), json.loads(json.dumps(settings, default=str)), teacher.prompts]
 
 
-def _parts(folder: Path) -> Iterator[Path]:
+def model_parts(folder: Path) -> Iterator[Path]:
     """The model's folder and those of its modules, but no checkpoint, adapter or export that lies beside them."""
     yield folder
     for module in sorted(path for path in folder.iterdir() if path.is_dir() and MODULE_FOLDER.fullmatch(path.name)):
-        yield from _parts(module)
+        yield from model_parts(module)
 
 
 def _without_place(value: Any) -> Any:

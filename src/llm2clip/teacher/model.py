@@ -73,7 +73,7 @@ def load_teacher(
             str(folder),
             device=str(device) if device is not None else None,
             trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": dtype} if dtype is not None else None,
+            model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
         )
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     if manifest.get("format") == "llm2clip/teacher":
@@ -131,7 +131,11 @@ def llm_as_encoder(
     check_is_text_model(folder, path_or_id)
     from_llm2vec = is_from_llm2vec(read_json(folder / "config.json"))
     trust_remote_code = trust_remote_code and not from_llm2vec
-    model_kwargs: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    model_kwargs: dict[str, Any] = {
+        "dtype": dtype or "auto",
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
     if quantize:
         model_kwargs["quantization_config"] = four_bit_config()
     with one_line_errors(path_or_id):

@@ -13,8 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from llm2clip.artifacts import MANIFEST, RUN, read_json
 from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError
+from llm2clip.teacher.fingerprint import model_parts
 
 VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 LLM2VEC_CLASS = re.compile(r"(Llama|Mistral|Gemma|Qwen2)(Bi\w*|Encoder)Model")
 """LLM2Vec's two-way classes: the plain model of transformers, same weights, without the causal mask."""
 
@@ -46,8 +48,9 @@ def check_is_text_model(folder: Path, name: str | Path) -> None:
         kind = str(read_json(folder / MANIFEST).get("format", "")).removeprefix("llm2clip/")
         if kind not in ("teacher", ""):
             raise UsageError(
-                f"{name} holds a {kind}, not a teacher; give the folder that train-teacher made, or an LLM"
+                f"{name} is no teacher (found: {kind}); give the folder that train-teacher made, or an LLM"
             )
+    check_no_pickle(folder, name)
     if (folder / "modules.json").exists():
         return
     if not (folder / "config.json").exists():
@@ -59,6 +62,21 @@ def check_is_text_model(folder: Path, name: str | Path) -> None:
         raise UsageError(f"{name} is a vision model ({kind or architectures}), not a language model; give an LLM")
     if not kind:
         raise UsageError(f"{name} is no transformers model: its config.json has no model_type")
+
+
+def check_no_pickle(folder: Path, name: str | Path) -> None:
+    """Raise if the weights of a model, or of one of its modules, lie in a pickle: reading one can run any code.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    for part in model_parts(folder):
+        pickles = [path for pattern in PICKLES for path in part.glob(pattern)]
+        if pickles and not any(part.glob("*.safetensors")):
+            raise UsageError(
+                f"{name} keeps its weights in a pickle ({pickles[0].relative_to(folder)}), which is never loaded; give "
+                "a model with safetensors, or have save_pretrained write this one again where you trust it"
+            )
 
 
 def is_decoder(config: dict[str, Any]) -> bool:

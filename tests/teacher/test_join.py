@@ -287,7 +287,7 @@ def test_what_cannot_be_a_member(
     wrong = {
         str(tiny_tower): "is a vision model",
         str(tmp_path / "nothing"): "is no folder",
-        str(finished_student): "holds a student, not a teacher",
+        str(finished_student): "is no teacher .found: student",
         str(joined): "not sentence-transformers' own \\(Joined\\); join others",
     }
     for name, message in wrong.items():

@@ -68,7 +68,7 @@ class Budget:
     """Pairs of captions a step of stage 1."""
     lora_rate: float = 2e-3
     """Learning rate of stage 1 with LoRA."""
-    full_rate: float = 5e-4
+    full_rate: float = 2e-3
     """Learning rate of stage 1 with full fine-tuning."""
     student_rate: float = 2e-3
     """Learning rate of stage 2 (Muon scaled as AdamW)."""

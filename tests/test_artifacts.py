@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -106,3 +108,24 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise RuntimeError
     assert artifacts.read_json(tmp_path / "a.json") == 1
+
+
+def test_a_name_that_is_no_utf8_survives_in_json(tmp_path: Path) -> None:
+    settings = {"data": "b\udce9.tar", "caption": "圆 🙂"}
+    with artifacts.open_output(tmp_path / "x", "bank", config=settings):
+        artifacts.write_manifest(tmp_path / "x", "bank", config=settings)
+    with artifacts.open_output(tmp_path / "x", "bank", config=settings) as began:
+        assert began
+    assert artifacts.read_manifest(tmp_path / "x", "bank")["config"] == settings
+    assert "圆 🙂" in (tmp_path / "x" / "run.json").read_text(encoding="utf-8")
+    assert artifacts.fingerprint(settings) != artifacts.fingerprint({**settings, "data": "b\udce8.tar"})
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with artifacts.open_output(tmp_path / "x", "bank", config={}) as began:
+        assert not began
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]

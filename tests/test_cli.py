@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -148,3 +149,13 @@ def test_importing_the_package_and_asking_for_help_is_light() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(cli, "overview", lambda: "█ 圆\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    sys.stdout.flush()
+    assert stop.value.code == 0 and written.getvalue() == b"\\u2588 \\u5706\n"

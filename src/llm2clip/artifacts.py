@@ -9,10 +9,12 @@ absolute path of the folder itself: two runs that do the same thing write the sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,22 @@ MANIFEST = "manifest.json"
 RUN = "run.json"
 LOCK = ".lock"
 FORMAT_VERSION = 1
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What locking a file gives where the file system has no locks."""
 
 
 def canonical_json(value: Any) -> str:
     """`value` as JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def json_bytes(text: str) -> bytes:
+    r"""JSON in UTF-8; what UTF-8 cannot hold (a file name that is none is half a surrogate pair) as JSON's own escape.
+
+    >>> json.loads(json_bytes('["b\udce9.jpg"]'))
+    ['b\udce9.jpg']
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def fingerprint(value: Any) -> str:
@@ -36,7 +49,7 @@ def fingerprint(value: Any) -> str:
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     True
     """
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json_bytes(canonical_json(value))).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
@@ -64,7 +77,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(indented_json(value))
+
+
+def indented_json(value: Any) -> bytes:
+    """`value` as the content of a JSON file."""
+    return json_bytes(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -205,13 +223,16 @@ def _try_lock(lock: int, mode: int) -> bool:
         fcntl.flock(lock, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise  # a file system without locks: as if nobody else were there
     return True
 
 
 def _begin_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Write `run.json` unless another process was first."""
-    temporary = folder / f".{RUN}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = folder / f".{RUN}.{secrets.token_hex(4)}.tmp"  # its own: processes of two machines may share a number
+    temporary.write_bytes(indented_json(run))
     try:
         os.link(temporary, folder / RUN)
     except FileExistsError:

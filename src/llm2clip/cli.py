@@ -88,6 +88,8 @@ VERBS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit with its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: bars and names are not ASCII, some terminals are
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

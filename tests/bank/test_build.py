@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
 import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llm2clip.bank import build as build_module
 from llm2clip.bank import files
 from llm2clip.bank import fill as fill_module
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
+from llm2clip.bank.shards import ShardBuffer
 from llm2clip.bank.verify import cosines
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.teacher.model import load_teacher
@@ -192,6 +197,73 @@ def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_pa
         build(captions_csv, tmp_path / "prompted", prompt="this is ", reuse=(bank.folder,))
 
 
+def test_processes_that_fail_do_not_wait_for_each_other(captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
+    """Each of two has one of the two shards in hand when the disk is full."""
+    prepare, deadline = fill_module._prepare, time.monotonic() + 30
+
+    def both_at_once(layout, table, encoder, reuse, shard):
+        (tmp_path / str(shard)).touch()
+        while not (tmp_path / str(1 - shard)).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return prepare(layout, table, encoder, reuse, shard)
+
+    def full(buffer):
+        time.sleep(0.3)  # until the other thread has found nothing to take
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fill_module, "_prepare", both_at_once)
+    monkeypatch.setattr(ShardBuffer, "write", full)
+    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.1)
+    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 60, "device": "cpu"}
+    config = BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", **settings)
+    children = [fork(lambda rank=rank: build_as(rank, config)) for rank in (0, 2)]
+    assert [end_of(child, seconds=20) for child in children] == [1, 1]
+
+
+def end_of(child: int, *, seconds: float) -> int:
+    """The exit code of a child; one that runs longer is killed."""
+    deadline = time.monotonic() + seconds
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def test_another_precision_is_refused(bank: Bank, captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
+    """As when two machines, one without bf16, begin a bank at the same moment with `--precision auto`."""
+    monkeypatch.setattr(build_module, "pick_precision", lambda precision, device: "fp32")
+    begin = build_module._agree_on_teacher
+
+    def late(plan, claims):
+        begin(dataclasses.replace(plan, teacher=dataclasses.replace(plan.teacher, precision="bf16")), claims)
+        begin(plan, claims)
+
+    monkeypatch.setattr(build_module, "_agree_on_teacher", late)
+    with pytest.raises(UsageError, match=r"begun in bf16, and this process encodes in fp32.*--precision bf16"):
+        build_bank(BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", teacher=str(tiny_llm), device="cpu"))
+
+
+@pytest.mark.parametrize("moment", range(11))
+def test_the_disk_is_full_at(moment: int, captions_csv, build, bank, tmp_path, monkeypatch, files_of) -> None:
+    """At any flush, of table, shards, facts or manifest: one line, and the same command goes on."""
+    flush = os.fsync
+    left = [moment * 4]  # of 41 flushes
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LLM2CLIPError, match="no space left"):
+        build(captions_csv, tmp_path / "bank")
+    monkeypatch.setattr(os, "fsync", flush)
+    build(captions_csv, tmp_path / "bank")
+    assert files_of(tmp_path / "bank") == files_of(bank.folder)
+
+
 def test_a_full_disk_stops_cleanly_and_the_run_goes_on(
     captions_csv, build, tmp_path, monkeypatch, encoded, bank, files_of
 ) -> None:
@@ -218,6 +290,13 @@ def test_bad_samples_are_listed(tmp_path: Path, write_captions, build) -> None:
     bank = build(tmp_path / "a.csv", tmp_path / "bank")
     assert bank.num_samples == 39
     assert bank.manifest["bad_samples"]["num_bad"] == 1
+
+
+def test_a_missing_picture_whose_name_is_no_utf8_is_listed(tmp_path: Path, write_captions, build) -> None:
+    write_captions(tmp_path / "a.csv", 1, columns={"raw": 1})
+    (tmp_path / "a.csv").write_bytes(b"image,raw\n0.jpg,a\nb\xe9.jpg,b\n")
+    bad = build(tmp_path / "a.csv", tmp_path / "bank", max_bad_fraction=0.5).manifest["bad_samples"]
+    assert bad["examples"] == {"missing file": [f"b\udce9.jpg: {tmp_path}/b\udce9.jpg"]}
 
 
 def test_a_reader_in_another_thread_sees_a_whole_bank(bank: Bank) -> None:

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.verify import cosines
-from llm2clip.errors import LLM2CLIPError
+from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.teacher.model import llm_as_encoder, load_teacher
 
 TEXTS = [
@@ -131,6 +131,25 @@ def test_a_caption_too_large_for_memory_is_one_line(tiny_llm: Path, monkeypatch:
     monkeypatch.setattr(encoder, "_forward", no_memory)
     with pytest.raises(LLM2CLIPError, match=r"one caption of .* tokens does not fit"):
         encoder.encode(TEXTS)
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_gives_the_same(tiny_llm: Path) -> None:
+    expected, _ = CaptionEncoder(load_teacher(tiny_llm, device="cpu"), dtype="float32", batch_tokens=40).encode(TEXTS)
+    teacher = load_teacher(tiny_llm, device="cpu")
+    compiled, _ = CaptionEncoder(teacher, dtype="float32", batch_tokens=40, compile=True).encode(TEXTS)
+    np.testing.assert_allclose(compiled, expected, atol=2e-6)
+
+
+def test_a_machine_that_cannot_compile_is_one_line(tiny_llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(tiny_llm, device="cpu")
+
+    def no_compiler(features):
+        raise RuntimeError("No working C++ compiler\nwas found")
+
+    monkeypatch.setattr(teacher[0], "compile", lambda dynamic: monkeypatch.setattr(teacher[0], "forward", no_compiler))
+    with pytest.raises(UsageError, match=r"--compile does not work here \(No working C\+\+ compiler was found\)"):
+        CaptionEncoder(teacher, compile=True)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +70,14 @@ def test_an_unknown_kind(bank: Bank, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'lng' is unknown"):
         export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", kinds=("lng",)))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["parquet", "datasets"])
+def test_a_file_name_that_is_no_utf8(to: str, tmp_path: Path, build, write_captions) -> None:
+    write_captions(tmp_path / "a.csv", 1, columns={"raw": 3})
+    os.rename(tmp_path / "0.jpg", os.fsencode(tmp_path) + b"/b\xe9.jpg")
+    (tmp_path / "a.csv").write_bytes(b"image,raw\nb\xe9.jpg,a red disc\n")
+    bank = build(tmp_path / "a.csv", tmp_path / "bank")
+    out = export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", to=to))
+    dataset = load_from_disk(str(out)) if to == "datasets" else load_dataset("parquet", data_dir=str(out))["train"]
+    assert dataset[0]["path"] == str(tmp_path / "b\\xe9.jpg")

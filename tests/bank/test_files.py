@@ -63,11 +63,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LLM2CLIPError, match=r"no space left .* type the same command"):
+    with (
+        pytest.raises(LLM2CLIPError, match=r"no space left .* type the same command"),
+        files.one_line_disk_errors(tmp_path),
+    ):
         files.write_array(tmp_path / "a.npy", np.zeros(3))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_of_the_disk_pass_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError), files.one_line_disk_errors(tmp_path):
         files.write_array(tmp_path / "absent" / "a.npy", np.zeros(3))

@@ -113,3 +113,12 @@ def test_json_without_objects(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(SourceError):
         JsonTable(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("damage", [b"x", b"\x00\xd8\n\x00"], ids=["cut off", "half a pair"])
+def test_damaged_utf_16_costs_a_character(tmp_path: Path, damage: bytes) -> None:
+    content = b"\xff\xfe" + "image,caption\n0.jpg,圆 disc\n1.jpg,b".encode("utf-16-le") + damage
+    assert csv_rows(tmp_path / "a.csv", content) == [
+        {"image": "0.jpg", "caption": "圆 disc"},
+        {"image": "1.jpg", "caption": "b\ufffd"},
+    ]

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import MANIFEST, fingerprint, open_output, read_json, write_json, write_manifest
-from llm2clip.bank.claims import FINISH_TASK, TABLE_TASK, Claims
+from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, open_output, read_json, write_manifest
+from llm2clip.bank.claims import FINISH_TASK, TABLE_TASK, TEACHER_TASK, Claims
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankConfig, EncodeConfig
 from llm2clip.bank.dtypes import row_bytes
 from llm2clip.bank.encoder import CaptionEncoder
+from llm2clip.bank.files import one_line_disk_errors, write_facts
 from llm2clip.bank.fill import WAIT_SECONDS, fill
 from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, pick_device, pick_precision, resolve_prompt
 from llm2clip.bank.reader import VECTORS, Bank
@@ -153,10 +154,13 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
 
 def write_bank(plan: Plan) -> Path:
     """Write what `plan` says, or go on with it; returns the folder."""
-    with open_output(plan.out, "bank", config=plan.settings, shared=True), Claims(plan.out) as claims:
+    with (
+        one_line_disk_errors(plan.out),
+        open_output(plan.out, "bank", config=plan.settings, shared=True),
+        Claims(plan.out) as claims,
+    ):
         (plan.out / VECTORS).mkdir(exist_ok=True)
-        if not (plan.out / TEACHER).exists():
-            write_json(plan.out / TEACHER, dataclasses.asdict(plan.teacher))
+        _agree_on_teacher(plan, claims)
         table = _table(plan, claims)
         dtype, rows = plan.dtype, table.num_rows
         layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, plan.teacher.dim, base=plan.base)
@@ -171,6 +175,24 @@ def write_bank(plan: Plan) -> Path:
         fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
         _finish(plan, layout, table, claims)
     return plan.out
+
+
+def _agree_on_teacher(plan: Plan, claims: Claims) -> None:
+    """Write `teacher.json`, unless another process was first.
+
+    Raises:
+        UsageError: if that one encodes in another precision, as `--precision auto` may mean on other hardware.
+    """
+    path = plan.out / TEACHER
+    with claims.hold(TEACHER_TASK):
+        if not path.exists():
+            write_facts(path, dataclasses.asdict(plan.teacher))
+    begun = read_json(path)["precision"]
+    if begun != plan.teacher.precision:
+        raise UsageError(
+            f"{plan.out} was begun in {begun}, and this process encodes in {plan.teacher.precision}: it may start "
+            f"again now that the bank is begun; in a new folder give --precision {begun} to all"
+        )
 
 
 def _table(plan: Plan, claims: Claims) -> Table:
@@ -259,15 +281,11 @@ def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
             len(shards),
         )
         return
-    while not claims.take(FINISH_TASK):
-        time.sleep(0.1)
-    try:
+    with claims.hold(FINISH_TASK):
         write_bank_manifest(plan, table, whole)
         for leftover in (*plan.out.glob(".*.tmp"), *(plan.out / VECTORS).glob(".*.tmp")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         claims.remove_file()
-    finally:
-        claims.release(FINISH_TASK)
 
 
 def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
@@ -278,7 +296,7 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
     write_manifest(
         plan.out,
         "bank",
-        fingerprint=fingerprint([plan.teacher.fingerprint, plan.teacher.prompt, digests]),
+        fingerprint=fingerprint([plan.teacher.fingerprint, plan.teacher.prompt, facts["kinds"], digests]),
         teacher_fingerprint=plan.teacher.fingerprint,
         teacher=dataclasses.asdict(plan.teacher),
         source_fingerprint=facts["source_fingerprint"],
@@ -291,7 +309,10 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
         num_tokens=sum(shard["tokens"] for shard in shards),
         kinds=facts["kinds"],
         bad_samples=facts["bad"],
-        table={f"{TABLE}/{name}": entry for name, entry in facts["files"].items()},
+        table={
+            **{f"{TABLE}/{name}": entry for name, entry in facts["files"].items()},
+            f"{TABLE}/{FACTS}": {"sha256": file_digest(table.folder / TABLE / FACTS)},
+        },
         shards=shards,
         config=dict(plan.settings),
     )

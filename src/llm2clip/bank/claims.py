@@ -7,17 +7,21 @@ which costs time and nothing else, because every file appears whole, by a rename
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from llm2clip.artifacts import NO_LOCKS
+
 logger = logging.getLogger("llm2clip")
 CLAIMS = ".claims"
-TABLE_TASK, FINISH_TASK, FIRST_SHARD_TASK = 0, 1, 2
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+TABLE_TASK, TEACHER_TASK, FINISH_TASK, FIRST_SHARD_TASK = 0, 1, 2, 3
 
 
 class Claims:
@@ -44,7 +48,7 @@ class Claims:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in NO_LOCKS:
                 raise
             logger.warning(
                 "no file locks in %s (%s): two processes may encode the same shard", self._path.parent, error
@@ -56,6 +60,16 @@ class Claims:
         """Give a task back, done or not."""
         if self._supported:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, task)
+
+    @contextlib.contextmanager
+    def hold(self, task: int) -> Iterator[None]:
+        """Wait for a task that nobody needs for long, and hold it while the block runs."""
+        while not self.take(task):
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            self.release(task)
 
     def remove_file(self) -> None:
         """Tidy up, once there is nothing left to claim."""

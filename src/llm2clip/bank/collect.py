@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip.artifacts import file_digest, write_json
-from llm2clip.bank.files import GrowingArray, GrowingTexts
+from llm2clip.bank.files import GrowingArray, GrowingTexts, temporary_name
 from llm2clip.bank.hashes import HASH_BYTES, HashIndex, as_hashes, digest, text_bytes
 from llm2clip.bank.table import FACTS, TABLE, Table
 from llm2clip.captions.bad import BadSamples
@@ -56,8 +56,7 @@ def collect(intake: Intake, folder: Path) -> dict[str, Any]:
         SourceError: if there is no sample at all.
         UsageError: if there are more than 256 kinds.
     """
-    working = folder / f".{TABLE}.{os.getpid()}.tmp"
-    shutil.rmtree(working, ignore_errors=True)
+    working = temporary_name(folder / TABLE)
     working.mkdir()
     writer = TableWriter(working)
     try:

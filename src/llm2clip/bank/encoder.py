@@ -27,7 +27,7 @@ from llm2clip.bank.tokens import (
     plan_batches,
     tokenise,
 )
-from llm2clip.errors import LLM2CLIPError
+from llm2clip.errors import LLM2CLIPError, UsageError
 
 logger = logging.getLogger("llm2clip")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -76,9 +76,22 @@ class CaptionEncoder:
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self.ahead = can_tokenise_ahead(teacher)
         self.varlen = self.ahead and take_over_flattening(teacher[0])
-        if compile:
-            self._first.compile(dynamic=True)
         self.dim = int(self._forward(self._own_features(["a"])).shape[1])
+        if compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Run the teacher through torch.compile from here on.
+
+        Raises:
+            UsageError: if this machine cannot, as one without a C++ compiler.
+        """
+        self._first.compile(dynamic=True)
+        try:
+            self._forward(self._own_features(["a", "b"]))
+        except (RuntimeError, OSError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise UsageError(f"--compile does not work here ({detail}); leave it out") from error
 
     def prepare(self, texts: list[str]) -> Prepared:
         """Tokenise and plan batches; runs in another thread than `run`."""

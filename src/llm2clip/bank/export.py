@@ -31,7 +31,8 @@ def export_bank(config: BankExportConfig) -> Path:
     for kind in config.kinds:
         check_choice("--kinds", kind, bank.kinds)
     settings = {key: value for key, value in to_dict(config).items() if key != "out"}
-    with open_output(out, "bank-export", config={**settings, "bank_fingerprint": bank.fingerprint}):
+    identity = {**settings, "bank_fingerprint": bank.fingerprint}
+    with one_line_disk_errors(out), open_output(out, "bank-export", config=identity):
         if is_complete(out):
             return out
         names = write_parquet(bank, out, config) if config.to == "parquet" else write_datasets(bank, out, config)
@@ -54,7 +55,7 @@ def write_parquet(bank: Bank, out: Path, config: BankExportConfig) -> list[str]:
     for i, count, block in _blocks(bank, config):
         names.append(f"data/train-{i:05d}-of-{count:05d}.parquet")
         if not (out / names[-1]).exists():
-            with one_line_disk_errors(out), atomic_path(out / names[-1]) as temporary:
+            with atomic_path(out / names[-1]) as temporary:
                 pq.write_table(rows_of(bank, block, config.kinds), temporary, use_dictionary=["path", "column", "kind"])
     return names
 
@@ -70,7 +71,7 @@ def write_datasets(bank: Bank, out: Path, config: BankExportConfig) -> list[str]
         if schema is None or not (out / names[-1]).exists():
             table = rows_of(bank, block, config.kinds)
             schema = table.schema
-            with one_line_disk_errors(out), atomic_path(out / names[-1]) as temporary:
+            with atomic_path(out / names[-1]) as temporary:
                 _write_arrow(table, temporary)
     info = DatasetInfo(features=Features.from_arrow_schema(schema))
     info.write_to_directory(str(out))
@@ -107,7 +108,7 @@ def rows_of(bank: Bank, captions: range, kinds: tuple[str, ...]) -> pa.Table:
     return pa.table(
         {
             "id": pa.array([table.sample_id(int(sample)) for sample in samples], pa.string()),
-            "path": pa.array([os.fspath(picture.path) for picture in pictures], pa.string()),
+            "path": pa.array([_as_utf8(picture.path) for picture in pictures], pa.string()),
             "offset": pa.array([picture.offset for picture in pictures], pa.int64()),
             "length": pa.array([picture.length for picture in pictures], pa.int64()),
             "column": pa.array([picture.column for picture in pictures], pa.string()),
@@ -116,6 +117,11 @@ def rows_of(bank: Bank, captions: range, kinds: tuple[str, ...]) -> pa.Table:
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), bank.dim),
         }
     )
+
+
+def _as_utf8(path: str) -> str:
+    r"""A path as Arrow can hold it: bytes of a file name that is no UTF-8 as \xe9."""
+    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _blocks(bank: Bank, config: BankExportConfig) -> Iterator[tuple[int, int, range]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from llm2clip.artifacts import indented_json
 from llm2clip.errors import LLM2CLIPError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,11 +54,21 @@ def header(dtype: DTypeLike, shape: tuple[int, ...]) -> bytes:
 def write_array(path: Path, array: NDArray[Any]) -> str:
     """Write `array` as `path` (.npy) and return the file's SHA-256; the file appears whole or not at all."""
     array = np.ascontiguousarray(array)
+    return write_file(path, header(array.dtype, array.shape), array.reshape(-1).view(np.uint8).data)
+
+
+def write_facts(path: Path, value: Any) -> None:
+    """Write JSON, as several processes may do at once; the file appears whole or not at all."""
+    write_file(path, indented_json(value))
+
+
+def write_file(path: Path, *parts: bytes | memoryview) -> str:
+    """Write `parts` one after another and return the file's SHA-256; the file appears whole or not at all."""
     digest = hashlib.sha256()
     temporary = temporary_name(path)
     try:
-        with one_line_disk_errors(path), temporary.open("wb") as file:
-            for part in (header(array.dtype, array.shape), array.reshape(-1).view(np.uint8).data):
+        with temporary.open("wb") as file:
+            for part in parts:
                 digest.update(part)
                 file.write(part)
             file.flush()
@@ -78,32 +89,30 @@ class GrowingArray:
     def __init__(self, path: Path, dtype: DTypeLike, *, row_shape: tuple[int, ...] = ()) -> None:
         self.path, self.dtype, self.row_shape = path, np.dtype(dtype), row_shape
         self.length = 0
-        with one_line_disk_errors(path):
-            self._file = path.open("wb")
-            self._header = self._file.write(header(self.dtype, (0, *row_shape)))
+        self._file = path.open("wb")
+        self._header = self._file.write(header(self.dtype, (0, *row_shape)))
 
     def append(self, rows: NDArray[Any] | list[Any] | bytes) -> None:
         """Append rows `[n, *row_shape]`."""
         array = np.frombuffer(rows, np.uint8) if isinstance(rows, bytes) else np.asarray(rows)
         array = np.ascontiguousarray(array.reshape(-1, *self.row_shape), self.dtype)
-        with one_line_disk_errors(self.path):
-            self._file.write(array.reshape(-1).view(np.uint8).data)
+        self._file.write(array.reshape(-1).view(np.uint8).data)
         self.length += len(array)
 
     def abandon(self) -> None:
-        """Close the file as it is, unless it is closed."""
-        self._file.close()
+        """Close the file as it is, unless it is closed; what a full disk has no room for is given up."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def close(self) -> None:
         """Set the length in the header and bring everything to the disk."""
         final = header(self.dtype, (self.length, *self.row_shape))
         assert len(final) == self._header, "numpy leaves room in the header for the length to grow"
-        with one_line_disk_errors(self.path):
-            self._file.seek(0)
-            self._file.write(final)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._file.seek(0)
+        self._file.write(final)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 class GrowingTexts:

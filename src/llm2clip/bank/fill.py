@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,11 +57,14 @@ def fill(
     missing = [shard for shard in mine if shard_facts(layout, shard) is None]
     total = sum(len(layout.rows(shard)) for shard in mine)
     done = total - sum(len(layout.rows(shard)) for shard in missing)
-    jobs = _jobs(layout, table, encoder, reuse, claims, missing)
+    ended = threading.Event()
+    jobs = _jobs(layout, table, encoder, reuse, claims, missing, ended)
     with (
         Progress(total, description="encode", unit="captions", initial=done) as progress,
         ThreadPoolExecutor(1, thread_name_prefix="tokenise") as background,
+        contextlib.ExitStack() as stack,
     ):
+        stack.callback(ended.set)  # a run that fails does not wait for others' shards, nor they for its own
         upcoming = background.submit(next, jobs, None)
         while (job := upcoming.result()) is not None:
             upcoming = background.submit(next, jobs, None)
@@ -78,6 +82,7 @@ def _jobs(
     reuse: Reuse,
     claims: Claims,
     missing: list[int],
+    ended: threading.Event,
 ) -> Iterator[Job | int]:
     """Claimed and prepared shards; the bare number of those that another process made in the meantime."""
     while missing:
@@ -91,8 +96,8 @@ def _jobs(
             else:
                 yield _prepare(layout, table, encoder, reuse, shard)
         missing = left
-        if missing:
-            time.sleep(WAIT_SECONDS)  # others hold them: wait until they are made, or free because a process died
+        if missing and ended.wait(WAIT_SECONDS):  # others hold them: until they are made, or free as a process died
+            return
 
 
 def _prepare(layout: Layout, table: Table, encoder: CaptionEncoder | None, reuse: Reuse, shard: int) -> Job:

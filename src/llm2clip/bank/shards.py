@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2clip.artifacts import read_json, write_json
+from llm2clip.artifacts import read_json
 from llm2clip.bank.dtypes import STORED, Stored, num_blocks, row_bytes
-from llm2clip.bank.files import one_line_disk_errors, temporary_name, write_array
+from llm2clip.bank.files import temporary_name, write_array, write_facts
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.errors import LLM2CLIPError
 
@@ -130,8 +130,7 @@ class ShardBuffer:
             digest = write_array(path, array)
             files[part] = {"file": f"{VECTORS}/{path.name}", "bytes": path.stat().st_size, "sha256": digest}
         facts = {"rows": len(self.vectors), "tokens": int(self.tokens.sum()), "files": files}
-        with one_line_disk_errors(self.layout.folder):
-            write_json(self.layout.facts_path(self.shard), facts)
+        write_facts(self.layout.facts_path(self.shard), facts)
         return facts
 
 
@@ -146,7 +145,7 @@ def link_shards(layout: Layout, base: Bank) -> None:
             target = layout.path(shard, part)
             _link(base.folder / entry["file"], target)
             files[part] = {**entry, "file": f"{VECTORS}/{target.name}"}
-        write_json(layout.facts_path(shard), {**facts, "files": files})
+        write_facts(layout.facts_path(shard), {**facts, "files": files})
 
 
 def _link(source: Path, target: Path) -> None:
@@ -155,8 +154,7 @@ def _link(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:  # another file system, or one without links
-            with one_line_disk_errors(target):
-                shutil.copyfile(source, temporary)
+            shutil.copyfile(source, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2clip.artifacts import file_digest
-from llm2clip.bank.build import human_bytes
+from llm2clip.artifacts import file_digest, indented_json
+from llm2clip.bank.build import TEACHER, human_bytes
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.hashes import as_hashes, digest, text_bytes
 from llm2clip.bank.load import facts_of, load_for_encoding, pick_device
-from llm2clip.bank.reader import Bank
+from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import check_same_teacher
 from llm2clip.bank.table import Table
 from llm2clip.errors import ArtifactError
@@ -57,6 +58,7 @@ def check_files(bank: Bank) -> dict[str, Any]:
             damaged.append(name)
         else:
             num_bytes += path.stat().st_size
+    damaged += [name for name, content in json_files(bank).items() if not _holds(bank.folder / name, content)]
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         raise ArtifactError(
@@ -64,6 +66,16 @@ def check_files(bank: Bank) -> dict[str, Any]:
             "made the bank again: only they are made anew"
         )
     return {"files": len(recorded), "bytes": num_bytes}
+
+
+def json_files(bank: Bank) -> dict[str, Any]:
+    """What the JSON files of teacher and shards hold, by the manifest."""
+    shards = {f"{VECTORS}/{number:05d}.json": shard for number, shard in enumerate(bank.manifest["shards"])}
+    return {**shards, TEACHER: bank.manifest["teacher"]}
+
+
+def _holds(path: Path, content: Any) -> bool:
+    return path.exists() and path.read_bytes() == indented_json(content)
 
 
 def check_table(table: Table) -> None:

@@ -21,7 +21,7 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def open_text(path: str) -> TextIO:
-    """A table as text: UTF-8 with or without a byte order mark, or UTF-16 with one; bytes that are neither survive.
+    """A table as text: UTF-8 with or without a byte order mark, or UTF-16 with one; bytes that are no UTF-8 survive.
 
     Raises:
         SourceError: if it cannot be opened.
@@ -32,8 +32,9 @@ def open_text(path: str) -> TextIO:
             binary = io.BufferedReader(filesystem.open(inner, "rb"))
         else:
             binary = open(open_regular(path), "rb")  # noqa: SIM115 (the text file returned closes it)
-        encoding = "utf-16" if binary.peek(2)[:2] in UTF16_MARKS else "utf-8-sig"
-        return io.TextIOWrapper(binary, encoding=encoding, errors="surrogateescape", newline="")
+        if binary.peek(2)[:2] in UTF16_MARKS:
+            return io.TextIOWrapper(binary, encoding="utf-16", errors="replace", newline="")
+        return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
     except url_errors() as error:
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

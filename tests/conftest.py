@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, and a child waits for ever for its parent's threads
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LLM2CLIP_TEST_GPUS", ""))
 
 import pytest

@@ -18,7 +18,7 @@ _HOME = {
     "EvaluateConfig": "llm2clip.eval.config",
     "evaluate": "llm2clip.eval.run",
     "ExportConfig": "llm2clip.export.config",
-    "export": "llm2clip.export.run",
+    "export_model": "llm2clip.export.run",
     "Student": "llm2clip.student.model",
     "StudentConfig": "llm2clip.student.config",
     "train_student": "llm2clip.student.train",

@@ -76,7 +76,7 @@ VERBS = {
     "export": Verb(
         "write a folder for transformers, sentence-transformers, or the plain tower",
         "llm2clip.export.config:ExportConfig",
-        "llm2clip.export.run:export",
+        "llm2clip.export.run:export_model",
     ),
     "demo": Verb(
         "the whole pipeline on generated pictures with mini models, in minutes",

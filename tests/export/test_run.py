@@ -15,7 +15,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.export.check import PROBE_TEXTS, probe_pictures
 from llm2clip.export.config import ExportConfig
-from llm2clip.export.run import export
+from llm2clip.export.run import export_model
 
 
 def snippets(readme: str) -> list[str]:
@@ -41,7 +41,7 @@ def bundle(finished_student: Path, finished_teacher: Path, tmp_path_factory: pyt
         out=root / "bundle",
         report=root / "report.json",
     )
-    return export(config)
+    return export_model(config)
 
 
 def test_bundle_is_checked_in_a_fresh_process_without_llm2clip(bundle: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_finished_export_is_not_written_again(
         "report": bundle.parent / "report.json",
     }
     with caplog.at_level("INFO", logger="llm2clip"):
-        export(ExportConfig(to="sentence-transformers", out=bundle, **options))
+        export_model(ExportConfig(to="sentence-transformers", out=bundle, **options))
     assert "already complete" in caplog.text
     assert (bundle / "README.md").stat().st_mtime_ns == before
 
@@ -138,11 +138,11 @@ def test_a_student_trained_anew_is_not_taken_for_exported(finished_student: Path
 
     mark("first")
     config = ExportConfig(model=str(student), to="tower", out=tmp_path / "tower", device="cpu")
-    export(config)
-    export(config)
+    export_model(config)
+    export_model(config)
     mark("second")
     with pytest.raises(UsageError, match="when it had fingerprint first; it has second now"):
-        export(config)
+        export_model(config)
 
 
 def test_transformers_folder(
@@ -152,7 +152,7 @@ def test_transformers_folder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = export(ExportConfig(model=str(finished_student), to="transformers", out=tmp_path / "model"))
+    out = export_model(ExportConfig(model=str(finished_student), to="transformers", out=tmp_path / "model"))
     manifest = json.loads((out / "manifest.json").read_text())
     assert all(cosine > 0.9999 for cosine in manifest["checked"].values())
     # it still knows its teacher
@@ -170,7 +170,7 @@ def test_tower_folder_is_of_its_own_family(
 ) -> None:
     from transformers import CLIPVisionModel
 
-    out = export(ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower"))
+    out = export_model(ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower"))
     source = LLM2CLIP.from_pretrained(finished_student)
     tower, report = CLIPVisionModel.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -194,10 +194,10 @@ def test_a_folder_with_other_vectors_is_not_called_done(
     monkeypatch.setitem(run.WRITE, "tower", damage)
     config = ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower")
     with pytest.raises(LLM2CLIPError, match="gives other image vectors than the model it was made from"):
-        export(config)
+        export_model(config)
     assert not (tmp_path / "tower" / "manifest.json").exists()
     monkeypatch.undo()
-    assert (export(config) / "manifest.json").exists()  # the same command goes on
+    assert (export_model(config) / "manifest.json").exists()  # the same command goes on
 
 
 def test_wrong_use_is_told_in_a_line(finished_student: Path, finished_teacher: Path, tmp_path: Path) -> None:
@@ -207,12 +207,12 @@ def test_wrong_use_is_told_in_a_line(finished_student: Path, finished_teacher: P
     with pytest.raises(UsageError, match="did you mean 'tower'"):
         ExportConfig(model=student, to="towre", out=out)
     with pytest.raises(UsageError, match="is no student"):
-        export(ExportConfig(model=teacher, to="tower", out=out))
+        export_model(ExportConfig(model=teacher, to="tower", out=out))
     with pytest.raises(UsageError, match="is no file; give the report"):
-        export(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
+        export_model(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
     (tmp_path / "report.json").write_text("no report")
     with pytest.raises(UsageError, match="holds no metrics; give the report"):
-        export(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
+        export_model(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
 
 
 def test_a_folder_that_needs_llm2clip_does_not_pass(tmp_path: Path) -> None:

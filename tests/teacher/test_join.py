@@ -35,7 +35,7 @@ from llm2clip.bank.load import load_for_encoding
 from llm2clip.cli import run
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.eval.encoders import ClipEncoder
-from llm2clip.export.run import export
+from llm2clip.export.run import export_model
 from llm2clip.teacher import join as joining
 from llm2clip.teacher.fingerprint import teacher_fingerprint
 
@@ -228,7 +228,7 @@ def test_from_captions_to_a_bundle(joined: Path, tiny_tower: Path, pictures_csv:
     evaluate(EvaluateConfig(model=str(student), teacher=teacher, data=data, out=tmp_path / "scores", device="cpu"))
     report = json.loads((tmp_path / "scores" / "report.json").read_text())
     assert any(name.endswith("t2i_r@1") for name in report["metrics"])
-    bundle = export(
+    bundle = export_model(
         ExportConfig(model=str(student), teacher=teacher, to="sentence-transformers", out=tmp_path / "b", device="cpu")
     )
     shutil.rmtree(tmp_path / "bank")

@@ -102,14 +102,14 @@ class Span:
             head = io.BytesIO(os.pread(file, HEADER_BYTES, 0))
             np.lib.format.read_magic(head)
             found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(head)
-            found = f"{found_dtype} {found_shape}"
+            found = f"{found_dtype} {found_shape} in {size:,} bytes"
             fits = (found_shape, fortran, found_dtype, size) == (shape, False, self.dtype, expected)
         except ValueError:
             found, fits = f"{size} bytes", False
         if not fits:
             raise ArtifactError(
-                f"{path} is damaged: it holds {found}, expected {self.dtype} {shape}; delete it and type the command "
-                "that made its bank again"
+                f"{path} is damaged: it holds {found}, expected {self.dtype} {shape} in {expected:,}; delete it and type "
+                "the command that made its bank again"
             )
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("llm2clip")
 Vectors = dict[str, np.ndarray]
 
 
-def export(config: ExportConfig) -> Path:
+def export_model(config: ExportConfig) -> Path:
     """Write the folder that `config` describes and return it.
 
     Raises:
@@ -33,7 +33,7 @@ def export(config: ExportConfig) -> Path:
         LLM2CLIPError: if what was written does not load elsewhere or gives other vectors.
 
     Example:
-        >>> export(ExportConfig(model="student", teacher="teacher", to="sentence-transformers", out="bundle"))
+        >>> export_model(ExportConfig(model="student", teacher="teacher", to="sentence-transformers", out="bundle"))
     """
     scores = None if config.report is None else read_scores(config.report)
     out = Path(config.out)

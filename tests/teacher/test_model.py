@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from transformers import AutoModel
@@ -259,3 +260,22 @@ def test_a_pickle_in_a_module_is_never_loaded(tiny_llm: Path, tmp_path: Path) ->
     torch.save({}, dense / "pytorch_model.bin")
     with pytest.raises(UsageError, match=r"in a pickle \(2_Dense/pytorch_model\.bin\)"):
         load_teacher(tmp_path / "teacher")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_ones(
+    tiny_llm: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(tiny_llm, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_teacher, llm_as_encoder):
+        with pytest.raises(UsageError, match=r"lacks weights of its model, such as .*up_proj"):
+            load(folder, device="cpu")
+    save(llm_as_encoder(tiny_llm), tmp_path / "teacher", attention="two-way")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    del weights[next(name for name in weights if "up_proj" in name)]
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="lacks weights"):
+        load_teacher(tmp_path / "teacher", device="cpu")

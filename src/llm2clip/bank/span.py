@@ -108,8 +108,8 @@ class Span:
             found, fits = f"{size} bytes", False
         if not fits:
             raise ArtifactError(
-                f"{path} is damaged: it holds {found}, expected {self.dtype} {shape} in {expected:,}; delete it and type "
-                "the command that made its bank again"
+                f"{path} is damaged: it holds {found}, expected {self.dtype} {shape} in {expected:,}; delete it and "
+                "type the command that made its bank again"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,14 +104,40 @@ def is_from_llm2vec(config: dict[str, Any]) -> bool:
     return any(LLM2VEC_CLASS.fullmatch(name.rsplit(".", 1)[-1]) for name in named)
 
 
+class _LoadReport(logging.Filter):
+    """Keeps to itself what transformers says while a model is loaded, and the weights that it reports as missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Note the missing weights; nothing is shown."""
+        rows = [[re.sub(r"\x1b\[\d*m", "", cell).strip() for cell in line.split("|")] for line in _lines_of(record)]
+        self.missing += [row[0] for row in rows if len(row) > 1 and row[1] == "MISSING"]
+        return False
+
+
+def _lines_of(record: logging.LogRecord) -> list[str]:
+    return record.getMessage().splitlines()
+
+
 @contextlib.contextmanager
 def one_line_errors(name: str | Path) -> Iterator[None]:
     """Turn what loading a model from `name` may raise into one line; loading itself is kept quiet.
 
-    Transformers would report the LLM's output layer as an unexpected weight, each time.
+    Transformers would report the LLM's output layer as an unexpected weight, each time, and only report, not refuse, a
+    checkpoint that lacks weights: it draws them at random. Poolers may be missing: many encoders are saved without.
+
+    Raises:
+        UsageError: if the model cannot be loaded, or lacks weights.
     """
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, report = transformers_logging.get_verbosity(), _LoadReport()
     transformers_logging.set_verbosity_error()
+    loading = logging.getLogger("transformers.modeling_utils")
+    level = loading.level
+    loading.setLevel(logging.WARNING)
+    loading.addFilter(report)
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
@@ -119,4 +146,11 @@ def one_line_errors(name: str | Path) -> Iterator[None]:
         detail = " ".join(str(error).split())[:300]
         raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
     finally:
+        loading.removeFilter(report)
+        loading.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
+    missing = [weight for weight in report.missing if "pooler" not in weight]
+    if missing:
+        raise UsageError(
+            f"{name} lacks weights of its model, such as {missing[0]} ({len(missing)} in all); get its files again"
+        )

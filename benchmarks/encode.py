@@ -7,10 +7,13 @@ parameters, on a GPU one of the size of Llama-3-8B.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import statistics
+import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,14 +116,24 @@ def build(encoder: CaptionEncoder, texts: list[str], folder: Path, facts: Teache
     )
 
 
-def llm2vec_encode(folder: Path, texts: list[str], device: torch.device) -> Callable[[], object] | None:
-    """LLM2Vec's own `encode` on the same weights; None where the package is not installed or does not load them."""
-    try:
-        from llm2vec import LLM2Vec
-    except ImportError:
+def llm2vec_encode(llm: torch.nn.Module, folder: Path, texts: list[str], device: str) -> Callable[[], object] | None:
+    """LLM2Vec's own `encode` around the same LLM; None where the package is not installed.
+
+    Its own model classes do not import with transformers 5; they are left out, since the LLM attends both ways already.
+    """
+    if importlib.util.find_spec("llm2vec") is None:
         return None
-    model = LLM2Vec.from_pretrained(str(folder), torch_dtype=torch.bfloat16, device_map=device.type, max_length=512)
-    return lambda: model.encode(texts, batch_size=32, show_progress_bar=False, device=str(device))
+    from transformers import AutoTokenizer
+
+    classes = types.ModuleType("llm2vec.models")
+    for name in ("Mistral", "Llama", "Gemma", "Qwen2"):
+        setattr(classes, f"{name}BiModel", None)
+    sys.modules.setdefault("llm2vec.models", classes)
+    from llm2vec import LLM2Vec
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = LLM2Vec(llm, tokenizer, pooling_mode="mean", max_length=512, doc_max_length=512)
+    return lambda: model.encode(texts, batch_size=32, show_progress_bar=False, device=device)
 
 
 def run(device: str) -> list[dict]:
@@ -144,7 +157,7 @@ def run(device: str) -> list[dict]:
             "bank building": lambda: build(encoder, texts, Path(scratch) / f"bank{next(folders)}", facts),
             "SentenceTransformer.encode": lambda: teacher.encode(texts, show_progress_bar=False),
         }
-        if (peer := llm2vec_encode(folder, texts, where)) is not None:
+        if (peer := llm2vec_encode(llm, folder, texts, str(where))) is not None:
             ways["LLM2Vec.encode"] = peer
         rates: dict[str, list[float]] = {name: [] for name in ("bare", *ways)}
         for repeat in range(REPEATS + 1):

@@ -122,12 +122,12 @@ def short_english(claim: Claim, voice: Voice) -> str:
     return voice.frame(BEFORE, BEFORE_UNSEEN).format(a=first, b=second, behind=behind)
 
 
-RELATED = ["a {a} {rel} a {b}", "there is a {a} {rel} {b}", "{a} {rel} {b}"]
+RELATED = ["a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "{a} {rel} {b}"]
 RELATED_UNSEEN = ["you see one {a} {rel} one {b}", "look : one {a} stays {rel} that {b}"]
 BEFORE = [
     "a {a} and a {b} on {behind}",
     "{a} , {b} , {behind} background",
-    "{a} with {b} on a {behind} background",
+    "a {a} with a {b} on a {behind} background",
     "on {behind} : a {a} and a {b}",
 ]
 BEFORE_UNSEEN = ["one {a} together with one {b} upon {behind}", "{behind} backdrop showing one {a} beside one {b}"]

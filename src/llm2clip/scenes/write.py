@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ TRAIN_KINDS = ("short", "long")
 TEST_KINDS = ("short", "long", "unseen", "es", "zh")
 PER_KIND = 2
 """Captions of each kind a picture has."""
+SHORT_WORDS = 15
+"""Most words of a short caption in known words; longer ones are drawn again."""
 NUM_TARS = 10
 """The first of them is the tenth of the pairs that the few-pairs arms train on."""
 
@@ -56,10 +59,21 @@ def captioned(split: str, count: int, *, seed: int, kinds: tuple[str, ...]) -> I
             said: dict[str, Claim] = {}
             while len(said) < PER_KIND:
                 claim = draw_claim(scene, random)
-                said.setdefault(makers[kind](claim) if kind in makers else long_english(scene, seen), claim)
+                text = makers[kind](claim) if kind in makers else long_english(scene, seen)
+                if kind != "short" or count_words(text) <= SHORT_WORDS:
+                    said.setdefault(text, claim)
             captions[kind] = list(said)
             claims[kind] = list(said.values()) if kind in makers else []
         yield Captioned(scene, random.randrange(1 << 30), captions, claims)
+
+
+def count_words(text: str) -> int:
+    """Words of a text, punctuation not counted.
+
+    >>> count_words("on black : a star")
+    4
+    """
+    return len(re.findall(r"\w+", text))
 
 
 def write_tars(folder: Path, count: int, *, seed: int) -> list[Path]:

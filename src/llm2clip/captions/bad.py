@@ -63,7 +63,9 @@ class BadSamples:
     def note(self, sample_id: str, cause: str, detail: str = "") -> None:
         """Count a defect that leaves its sample usable, such as one empty caption beside good ones."""
         if cause not in self.counts and not self.quiet:
-            logger.warning("%s: %s%s (further ones are only counted)", sample_id, cause, detail and f": {detail}")
+            line = f"{sample_id}: {cause}{detail and f': {detail}'} (further ones are only counted)"
+            # a file name that is no UTF-8 holds what a log in UTF-8 cannot
+            logger.warning("%s", line.encode("utf-8", "backslashreplace").decode())
         self.counts[cause] = self.counts.get(cause, 0) + 1
         examples = self.examples.setdefault(cause, [])
         if len(examples) < MAX_EXAMPLES:

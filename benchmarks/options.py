@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "false negatives masked above 0.9": {"ignore_above": 0.9},
     "false negatives masked above 0.8": {"ignore_above": 0.8},
     "joined with CLIP's own text vector": {"bank": "joined"},
+    "vectors stored as int8": {"bank": "int8"},
 }
 PICTURES = 500
 METRICS = [f"captions/{kind}/{way}_r@1" for kind in TEST_KINDS for way in ("i2t", "t2i")]
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def prepare(demo: Path, seed: int, split: str, share: str) -> None:
-    """The pictures that are scored, the joined teacher and its bank."""
+    """The pictures that are scored, the joined teacher, its bank and one of int8 vectors."""
     from llm2clip.teacher.join import JoinConfig, join_teachers
 
     folder, out = demo / f"seed-{seed}", demo / "options" / f"seed-{seed}"
@@ -71,6 +72,7 @@ def prepare(demo: Path, seed: int, split: str, share: str) -> None:
     teacher = folder / "teachers" / f"joined-{share}"
     join_teachers(JoinConfig(teachers=(str(folder / "teachers" / f"lora-{share}"), str(SHIPPED / "clip")), out=teacher))
     arms.make_bank(folder, teacher=teacher.name, share=share, out=f"joined-{share}")
+    arms.make_bank(folder, teacher=f"lora-{share}", share=share, out=f"int8-{share}", dtype="int8")
 
 
 def measure(demo: Path, seed: int, split: str, share: str, option: str) -> list[float]:

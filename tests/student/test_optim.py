@@ -20,7 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
-from llm2clip.student.checkpoint import collect_state, restore_state
+from llm2clip.student.checkpoint import load_checkpoint, restore_state, save_checkpoint, state_tensors
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.optim import build_optimizer, cosine_factor, decays, tower_learning_rates
 
@@ -192,7 +192,8 @@ def test_in_fsdp2_shards_steps_are_the_same_and_go_on_from_a_checkpoint(kind: st
         for seed in range(2):
             take_step(*runs[0], seed)
             take_step(*runs[1], seed)
-        restore_state(collect_state(sharded, [runs[1][1]]), resumed, [runs[2][1]])
+        save_checkpoint(tmp_path, 2, state_tensors(sharded, [runs[1][1]]), {})
+        restore_state(load_checkpoint(tmp_path)[0], resumed, [runs[2][1]])
         for run in runs:
             take_step(*run, 2)
         for (name, wanted), got in zip(plain.named_parameters(), sharded.parameters(), strict=True):

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from llm2clip.artifacts import read_manifest
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.student import session, train
+from llm2clip.student.accelerator import keep_sums_whole, start_accelerator
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.train import accuracy, train_student
@@ -242,7 +243,7 @@ def test_lora_alpha_and_bank_weights_have_an_effect_too(config, bank, tmp_path) 
 def test_a_pretrained_tower_is_in_training_mode_and_recomputes_where_asked(config, flag) -> None:
     """transformers loads models in evaluation mode, in which nothing is dropped and nothing recomputed."""
     settings = config(gradient_checkpointing=flag)
-    run = session.Session(settings, session.start_accelerator(settings))
+    run = session.Session(settings, start_accelerator(settings))
     assert all(module.training for module in run.student.modules())
     calls = []
     run.student.tower.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -274,7 +275,7 @@ def test_a_tracker_that_is_not_installed_is_what_the_line_is_about(config, monke
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"^--tracker wandb needs its package"):
-        session.start_accelerator(config(tracker="wandb"))
+        start_accelerator(config(tracker="wandb"))
 
 
 def test_patch_dropout_is_refused_in_one_line(config, towers) -> None:
@@ -284,7 +285,7 @@ def test_patch_dropout_is_refused_in_one_line(config, towers) -> None:
 
 def test_steps_let_go_of_their_batches(config) -> None:
     settings = config(accumulate=2)
-    run = session.Session(settings, session.start_accelerator(settings))
+    run = session.Session(settings, start_accelerator(settings))
     batches = run.batches()
     first = next(batches)
     assert len(first) == 2
@@ -297,14 +298,14 @@ def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypa
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
-    session.keep_sums_whole(plugin)
+    keep_sums_whole(plugin)
     policy = plugin.mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == policy.output_dtype == torch.float32
     for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
         monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", False)
         with pytest.raises(UsageError, match=rf"{kind.value}; a student trains under DDP or FSDP version 2"):
-            session.start_accelerator(config())
+            start_accelerator(config())
 
 
 def test_kill_9_and_the_same_command_again(config, tmp_path) -> None:
@@ -382,7 +383,7 @@ def test_the_step_is_that_of_plain_pytorch(config, bank) -> None:
     """Parity: two steps of the loop against two written out here, with the same batches."""
     settings = config(steps=2, layer_decay=1.0, weight_decay=0.0, max_grad_norm=1e9)
     out = train_student(settings)
-    accelerator = session.start_accelerator(config(out="unused"))
+    accelerator = start_accelerator(config(out="unused"))
     run = session.Session(config(steps=2, out=out.parent / "by-hand"), accelerator)
     student, optimizer = run.student, torch.optim.AdamW(run.student.parameters(), lr=1e-3, weight_decay=0.0)
     for step, (batch,) in enumerate(run.batches()):

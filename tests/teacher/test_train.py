@@ -259,6 +259,7 @@ def test_held_out_captions_are_probed_when_given(config, pictures_csv):
         ({"pair_weights": {"short+raw": 1.0}}, SourceError, r"raw\+short; the kinds are long, short"),
         ({"seed": -1}, UsageError, "--seed is -1"),
         ({"eval_pictures": 1}, UsageError, "--eval-pictures is 1"),
+        ({"eval_data": ("nothing.csv",)}, UsageError, "^--eval-data nothing.csv"),
         ({"instructions": {"nli": "x"}}, UsageError, "no such task"),
         ({"source_weights": {"nli": 1.0}}, UsageError, "no such task"),
         ({"caption_instruction": "red " * 600}, UsageError, "--max-length"),

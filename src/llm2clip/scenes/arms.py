@@ -113,7 +113,7 @@ def make_tower(clip: Path, out: Path) -> None:
     CLIPImageProcessor.from_pretrained(clip).save_pretrained(out)
 
 
-def make_bank(folder: Path, *, teacher: str, share: str, out: str) -> None:
+def make_bank(folder: Path, *, teacher: str, share: str, out: str, dtype: str = "float16") -> None:
     """Encode the training captions with a teacher."""
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
@@ -123,6 +123,7 @@ def make_bank(folder: Path, *, teacher: str, share: str, out: str) -> None:
             data=tars(folder, share),
             teacher=str(folder / "teachers" / teacher),
             out=folder / "banks" / out,
+            dtype=dtype,
             precision="bf16",
         )
     )

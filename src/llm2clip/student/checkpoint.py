@@ -1,9 +1,10 @@
 """Exact resume: weights, optimizer and step in one folder, written whole or not at all.
 
-A checkpoint `checkpoints/step-00001000/` holds `state.safetensors` (every tensor by name: `model/...`,
-`optimizer/PARAMETER/...`, `average/...`) and `state.json` (the step, the loss scaler, counts). There is no random
-state in it: the randomness of a step is a function of (seed, step, rank). Tensors are whole, also under FSDP2, so a
-run goes on with any number of processes. Nothing is pickled.
+A checkpoint `checkpoints/step-00001000/` holds every tensor by name (`model/...`, `optimizer/PARAMETER/...`,
+`average/...`) in one safetensors file, or under FSDP2 in one file a process, each with its own shards and where they
+lie in the whole; and `state.json` (the step, the number of files, the loss scaler, counts). Each process reads what it
+needs from all files, so a run goes on with any number of processes, in shards or not. There is no random state in it:
+the randomness of a step is a function of (seed, step, rank). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,95 +21,143 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import atomic_path, read_json
 from llm2clip.errors import ArtifactError
+from llm2clip.student.pieces import Pieces, file_name, local_part, to_disk, write_pieces
 
 FOLDER = "checkpoints"
 KEPT = 2
 BEST = "best.safetensors"
 
 
-def collect_state(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    *,
-    average: Mapping[str, Tensor] | None = None,
-    keep: bool = True,
+def state_tensors(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], *, average: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Every tensor of a run on the CPU, by name. Under FSDP2 all processes must call it.
+    """Every tensor of a run by its name in a checkpoint, where it lies: under FSDP2, in shards.
 
     Args:
         model: the unwrapped student.
         optimizers: those that train it.
         average: running average of its weights, by parameter name.
-        keep: False on processes that only lend their shards: they get nothing, and copy nothing.
     """
-    parts = [(f"model/{name}", value) for name, value in model.state_dict().items()]
+    tensors = {f"model/{name}": value.detach() for name, value in model.state_dict().items()}
     for name, parameter, optimizer in _trained(model, optimizers):
-        state = optimizer.state.get(parameter, {})
-        parts += [(f"optimizer/{name}/{key}", torch.as_tensor(value)) for key, value in state.items()]
-    parts += [(f"average/{name}", value) for name, value in (average or {}).items()]
-    tensors = {}
-    for name, value in parts:
-        whole = value.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        if keep:
-            tensors[name] = whole.to("cpu", copy=True).contiguous()
-    return tensors
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value).detach()
+    return tensors | {f"average/{name}": value for name, value in (average or {}).items()}
 
 
 def restore_state(
-    tensors: Mapping[str, Tensor],
+    checkpoint: Pieces,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     *,
     average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Put what `collect_state` took back in place, on whatever devices the run uses now.
+    """Put what a checkpoint holds back in place, on whatever devices and in whatever shards the run has now.
 
     Raises:
-        ArtifactError: if a tensor of the model is missing or has another shape.
+        ArtifactError: if a tensor of the model is missing, has another shape or is not whole.
     """
-    for name, value in model.state_dict().items():
-        _copy(tensors, f"model/{name}", value)
-    for name, value in (average or {}).items():
-        _copy(tensors, f"average/{name}", value)
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            owner, _, key = name.removeprefix("optimizer/").rpartition("/")
-            by_parameter.setdefault(owner, {})[key] = value
+    for name, target in state_tensors(model, [], average=average).items():
+        shape = checkpoint.shape(name)
+        if shape != tuple(target.shape):
+            found = "is missing" if shape is None else f"has shape {shape}, not {tuple(target.shape)}"
+            raise ArtifactError(
+                f"the checkpoint does not fit this run: {name.partition('/')[2]} {found}; delete the output folder"
+            )
+        local_part(target).copy_(checkpoint.read_like(name, target))
     for name, parameter, optimizer in _trained(model, optimizers):
-        for key, value in by_parameter.get(name, {}).items():
-            # A step count lies on the CPU, unless a fused optimizer counts on the device; it is never sharded.
-            counted_on = parameter.device if optimizer.defaults.get("fused") else "cpu"
+        prefix = f"optimizer/{name}/"
+        for entry in checkpoint.names(prefix):
             state: dict[str, Tensor] = optimizer.state[parameter]
-            state[key] = value.to(counted_on, copy=True) if value.ndim == 0 else _like(value, parameter)
+            state[entry.removeprefix(prefix)] = _optimizer_state(checkpoint, entry, parameter, optimizer)
 
 
-def save_checkpoint(out: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write `out/checkpoints/step-N` and drop all but the last two. Only the main process calls it."""
+def _optimizer_state(checkpoint: Pieces, name: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    if not checkpoint.shape(name):  # a step count lies on the CPU, unless a fused optimizer counts on the device
+        return checkpoint.read(name).to(parameter.device if optimizer.defaults.get("fused") else "cpu")
+    value = checkpoint.read_like(name, parameter).to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(
+        value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The weights by name, whole and on the CPU. Under FSDP2 all processes must call it.
+
+    Args:
+        keep: False on processes that only lend their shards: they get nothing, and copy nothing.
+    """
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = value.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if keep:
+            weights[name] = whole.to("cpu", copy=True).contiguous()
+    return weights
+
+
+def save_checkpoint(
+    out: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    process: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `out/checkpoints/step-N` and drop all but the last two. All processes call it.
+
+    Args:
+        tensors: from `state_tensors`. Those in shards are written by the processes that hold them, others by the first.
+        facts: what else the run must know, as JSON.
+        wait: returns once all processes have called it.
+
+    Raises:
+        ArtifactError: if another process wrote to a folder that the first does not see.
+    """
+    num_files = num_processes if any(isinstance(value, DTensor) for value in tensors.values()) else 1
+    if process >= num_files:
+        return
     folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(dict(tensors), temporary / "state.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    target = folder / f"step-{step:08d}"
+    if process == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if num_files > 1:
+        wait()  # a folder of an earlier, killed run is gone
+    temporary.mkdir(parents=True, exist_ok=True)
+    write_pieces(temporary / file_name(process, num_files), tensors, first=process == 0)
+    if num_files > 1:
+        wait()
+    if process == 0:
+        _finish_checkpoint(temporary, folder / f"step-{step:08d}", {"step": step, "files": num_files, **facts})
+        for old in _checkpoints(out)[:-KEPT]:
+            shutil.rmtree(old)
+
+
+def _finish_checkpoint(temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
+    num_files = state["files"]
+    for number in range(num_files):
+        if not (temporary / file_name(number, num_files)).exists():
+            raise ArtifactError(
+                f"process {number} wrote its part of {target.name} elsewhere: "
+                "--out must be a folder that all machines see"
+            )
+    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    to_disk(temporary / "state.json")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
-    for old in _checkpoints(out)[:-KEPT]:
-        shutil.rmtree(old)
 
 
-def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_checkpoint(out: Path) -> tuple[Pieces, dict[str, Any]] | None:
     """Tensors and facts of the last checkpoint in `out`, or None if there is none.
 
     Raises:
@@ -118,7 +167,8 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
     if not folders:
         return None
     try:
-        return load_file(folders[-1] / "state.safetensors"), read_json(folders[-1] / "state.json")
+        facts = read_json(folders[-1] / "state.json")
+        return Pieces(folders[-1], facts.pop("files")), facts
     except (SafetensorError, OSError, ArtifactError) as error:
         raise ArtifactError(
             f"checkpoint {folders[-1]} is damaged ({error}); delete it, and the run goes on from the one before"
@@ -171,19 +221,3 @@ def _trained(
     for name, parameter in model.named_parameters():
         if parameter in holder:
             yield name, parameter, holder[parameter]
-
-
-def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` on the device, and in the shards, of `target`."""
-    if isinstance(target, DTensor):
-        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    return value.to(target.device, copy=True)
-
-
-def _copy(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> None:
-    value = tensors.get(name)
-    if value is None or value.shape != target.shape:
-        found = "is missing" if value is None else f"has shape {tuple(value.shape)}, not {tuple(target.shape)}"
-        raise ArtifactError(f"the checkpoint does not fit this run: {name} {found}; delete the output folder")
-    with torch.no_grad():
-        target.copy_(_like(value, target))

@@ -6,10 +6,15 @@ Letters: W processes, n captions on this process, M captions on all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# The names since torch 2.14, where the older ones warn in every process.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class World:
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return cls(pictures=own[:1], captions=own[1:])
         counts = torch.empty(dist.get_world_size(group), 2, dtype=torch.int64, device=image.device)
-        dist.all_gather_into_tensor(counts, counts.new_tensor([own]), group=group)
+        _all_gather(counts, counts.new_tensor([own]), group=group)
         pictures, captions = counts.T.tolist()
         return cls(pictures=tuple(pictures), captions=tuple(captions), rank=dist.get_rank(group), group=group)
 
@@ -68,7 +73,7 @@ class World:
         padded = captions.new_zeros(most, *captions.shape[1:])
         padded[: len(captions)] = captions
         everyone = captions.new_empty(self.size * most, *captions.shape[1:])
-        dist.all_gather_into_tensor(everyone, padded, group=self.group)
+        _all_gather(everyone, padded, group=self.group)
         if len(everyone) == self.num_captions:
             return everyone
         parts = zip(everyone.split(most), self.captions, strict=True)
@@ -85,7 +90,7 @@ class World:
                 slot[: len(part)] = part
             captions = padded
         own = captions.new_empty(most, *captions.shape[1:])
-        dist.reduce_scatter_tensor(own, captions, group=self.group)
+        _reduce_scatter(own, captions, group=self.group)
         return own[: self.captions[self.rank]]
 
     def sum(self, values: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
@@ -19,75 +18,32 @@ from llm2clip.bank.reader import Bank
 from llm2clip.captions.bad import BadSamples
 from llm2clip.errors import UsageError
 from llm2clip.student.checkpoint import (
-    collect_state,
     load_best,
     load_checkpoint,
     restore_state,
     save_best,
     save_checkpoint,
+    state_tensors,
     tensors_fingerprint,
+    whole_weights,
 )
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
-from llm2clip.student.journal import Journal, find_tracker
+from llm2clip.student.journal import Journal
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.mix import check_banks
 from llm2clip.student.model import Student
 from llm2clip.student.optim import build_optimizer, cosine_factor
+from llm2clip.student.pieces import Pieces
 from llm2clip.student.start import open_transform, start_student
 from llm2clip.student.tower import add_patch_dropout, checkpoint_activations
 from llm2clip.student.trainable import choose_what_learns
 from llm2clip.student.validate import validate
 
 logger = logging.getLogger("llm2clip")
-CURVES = "curves"
-"""Folder in the output where a tracker on disk (TensorBoard) writes."""
 DEFAULT_EPOCHS = 4
 """Passes over the pictures where neither --steps nor --epochs is given (paper, section 6.2)."""
-
-
-def start_accelerator(config: StudentConfig) -> Any:
-    """The accelerator of a run: processes, devices, precision and trackers.
-
-    Raises:
-        UsageError: if a tracker is not installed, the device cannot do the precision, or accelerate is set to a way
-            of sharing the work that a student cannot.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-
-    trackers = find_tracker(config.tracker) or None
-    AcceleratorState._reset_state()  # another stage in this process may have had another precision
-    try:
-        accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            log_with=trackers,
-            project_config=ProjectConfiguration(str(config.out), logging_dir=str(Path(config.out) / CURVES)),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
-    except ValueError as error:
-        raise UsageError(f"--precision {config.precision} cannot be had here ({error}); take fp32") from None
-    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
-        raise UsageError(
-            f"accelerate is set to {accelerator.distributed_type.value}; a student trains under DDP or FSDP version 2: "
-            "choose one of them by accelerate config (fsdp_version: 2)"
-        )
-    if accelerator.is_fsdp2:
-        keep_sums_whole(accelerator.state.fsdp_plugin)
-    return accelerator
-
-
-def keep_sums_whole(plugin: Any) -> None:
-    """Have FSDP2 add gradients up, over micro-batches and processes, and give vectors in fp32, as DDP does.
-
-    accelerate's own policy does both in the precision of the arithmetic.
-    """
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
 
 
 class Session:
@@ -95,7 +51,7 @@ class Session:
 
     Args:
         config: the run's settings.
-        accelerator: from `start_accelerator`.
+        accelerator: from `llm2clip.student.accelerator`.
 
     Attributes:
         step: optimizer steps done.
@@ -213,13 +169,10 @@ class Session:
 
     def _freeze_for_warmup(self) -> None:
         """While only the adaptor warms up, the tower has no gradient, and its backward costs nothing."""
-        self._waiting: list[nn.Parameter] = []
+        self._waiting: set[str] = set()
         if self.step < self.config.adaptor_warmup_steps:
-            if self.accelerator.distributed_type == "FSDP":
-                raise UsageError("--adaptor-warmup-steps does not work under FSDP; leave it out or use DDP")
-            self._waiting = [p for p in self.student.tower.parameters() if p.requires_grad]
-            for parameter in self._waiting:
-                parameter.requires_grad_(False)
+            self._waiting = {name for name, p in self.student.tower.named_parameters() if p.requires_grad}
+            self.student.tower.requires_grad_(False)
 
     def _prepare(self) -> None:
         self.student.train()  # what transformers loads is in evaluation mode
@@ -231,8 +184,8 @@ class Session:
             self.model = getattr(self.model, "module", self.model)
         self.average = Average(self.student, decay=self.config.ema) if self.config.ema else None
 
-    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        restore_state(tensors, self.student, [self._plain_optimizer()], average=self._average_tensors())
+    def _restore(self, saved: Pieces, facts: dict[str, Any]) -> None:
+        restore_state(saved, self.student, [self._plain_optimizer()], average=self._average_tensors())
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         if self.accelerator.is_main_process:
@@ -260,9 +213,9 @@ class Session:
 
     def _thaw(self) -> None:
         """Let the tower learn after the adaptor's warm-up; data parallel hooks are made anew, with its parameters."""
-        for parameter in self._waiting:
-            parameter.requires_grad_(True)
-        self._waiting = []
+        for name, parameter in self.student.tower.named_parameters():  # by name: FSDP2 has put others in their place
+            parameter.requires_grad_(name in self._waiting)
+        self._waiting.clear()
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             del self.model
             self.accelerator._models.clear()
@@ -271,7 +224,6 @@ class Session:
     def save(self) -> None:
         """Write a checkpoint of this step, after a look at the losses since the last one."""
         self.journal.flush()
-        tensors = self._collect([self._plain_optimizer()], average=self._average_tensors())
         scaler = self.accelerator.scaler
         facts = {
             "origin": self.origin,
@@ -280,8 +232,15 @@ class Session:
             "scaler": None if scaler is None else scaler.state_dict(),
             "loader": self.loader_state(),
         }
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.out, self.step, tensors, facts)
+        save_checkpoint(
+            self.out,
+            self.step,
+            state_tensors(self.student, [self._plain_optimizer()], average=self._average_tensors()),
+            facts,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
+        )
 
     def loader_state(self) -> dict[str, Any]:
         """Pictures seen and bad ones, of all processes."""
@@ -306,13 +265,13 @@ class Session:
             scores = validate(
                 self.student, self.accelerator, self.val_bank, self.transform, workers=self.config.workers
             )
-            tensors = self._collect([])
+            weights = self._weights()
         self.journal.note(self.step, scores)
         self.waited += 1
         if scores["val/r@1"] > self.best:
             self.best, self.waited = scores["val/r@1"], 0
             if self.accelerator.is_main_process:
-                save_best(self.out, tensors)
+                save_best(self.out, weights)
         return self.config.patience is not None and self.waited >= self.config.patience
 
     def final_weights(self) -> dict[str, Tensor]:
@@ -320,19 +279,14 @@ class Session:
 
         All processes call it; only the main one gets them.
         """
-        tensors: dict[str, Tensor] = {}
         if self.val_bank is None:
             with self._averaged():
-                tensors = self._collect([])
-        elif self.accelerator.is_main_process:
-            tensors = load_best(self.out)
-        return {name.removeprefix("model/"): value for name, value in tensors.items()}
+                return self._weights()
+        return load_best(self.out) if self.accelerator.is_main_process else {}
 
-    def _collect(
-        self, optimizers: list[torch.optim.Optimizer], *, average: dict[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """`collect_state` of the student; all processes call it, the main one keeps what it gives."""
-        return collect_state(self.student, optimizers, average=average, keep=self.accelerator.is_main_process)
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights as they are now; all processes call it, the main one gets them."""
+        return whole_weights(self.student, keep=self.accelerator.is_main_process)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

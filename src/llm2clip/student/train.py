@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.student.accelerator import start_accelerator
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
 from llm2clip.student.gradcache import cached_step
 from llm2clip.student.loss import contrastive_loss
 from llm2clip.student.model import Student, StudentModelConfig
-from llm2clip.student.session import Session, start_accelerator
+from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
 logger = logging.getLogger("llm2clip")

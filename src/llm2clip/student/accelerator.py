@@ -1,0 +1,59 @@
+"""The accelerator of a training run: processes, devices, precision and trackers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip.errors import UsageError
+from llm2clip.student.config import StudentConfig
+from llm2clip.student.journal import find_tracker
+
+CURVES = "curves"
+"""Folder in the output where a tracker on disk (TensorBoard) writes."""
+
+
+def start_accelerator(config: StudentConfig) -> Any:
+    """The accelerator of a run: processes, devices, precision and trackers.
+
+    Raises:
+        UsageError: if a tracker is not installed, the device cannot do the precision, or accelerate is set to a way
+            of sharing the work that a student cannot.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+    trackers = find_tracker(config.tracker) or None
+    AcceleratorState._reset_state()  # another stage in this process may have had another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            log_with=trackers,
+            project_config=ProjectConfiguration(str(config.out), logging_dir=str(Path(config.out) / CURVES)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise UsageError(f"--precision {config.precision} cannot be had here ({error}); take fp32") from None
+    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
+        raise UsageError(
+            f"accelerate is set to {accelerator.distributed_type.value}; a student trains under DDP or FSDP version 2: "
+            "choose one of them by accelerate config (fsdp_version: 2)"
+        )
+    if accelerator.is_fsdp2:
+        keep_sums_whole(accelerator.state.fsdp_plugin)
+    return accelerator
+
+
+def keep_sums_whole(plugin: Any) -> None:
+    """Have FSDP2 add gradients up, over micro-batches and processes, and give vectors in fp32, as DDP does.
+
+    accelerate's own policy does both in the precision of the arithmetic.
+    """
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )

@@ -1,0 +1,135 @@
+"""A checkpoint's tensors in files: each process writes the shards it holds, and reads what it needs from all files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llm2clip.errors import ArtifactError
+
+
+class _Piece(NamedTuple):
+    """Part of a tensor in one file."""
+
+    file: Any
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+class Pieces:
+    """The tensors of a checkpoint, read from its files as they are asked for.
+
+    Args:
+        folder: `checkpoints/step-N`.
+        num_files: as `state.json` says.
+
+    Raises:
+        SafetensorError, OSError: if a file is missing or cut short.
+    """
+
+    def __init__(self, folder: Path, num_files: int) -> None:
+        self.folder = folder
+        self._pieces: dict[str, list[_Piece]] = {}
+        for number in range(num_files):
+            file = safe_open(folder / file_name(number, num_files), framework="pt")
+            places = {name: json.loads(place) for name, place in (file.metadata() or {}).items()}
+            for name in file.keys():  # noqa: SIM118  (a file is no dict)
+                size = tuple(file.get_slice(name).get_shape())
+                offset, shape = places.get(name, (None, size))
+                piece = _Piece(file, tuple(offset or [0] * len(size)), size, tuple(shape))
+                self._pieces.setdefault(name, []).append(piece)
+
+    def names(self, prefix: str) -> list[str]:
+        """The tensors whose name begins with `prefix`, sorted."""
+        return sorted(name for name in self._pieces if name.startswith(prefix))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of the whole tensor; None if there is none of this name."""
+        return self._pieces[name][0].shape if name in self._pieces else None
+
+    def read(self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None) -> Tensor:
+        """The block of `size` at `offset` of a tensor, by default all of it, on the CPU.
+
+        Raises:
+            ArtifactError: if the files do not hold all of it.
+        """
+        pieces = self._pieces[name]
+        size = pieces[0].shape if size is None else tuple(size)
+        offset = (0,) * len(size) if offset is None else tuple(offset)
+        block, missing = torch.empty(size), math.prod(size)
+        for file, start, extent, _ in pieces:
+            low = [max(a, b) for a, b in zip(offset, start, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, size, start, extent, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            wanted = _slices(low, high, start)
+            found = file.get_slice(name)[wanted] if wanted else file.get_tensor(name)
+            block = block.to(found.dtype)
+            block[_slices(low, high, offset)] = found
+            missing -= found.numel()
+        if missing:
+            raise ArtifactError(f"checkpoint {self.folder} is damaged: {name} is not whole; delete it")
+        return block
+
+    def read_like(self, name: str, target: Tensor) -> Tensor:
+        """Of the tensor `name`, what this process holds of `target`."""
+        offset = _offset(target) if isinstance(target, DTensor) else None
+        return self.read(name, offset, local_part(target).shape)
+
+
+def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+def write_pieces(path: Path, tensors: Mapping[str, Tensor], *, first: bool) -> None:
+    """Write what this process holds of `tensors`: its shards, and on the first process what is not in shards."""
+    pieces, places = {}, {}
+    for name, value in tensors.items():
+        if isinstance(value, DTensor):
+            if not _is_copy(value) and value.to_local().numel():
+                pieces[name], places[name] = value.to_local(), json.dumps([_offset(value), list(value.shape)])
+        elif first:
+            pieces[name] = value
+    save_file({name: piece.to("cpu", copy=True).contiguous() for name, piece in pieces.items()}, path, places)
+    to_disk(path)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _offset(tensor: DTensor) -> list[int]:
+    """Where this process's shard lies in the whole."""
+    return list(tensor.__create_chunk_list__()[0].offsets)
+
+
+def _is_copy(tensor: DTensor) -> bool:
+    """Whether another process holds the same shard and writes it."""
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    return any(
+        number > 0 and placement.is_replicate() for number, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+
+
+def file_name(number: int, num_files: int) -> str:
+    """The name of one of a checkpoint's files."""
+    return "state.safetensors" if num_files == 1 else f"state-{number:05d}-of-{num_files:05d}.safetensors"
+
+
+def to_disk(path: Path) -> None:
+    """Have a file's bytes written before it is given its name."""
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())

@@ -162,7 +162,7 @@ def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, fin
         LLM2CLIP.from_pretrained(finished_teacher)
     with pytest.raises(UsageError, match="is no folder"):
         LLM2CLIP.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(UsageError, match="^'' is no folder"):
+    with pytest.raises(UsageError, match=r"^'' is no folder"):
         LLM2CLIP.from_pretrained("")
     with pytest.raises(UsageError, match="no Hub id that can be fetched"):
         LLM2CLIP.from_pretrained("nobody/nothing")

@@ -116,7 +116,7 @@ def find_folder(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     if name.strip() and Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UsageError(f"{name if name.strip() else repr(name)} is no folder; give the folder of a model, or a Hub id (org/name)")
+        raise UsageError(f"{name or repr(name)} is no folder; give the folder of a model, or a Hub id (org/name)")
     from huggingface_hub import snapshot_download
 
     try:

@@ -3,9 +3,9 @@
 Ours is all that `train-student` does: JPEGs of 512 x 384 read from tars and cropped, vectors of 4,096 numbers gathered
 from a bank, the tower, the adaptor (273 M parameters on a GPU), the loss, clipping, AdamW, the log. The bare tower sees
 one ready batch on the device and has neither loss nor optimizer. open_clip's step is its model of the same tower with
-its own text tower, its ClipLoss and AdamW, also on a ready batch. Same batch, precision and checkpointing for all;
-the parts take turns, and the median of the rounds counts. On a CPU seconds are those of processor time, the loader's
-included, which other programs on the machine do not stretch.
+its own text tower, its ClipLoss and AdamW, also on a ready batch. Same batch, precision and checkpointing for all; the
+parts take turns, on a CPU step by step, and the median of the rounds counts. On a CPU seconds are those of processor
+time, the loader's included, which other programs on the machine do not stretch.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Setting:
     dim: int
     rounds: int
     steps: int
-    """Steps of a round."""
+    """Steps of a round; on a CPU one."""
     workers: int
     peer: bool = True
 
@@ -73,7 +73,7 @@ CPU = Setting(
     checkpointing=False,
     teacher_dim=512,
     dim=512,
-    rounds=3,
+    rounds=9,
     steps=1,
     workers=0,
 )
@@ -234,22 +234,33 @@ def peak_memory(device: str, found: dict[str, float], name: str) -> Iterator[Non
         found[name] = torch.cuda.max_memory_allocated() / 2**30
 
 
-def seconds_a_step(make: Callable[[], Iterator[None]], setting: Setting, device: str, *, rounds: int) -> list[float]:
-    """Seconds a step in each round, after a warm-up of two steps; what was made is let go of afterwards."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
+def seconds_a_step(make: Callable[[], Iterator[None]], setting: Setting, device: str) -> list[float]:
+    """Seconds a step in each round, after a warm-up; what was made is let go of afterwards, and its memory."""
     steps, times = make(), []
     for _ in itertools.islice(steps, 2 if setting.steps > 1 else 1):
         wait(device)
-    for _ in range(rounds):
-        start = clock()
+    for _ in range(setting.rounds):
+        start = time.perf_counter()
         for _ in itertools.islice(steps, setting.steps):
             pass
         wait(device)
-        times.append((clock() - start) / setting.steps)
+        times.append((time.perf_counter() - start) / setting.steps)
     steps.close()
     gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
+    return times
+
+
+def seconds_step_by_step(parts: dict[str, Callable[[], Iterator[None]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of processor time a step, on a CPU: all parts stay in memory and take single steps in turns."""
+    running = {part: make() for part, make in parts.items()}
+    times: dict[str, list[float]] = {part: [] for part in parts}
+    for number in range(rounds + 1):
+        for part, steps in running.items():
+            start = time.process_time()
+            next(steps)
+            if number:  # the first warms up
+                times[part].append(time.process_time() - start)
     return times
 
 
@@ -267,29 +278,34 @@ def compare(setting: Setting, device: str) -> list[dict]:
             "ours": lambda: ours(setting, folder),
             **({"open_clip": lambda: open_clips(setting, device)} if setting.peer else {}),
         }
-        times: dict[str, list[float]] = {part: [] for part in parts}
-        for _ in range(3 if setting.rounds > 1 else 1):  # in turns: a machine's speed drifts
-            for part, make in parts.items():
-                with peak_memory(device, memory, part):
-                    times[part] += seconds_a_step(make, setting, device, rounds=setting.rounds)
+        if device == "cpu":
+            times = seconds_step_by_step(parts, setting.rounds)
+        else:
+            times = {part: [] for part in parts}
+            for _ in range(2 if setting.rounds > 1 else 1):  # in turns: a machine's speed drifts
+                for part, make in parts.items():
+                    with peak_memory(device, memory, part):
+                        times[part] += seconds_a_step(make, setting, device)
     rates = {part: setting.batch / statistics.median(values) for part, values in times.items()}
-    against = "the bare tower"
-    rows = [
-        {
-            "name": f"{setting.name}: {part}",
-            "value": rate,
-            "unit": "pictures/s",
-            "ratio": rate / rates["bare tower"],
-            "against": against,
-        }
-        for part, rate in rates.items()
-    ]
+    rows = [rate_row(setting, part, rates[part], times, against="bare tower") for part in parts]
     if setting.peer:
-        ratio = rates["ours"] / rates["open_clip"]
-        rows.append({**rows[1], "name": f"{setting.name}: ours", "ratio": ratio, "against": "open_clip's step"})
+        rows.append(rate_row(setting, "ours", rates["ours"], times, against="open_clip"))
     if device.startswith("cuda"):
         rows += [*limits(setting, rates), *memory_rows(setting, memory)]
     return rows
+
+
+def rate_row(setting: Setting, part: str, rate: float, times: dict[str, list[float]], *, against: str) -> dict:
+    """The rate of a part, and the median of the ratios of its rounds to those of another."""
+    ratios = sorted(b / a for a, b in zip(times[part], times[against], strict=True))
+    spread = "" if part == against or len(ratios) < 4 else f", {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    return {
+        "name": f"{setting.name}: {part}",
+        "value": rate,
+        "unit": "pictures/s",
+        "ratio": statistics.median(ratios),
+        "against": f"{against}{spread}",
+    }
 
 
 def limits(setting: Setting, rates: dict[str, float]) -> list[dict]:

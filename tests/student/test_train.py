@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from llm2clip.artifacts import read_manifest
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.student import session, train
-from llm2clip.student.accelerator import keep_sums_whole, start_accelerator
+from llm2clip.student.accelerator import check_sharding, keep_sums_whole, start_accelerator
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.train import accuracy, train_student
@@ -301,6 +301,15 @@ def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypa
     keep_sums_whole(plugin)
     policy = plugin.mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == policy.output_dtype == torch.float32
+    check_sharding(config(), plugin)
+    plugin.activation_checkpointing = True
+    with pytest.raises(UsageError, match="give --gradient-checkpointing"):
+        check_sharding(config(), plugin)
+    plugin.activation_checkpointing = False
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    check_sharding(config(adaptor_warmup_steps=1), plugin)
+    with pytest.raises(UsageError, match=r"--adaptor-warmup-steps under FSDP2 in bf16 needs torch 2\.14"):
+        check_sharding(config(adaptor_warmup_steps=1, precision="bf16"), plugin)
     for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
         monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", False)

@@ -317,6 +317,14 @@ def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypa
             start_accelerator(config())
 
 
+def test_checkpoints_are_a_tenth_of_the_run_apart_unless_told(config, monkeypatch) -> None:
+    saved = []
+    monkeypatch.setattr(session.Session, "save", lambda run: saved.append(run.step))
+    train_student(config(steps=25))
+    train_student(config(steps=25, save_every=9, out=config().out.with_name("other")))
+    assert saved == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 9, 18]
+
+
 def test_kill_9_and_the_same_command_again(config, tmp_path) -> None:
     settings = {"steps": 12, "save_every": 3}
     whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))

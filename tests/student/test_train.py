@@ -317,6 +317,20 @@ def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypa
             start_accelerator(config())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_bank_of_every_dtype_trains(config, tiny_llm, pictures_csv, tmp_path, dtype) -> None:
+    from llm2clip.bank.build import build_bank
+    from llm2clip.bank.config import BankConfig
+
+    settings = {"data": (str(pictures_csv),), "teacher": str(tiny_llm), "precision": "fp32"}
+    stored = build_bank(BankConfig(out=tmp_path / dtype, dtype=dtype, **settings))
+    losses = [
+        [line["loss"] for line in log(train_student(config(bank=(str(folder),), steps=3, out=tmp_path / f"{i}")))]
+        for i, folder in enumerate((config().bank[0], stored))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 def test_checkpoints_are_a_tenth_of_the_run_apart_unless_told(config, monkeypatch) -> None:
     saved = []
     monkeypatch.setattr(session.Session, "save", lambda run: saved.append(run.step))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, open_output, read_json, write_manifest
+from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, manifest_of, open_output, read_json
 from llm2clip.bank.claims import FINISH_TASK, TABLE_TASK, TEACHER_TASK, Claims
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankConfig, EncodeConfig
@@ -24,7 +24,7 @@ from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, pick_d
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import Reuse
 from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
-from llm2clip.bank.table import FACTS, TABLE, Table
+from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.captions.sources import open_source
 from llm2clip.errors import UsageError
 
@@ -202,10 +202,10 @@ def _table(plan: Plan, claims: Claims) -> Table:
         UsageError: if the sources changed since it was made.
     """
     intake = plan.intake()
-    while not _has_table(plan.out):
+    while not has_table(plan.out):
         if claims.take(TABLE_TASK):
             try:
-                if not _has_table(plan.out):
+                if not has_table(plan.out):
                     collect(intake, plan.out)
             finally:
                 claims.release(TABLE_TASK)
@@ -218,13 +218,6 @@ def _table(plan: Plan, claims: Claims) -> Table:
             f"now {intake.fingerprint}); name a new folder, or add to the bank with: llm2clip bank add"
         )
     return table
-
-
-def _has_table(folder: Path) -> bool:
-    """Whether the table is there with all its files."""
-    if not (folder / TABLE / FACTS).exists():
-        return False
-    return all((folder / TABLE / name).exists() for name in read_json(folder / TABLE / FACTS)["files"])
 
 
 def _is_whole(layout: Layout) -> bool:
@@ -283,18 +276,34 @@ def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
         return
     with claims.hold(FINISH_TASK):
         write_bank_manifest(plan, table, whole)
-        for leftover in (*plan.out.glob(".*.tmp"), *(plan.out / VECTORS).glob(".*.tmp")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        _tidy(plan.out, claims)
         claims.remove_file()
 
 
+def _tidy(out: Path, claims: Claims) -> None:
+    """Remove what killed processes left half-written; without locks it may be that of a slower one, and stays."""
+    leftovers = [*out.glob(".*.tmp"), *(out / VECTORS).glob(".*.tmp")]
+    if leftovers and not claims.supported:
+        logger.warning(
+            "%s is whole; it holds %d unfinished files of other processes (.*.tmp), for you to delete when none is at "
+            "work in it any more",
+            out,
+            len(leftovers),
+        )
+        return
+    for leftover in leftovers:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
 def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
-    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file."""
+    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file.
+
+    Several processes may do so at once where there are no locks, each under a temporary name of its own.
+    """
     facts = table.facts
     digests = [entry["sha256"] for entry in facts["files"].values()]
     digests += [entry["sha256"] for shard in shards for entry in shard["files"].values()]
-    write_manifest(
-        plan.out,
+    manifest = manifest_of(
         "bank",
         fingerprint=fingerprint([plan.teacher.fingerprint, plan.teacher.prompt, facts["kinds"], digests]),
         teacher_fingerprint=plan.teacher.fingerprint,
@@ -314,5 +323,6 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
             f"{TABLE}/{FACTS}": {"sha256": file_digest(table.folder / TABLE / FACTS)},
         },
         shards=shards,
-        config=dict(plan.settings),
+        config=plan.settings,
     )
+    write_facts(plan.out / MANIFEST, manifest)

@@ -122,4 +122,5 @@ def _encode(job: Job, encoder: CaptionEncoder | None, table: Table, progress: Pr
 
         job.buffer.tokens[job.places] = encoder.run(job.prepared, sink)
     job.buffer.check(table.text)
-    job.buffer.write()
+    if shard_facts(job.buffer.layout, job.shard) is None:  # else another process made it: there are no locks
+        job.buffer.write()

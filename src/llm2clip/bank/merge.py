@@ -10,6 +10,7 @@ from llm2clip.artifacts import fingerprint
 from llm2clip.bank.build import Plan, load_encoder, same_teacher_settings, write_bank
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankAddConfig, BankMergeConfig
+from llm2clip.bank.files import temporary_name
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.reuse import check_same_teacher
@@ -18,7 +19,7 @@ from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.sample import Sample
 from llm2clip.captions.sources import Source, open_source
 
-ADDED = ".added.tmp"
+ADDED = "added"
 
 
 def merge_banks(config: BankMergeConfig) -> Path:
@@ -77,7 +78,7 @@ def add_to_bank(config: BankAddConfig) -> Path:
     def intake() -> Intake:
         source = open_source(config)
         bad = bad_of([bank])
-        samples = samples_with(bank, source, out / ADDED, bad)
+        samples = samples_with(bank, source, temporary_name(out / ADDED), bad)
         return Intake(samples, fingerprint([bank.fingerprint, source.fingerprint]), bad, base=bank.table)
 
     return write_bank(
@@ -100,7 +101,6 @@ def samples_with(bank: Bank, source: Source, folder: Path, bad: BadSamples) -> I
 
     The source is laid down as a table of its own in `folder` first: it may name pictures in another order.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         collect(Intake(source, source.fingerprint, source.bad), folder)

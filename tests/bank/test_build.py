@@ -8,9 +8,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,31 +17,14 @@ import pytest
 
 from llm2clip.bank import build as build_module
 from llm2clip.bank import files
-from llm2clip.bank import fill as fill_module
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
-from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.shards import ShardBuffer
 from llm2clip.bank.verify import cosines
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.teacher.model import load_teacher
 
 Files = Callable[[Path], dict[str, bytes]]
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Captions of each call of the encoder."""
-    counts: list[int] = []
-    run = CaptionEncoder.run
-
-    def counted(self, prepared, sink):
-        counts.append(sum(len(batch) for batch in prepared.batches))
-        return run(self, prepared, sink)
-
-    monkeypatch.setattr(CaptionEncoder, "run", counted)
-    return counts
 
 
 def test_a_bank_is_the_teacher_of_its_captions(bank: Bank, tiny_llm: Path) -> None:
@@ -137,44 +118,6 @@ def test_speed_settings_may_change(captions_csv, build, tmp_path, encoded) -> No
     assert encoded == [16] and "batch_tokens" not in bank.manifest["config"]
 
 
-def test_parts_by_hand_make_the_same_bank(bank: Bank, captions_csv, tmp_path, tiny_llm, encoded, files_of) -> None:
-    out = tmp_path / "bank"
-    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 16, "device": "cpu"}
-    for part, counts in ((1, [16, 16, 8]), (2, [16, 16]), (0, [16, 16, 16])):
-        encoded.clear()
-        build_bank(BankConfig(data=(str(captions_csv),), out=out, shard=f"{part}/3", **settings))
-        assert (out / "manifest.json").exists() == (part == 0)
-        assert encoded == counts
-    assert files_of(out) == files_of(bank.folder)
-
-
-def test_two_processes_share_the_work(bank: Bank, captions_csv, tiny_llm, tmp_path, files_of, monkeypatch) -> None:
-    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.05)
-    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 16, "device": "cpu"}
-    config = BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", **settings)
-    children = [fork(lambda rank=rank: build_as(rank, config)) for rank in range(3)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert files_of(tmp_path / "bank") == files_of(bank.folder)
-
-
-def build_as(rank: int, config: BankConfig) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="3")
-    build_bank(config)
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a child that shares the loaded libraries; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
 def test_reuse_copies_what_is_known(bank: Bank, captions_csv, write_captions, build, tmp_path, encoded) -> None:
     folder = tmp_path / "data"
     data = write_captions(folder / "a.csv", 70, columns={"short_caption": 4, "long_caption": 14})
@@ -195,39 +138,6 @@ def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_pa
         build(captions_csv, tmp_path / "worse", dtype="float32", reuse=(bank.folder,))
     with pytest.raises(UsageError, match="built with the prompt '', not 'this is '"):
         build(captions_csv, tmp_path / "prompted", prompt="this is ", reuse=(bank.folder,))
-
-
-def test_processes_that_fail_do_not_wait_for_each_other(captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
-    """Each of two has one of the two shards in hand when the disk is full."""
-    prepare, deadline = fill_module._prepare, time.monotonic() + 30
-
-    def both_at_once(layout, table, encoder, reuse, shard):
-        (tmp_path / str(shard)).touch()
-        while not (tmp_path / str(1 - shard)).exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return prepare(layout, table, encoder, reuse, shard)
-
-    def full(buffer):
-        time.sleep(0.3)  # until the other thread has found nothing to take
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(fill_module, "_prepare", both_at_once)
-    monkeypatch.setattr(ShardBuffer, "write", full)
-    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.1)
-    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 60, "device": "cpu"}
-    config = BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", **settings)
-    children = [fork(lambda rank=rank: build_as(rank, config)) for rank in (0, 2)]
-    assert [end_of(child, seconds=20) for child in children] == [1, 1]
-
-
-def end_of(child: int, *, seconds: float) -> int:
-    """The exit code of a child; one that runs longer is killed."""
-    deadline = time.monotonic() + seconds
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
-    return os.waitstatus_to_exitcode(ended[1])
 
 
 def test_another_precision_is_refused(bank: Bank, captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:

@@ -140,6 +140,15 @@ def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_pa
         build(captions_csv, tmp_path / "prompted", prompt="this is ", reuse=(bank.folder,))
 
 
+def test_reuse_of_another_precision_is_refused(bank: Bank, captions_csv, build, tmp_path, encoded) -> None:
+    message = f"{bank.folder} was built in fp32, not bf16: .*; give --precision fp32, or leave it out of --reuse"
+    with pytest.raises(UsageError, match=message):
+        build(captions_csv, tmp_path / "half", precision="bf16", reuse=(bank.folder,))
+    assert not (tmp_path / "half").exists()  # else the same --out with the precision named would be refused, too
+    build(captions_csv, tmp_path / "half", precision="fp32", reuse=(bank.folder,))
+    assert encoded == []
+
+
 def test_another_precision_is_refused(bank: Bank, captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
     """As when two machines, one without bf16, begin a bank at the same moment with `--precision auto`."""
     monkeypatch.setattr(build_module, "pick_precision", lambda precision, device: "fp32")

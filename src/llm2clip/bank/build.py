@@ -22,7 +22,7 @@ from llm2clip.bank.files import one_line_disk_errors, write_facts
 from llm2clip.bank.fill import WAIT_SECONDS, fill
 from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, pick_device, pick_precision, resolve_prompt
 from llm2clip.bank.reader import VECTORS, Bank
-from llm2clip.bank.reuse import Reuse
+from llm2clip.bank.reuse import Reuse, check_reuse
 from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.captions.sources import open_source
@@ -154,6 +154,7 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
 
 def write_bank(plan: Plan) -> Path:
     """Write what `plan` says, or go on with it; returns the folder."""
+    check_reuse(plan.reuse, plan.teacher, plan.dtype)  # before the folder is begun
     with (
         one_line_disk_errors(plan.out),
         open_output(plan.out, "bank", config=plan.settings, shared=True),
@@ -162,8 +163,8 @@ def write_bank(plan: Plan) -> Path:
         (plan.out / VECTORS).mkdir(exist_ok=True)
         _agree_on_teacher(plan, claims)
         table = _table(plan, claims)
-        dtype, rows = plan.dtype, table.num_rows
-        layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, plan.teacher.dim, base=plan.base)
+        rows, dtype, dim = table.num_rows, plan.dtype, plan.teacher.dim
+        layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, dim, base=plan.base)
         if (plan.out / MANIFEST).exists() and _is_whole(layout):
             logger.info("%s is already complete", plan.out)
             claims.remove_file()
@@ -171,7 +172,7 @@ def write_bank(plan: Plan) -> Path:
         _say_size(layout, table)
         if plan.base is not None:
             link_shards(layout, plan.base)
-        reuse = Reuse(plan.reuse, teacher=plan.teacher, dtype=dtype)
+        reuse = Reuse(plan.reuse)
         fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
         _finish(plan, layout, table, claims)
     return plan.out

@@ -81,7 +81,7 @@ class BankConfig(EncodeConfig, SourceConfig):
     shard_rows: int = 32768
     """Captions in one file of vectors; at most one such file per process is lost when a run is killed."""
     reuse: tuple[Path, ...] = ()
-    """Other banks of the same teacher and prompt; captions found in them are copied, not encoded."""
+    """Other banks of the same teacher, prompt and precision; captions found in them are copied, not encoded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from llm2clip.bank.config import BankAddConfig, BankMergeConfig
 from llm2clip.bank.files import temporary_name
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.reuse import check_same_teacher
+from llm2clip.bank.reuse import check_same_precision, check_same_teacher
 from llm2clip.bank.table import Table, joined
 from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.sample import Sample
@@ -26,12 +26,13 @@ def merge_banks(config: BankMergeConfig) -> Path:
     """Write the bank that holds what several banks by one teacher hold, and return its folder.
 
     Raises:
-        UsageError: if their teachers, prompts or stored dtypes differ.
+        UsageError: if their teachers, prompts, precisions or stored dtypes differ.
     """
     banks = [Bank.open(folder) for folder in config.banks]
     teacher = teacher_of(banks[0])
     for bank in banks[1:]:
         check_same_teacher(bank, teacher)
+        check_same_precision(bank, teacher, remedy=f"build it again with --precision {teacher.precision}")
 
     def intake() -> Intake:
         return Intake(
@@ -60,7 +61,7 @@ def add_to_bank(config: BankAddConfig) -> Path:
     """Write the bank that holds what `config.bank` and further sources hold, and return its folder.
 
     Raises:
-        UsageError: if the teacher is another than the bank's, naming both fingerprints.
+        UsageError: if the teacher or its precision is another than the bank's, naming both.
     """
     bank, out = Bank.open(config.bank), Path(config.out)
     recorded = teacher_of(bank)
@@ -73,6 +74,7 @@ def add_to_bank(config: BankAddConfig) -> Path:
         auto_precision=recorded.precision,
     )
     check_same_teacher(bank, teacher)
+    check_same_precision(bank, teacher, remedy="leave out --precision")
     settings = same_teacher_settings(out, {**config.settings(), "teacher": teacher.name}, teacher)
 
     def intake() -> Intake:

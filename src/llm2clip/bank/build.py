@@ -76,7 +76,13 @@ def build_bank(config: BankConfig) -> Path:
     """
     out = Path(config.out)
     encoder, teacher = load_encoder(
-        config, config.teacher, out, config.dtype, prompt=config.prompt, prompt_name=config.prompt_name
+        config,
+        config.teacher,
+        config.teacher_revision,
+        out,
+        config.dtype,
+        prompt=config.prompt,
+        prompt_name=config.prompt_name,
     )
     settings = same_teacher_settings(out, config.settings(), teacher)
 
@@ -102,6 +108,7 @@ def build_bank(config: BankConfig) -> Path:
 def load_encoder(
     config: EncodeConfig,
     name: str,
+    revision: str | None,
     out: Path,
     dtype: str,
     *,
@@ -112,6 +119,7 @@ def load_encoder(
     """The teacher `name`, ready to encode, and its facts.
 
     Args:
+        revision: of a Hub id.
         out: the bank's folder; one begun there fixes what `--precision auto` means.
         auto_precision: what it means otherwise, if not the best for the hardware.
     """
@@ -123,7 +131,7 @@ def load_encoder(
     precision = pick_precision(precision, device)
     teacher = load_for_encoding(
         name,
-        revision=config.teacher_revision,
+        revision=revision,
         device=device,
         precision=precision,
         trust_remote_code=config.trust_remote_code,
@@ -132,7 +140,8 @@ def load_encoder(
     encoder = CaptionEncoder(
         teacher, prompt=text, dtype=dtype, batch_tokens=config.batch_tokens, compile=config.compile
     )
-    return encoder, facts_of(teacher, name, prompt=text, precision=precision, dim=encoder.dim)
+    facts = facts_of(teacher, name, prompt=text, precision=precision, dim=encoder.dim, revision=revision)
+    return encoder, facts
 
 
 def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherFacts) -> dict[str, Any]:
@@ -149,7 +158,9 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
             f"--out {out} holds a bank by another teacher: its fingerprint is {begun.fingerprint} ({begun.name}), that "
             f"of {teacher.name} is {teacher.fingerprint}; name a new folder"
         )
-    return {**settings, "teacher": begun.name} if "teacher" in settings else settings
+    if begun.name == teacher.name:
+        return settings
+    return {**settings, "teacher": begun.name, "teacher_revision": begun.revision}
 
 
 def write_bank(plan: Plan) -> Path:
@@ -161,7 +172,7 @@ def write_bank(plan: Plan) -> Path:
         Claims(plan.out) as claims,
     ):
         (plan.out / VECTORS).mkdir(exist_ok=True)
-        _agree_on_teacher(plan, claims)
+        plan = dataclasses.replace(plan, teacher=_agree_on_teacher(plan, claims))
         table = _table(plan, claims)
         rows, dtype, dim = table.num_rows, plan.dtype, plan.teacher.dim
         layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, dim, base=plan.base)
@@ -178,8 +189,8 @@ def write_bank(plan: Plan) -> Path:
     return plan.out
 
 
-def _agree_on_teacher(plan: Plan, claims: Claims) -> None:
-    """Write `teacher.json`, unless another process was first.
+def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
+    """Write `teacher.json`, unless another process was first; returns what it says.
 
     Raises:
         UsageError: if that one encodes in another precision, as `--precision auto` may mean on other hardware.
@@ -188,12 +199,13 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> None:
     with claims.hold(TEACHER_TASK):
         if not path.exists():
             write_facts(path, dataclasses.asdict(plan.teacher))
-    begun = read_json(path)["precision"]
-    if begun != plan.teacher.precision:
+    begun = TeacherFacts(**read_json(path))
+    if begun.precision != plan.teacher.precision:
         raise UsageError(
-            f"{plan.out} was begun in {begun}, and this process encodes in {plan.teacher.precision}: it may start "
-            f"again now that the bank is begun; in a new folder give --precision {begun} to all"
+            f"{plan.out} was begun in {begun.precision}, and this process encodes in {plan.teacher.precision}: it may "
+            f"start again now that the bank is begun; in a new folder give --precision {begun.precision} to all"
         )
+    return begun
 
 
 def _table(plan: Plan, claims: Claims) -> Table:

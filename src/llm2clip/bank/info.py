@@ -108,10 +108,11 @@ def histogram(counts: NDArray[np.int64]) -> dict[str, int]:
 def as_text(facts: dict[str, Any]) -> str:
     """The facts for a person."""
     teacher = facts["teacher"]
+    at = f" at {teacher['revision']}" if teacher.get("revision") else ""
     repeated = 1 - facts["num_rows"] / facts["num_captions"]
     lines = [
         f"bank      {facts['folder']}  (fingerprint {facts['fingerprint']})",
-        f"teacher   {teacher['name']}  (fingerprint {teacher['fingerprint']}, {teacher['precision']})",
+        f"teacher   {teacher['name']}{at}  (fingerprint {teacher['fingerprint']}, {teacher['precision']})",
         f"prompt    {teacher['prompt']!r}" if teacher["prompt"] else "prompt    none",
         f"sources   {', '.join(facts['sources'])}",
         f"samples   {facts['num_samples']:,}; bad and left out: {facts['bad_samples']['num_bad']:,}",

@@ -52,6 +52,22 @@ class Reuse:
         return array.view(np.uint16) if dtype == "bfloat16" else array, None if scale is None else scale.numpy()
 
 
+def teacher_of(bank: Bank) -> TeacherFacts:
+    """What a bank's manifest says of its teacher."""
+    in_settings = bank.manifest["config"].get("teacher_revision")  # where it stood before it was one of the facts
+    return TeacherFacts(**{"revision": in_settings, **bank.manifest["teacher"]})
+
+
+def find_teacher(bank: Bank, name: str | None) -> tuple[str, str | None]:
+    """Folder or Hub id of a bank's teacher, and the revision if it is a pinned one.
+
+    Args:
+        name: where it lies, if not where it did when the bank was built; the revision recorded is none of this name's.
+    """
+    recorded = teacher_of(bank)
+    return (name, None) if name not in (None, recorded.name) else (recorded.name, recorded.revision)
+
+
 def check_reuse(banks: Sequence[Bank], teacher: TeacherFacts, dtype: str) -> None:
     """Check that the vectors of banks can be copied to one by `teacher` that stores `dtype`.
 

@@ -184,7 +184,7 @@ class BankExportConfig:
     bank: Positional[Path]
     """The bank."""
     out: Path
-    """Folder to write; it must be new or empty."""
+    """Folder to write: new, empty, or begun by this same export, which then goes on where it stopped."""
     to: str = "parquet"
     """parquet: Parquet files; datasets: a folder for `datasets.load_from_disk`."""
     rows_per_file: int = 65536

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llm2clip import progress
 from llm2clip.bank import build as build_module
-from llm2clip.bank import files
+from llm2clip.bank import encoder, files
 from llm2clip.bank.build import build_bank
-from llm2clip.bank.config import BankConfig
+from llm2clip.bank.config import BankAddConfig, BankConfig
+from llm2clip.bank.merge import add_to_bank
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.verify import cosines
 from llm2clip.errors import LLM2CLIPError, UsageError
@@ -201,6 +207,67 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on(
     build(captions_csv, tmp_path / "bank")
     assert sum(encoded) == 120 - 32
     assert files_of(tmp_path / "bank") == files_of(bank.folder)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What was logged since the last look; 5 kB are free on the disk, and the first two batches count as early."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=5000))
+    monkeypatch.setattr(progress, "EARLY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", float("inf"))
+    caplog.set_level(logging.INFO, "llm2clip")
+
+    def look() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return lines
+
+    return look
+
+
+def test_size_and_time_left_are_said_before_and_while_it_is_built(captions_csv, build, tmp_path, said) -> None:
+    build(captions_csv, tmp_path / "bank", batch_tokens=100)
+    collected, size, full, *encoded = said()
+    assert collected.startswith("collect: 60 samples")
+    assert size == (
+        "120 captions of 60 samples, 120 distinct: 7.68 kB vectors of 32 x float16, 64 B each; 5 kB free on the disk"
+    )
+    assert full == "the disk will be full before the bank is whole: free 2.68 kB more"
+    assert [re.sub(r"[\d.e+-]+/s|\d+ s left", "_", line) for line in encoded] == [
+        "encode: 6/120 captions, _, 384 B of 7.68 kB, _",  # six long ones of 16 tokens are a batch
+        "encode: 8/120 captions, _, 512 B of 7.68 kB, _",
+        "encode: 120/120 captions, _, 7.68 kB of 7.68 kB",
+    ]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_long_captions_count_for_more_of_the_time(ahead: bool, captions_csv, build, tmp_path, monkeypatch) -> None:
+    """They come first in a shard; by their number alone a bank would seem to take several times as long."""
+    advance, done = progress.Progress.advance, []
+
+    def noted(self, count=1, *, work=None, note=""):
+        done.append((count, work))
+        advance(self, count, work=work, note=note)
+
+    monkeypatch.setattr(progress.Progress, "advance", noted)
+    if not ahead:  # a teacher that tokenises itself: by characters
+        monkeypatch.setattr(encoder, "can_tokenise_ahead", lambda teacher: False)
+    build(captions_csv, tmp_path / "bank", batch_tokens=100, shard_rows=120)
+    batches = [(count, work) for count, work in done if work is not None]
+    assert sum(count for count, _ in batches) == 120 == pytest.approx(sum(work for _, work in batches))
+    assert batches[0][1] > 1.3 * batches[0][0] and batches[-1][1] < 0.7 * batches[-1][0]
+
+
+def test_what_is_there_already_needs_no_room(captions_csv, build, bank, tmp_path, write_captions, said) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    (copy / "vectors" / "00000.npy").unlink()
+    build(captions_csv, copy)
+    size, *encoded = said()
+    assert "7.68 kB vectors" in size and encoded[0].startswith("encode: ") and "of 7.68 kB" in encoded[0]
+    data = write_captions(tmp_path / "new" / "a.csv", 2, columns={"raw": 6}, first=100)
+    add_to_bank(BankAddConfig(data=(str(data),), bank=bank.folder, out=tmp_path / "more", device="cpu"))
+    assert "will be full" not in "".join(said())  # 122 rows are 7.8 kB, but 120 of them are linked
 
 
 def test_bad_samples_are_listed(tmp_path: Path, write_captions, build) -> None:

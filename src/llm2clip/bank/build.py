@@ -27,6 +27,7 @@ from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.captions.sources import open_source
 from llm2clip.errors import UsageError
+from llm2clip.progress import human_bytes
 
 logger = logging.getLogger("llm2clip")
 TEACHER = "teacher.json"
@@ -180,9 +181,9 @@ def write_bank(plan: Plan) -> Path:
             logger.info("%s is already complete", plan.out)
             claims.remove_file()
             return plan.out
-        _say_size(layout, table)
         if plan.base is not None:
             link_shards(layout, plan.base)
+        _say_size(layout, table)
         reuse = Reuse(plan.reuse)
         fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
         _finish(plan, layout, table, claims)
@@ -243,36 +244,24 @@ def _rank_offset() -> float:
 
 
 def _say_size(layout: Layout, table: Table) -> None:
-    needed = layout.num_bytes()
-    there = sum(
-        file.stat().st_size for file in (layout.folder / VECTORS).glob("[0-9]*.npy") if not file.name.startswith(".")
-    )
+    """Say how large the bank will be, and warn if the disk has no room for what is not there yet."""
+    needed, each = layout.num_bytes(), row_bytes(layout.dtype, layout.dim)
+    whole = (shard for shard in range(layout.num_shards) if shard_facts(layout, shard) is not None)
+    missing = needed - each * sum(len(layout.rows(shard)) for shard in whole)
     free = shutil.disk_usage(layout.folder).free
     logger.info(
-        "%s captions of %s samples, %s distinct: %s vectors of %s x %s, %s",
+        "%s captions of %s samples, %s distinct: %s vectors of %s x %s, %s each; %s free on the disk",
         f"{table.facts['num_captions']:,}",
         f"{table.num_samples:,}",
         f"{table.num_rows:,}",
         human_bytes(needed),
         layout.dim,
         layout.dtype,
-        f"{human_bytes(row_bytes(layout.dtype, layout.dim))} each; {human_bytes(free)} free on the disk",
+        human_bytes(each),
+        human_bytes(free),
     )
-    if needed - there > free:
-        logger.warning("the disk will be full before the bank is whole: free %s", human_bytes(needed - there - free))
-
-
-def human_bytes(count: float) -> str:
-    """A size for a person.
-
-    >>> human_bytes(8192), human_bytes(94e9)
-    ('8.19 kB', '94 GB')
-    """
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.3g} {units[0]}"
+    if missing > free:
+        logger.warning("the disk will be full before the bank is whole: free %s more", human_bytes(missing - free))
 
 
 def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:

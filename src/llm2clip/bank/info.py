@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2clip.bank.build import human_bytes
 from llm2clip.bank.config import BankInfoConfig
 from llm2clip.bank.reader import Bank
+from llm2clip.progress import human_bytes
 
 BLOCK_CAPTIONS = 1 << 20
 EDGES = (0, 1, 9, 17, 33, 65, 129, 257, 513, 1025)

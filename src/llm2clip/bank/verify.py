@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2clip.artifacts import file_digest, indented_json
-from llm2clip.bank.build import TEACHER, human_bytes
+from llm2clip.bank.build import TEACHER
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.hashes import as_hashes, digest, text_bytes
@@ -20,7 +20,7 @@ from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import check_same_teacher, find_teacher, teacher_of
 from llm2clip.bank.table import Table
 from llm2clip.errors import ArtifactError
-from llm2clip.progress import track
+from llm2clip.progress import human_bytes, track
 
 logger = logging.getLogger("llm2clip")
 NO_TEACHER = "none"

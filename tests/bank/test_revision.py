@@ -23,7 +23,7 @@ from llm2clip.errors import UsageError
 
 NAME = "org/teacher"
 OLD, NEW = "0" * 40, "1" * 40
-"""Two commits; the branch main is at the first of them to begin with, the tag v1 stays there."""
+"""Two commits; the branch main is at the first of them to begin with, the tags v1 and stable stay there."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def hub(finished_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         teacher[0].model.norm.weight.mul_(torch.linspace(0.5, 2, 32))
     teacher.save_pretrained(str(repository / "snapshots" / NEW), create_model_card=False)
     (repository / "refs").mkdir()
-    for name in ("v1", "main"):
+    for name in ("v1", "stable", "main"):
         (repository / "refs" / name).write_text(OLD)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return repository
@@ -96,7 +96,7 @@ def test_a_bank_that_names_it_in_its_settings_alone(hub: Path, build_pinned: Bui
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "kept"), [("v1", "v1", "v1"), ("v1", OLD, "v1"), (None, "v1", "v1"), (None, None, None)]
+    ("first", "second", "kept"), [("v1", "v1", "v1"), ("v1", "stable", "v1"), (None, "v1", "v1"), (None, None, None)]
 )
 def test_merge(
     first: str | None, second: str | None, kept: str | None, hub: Path, build_pinned: Build, tmp_path

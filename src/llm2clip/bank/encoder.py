@@ -222,6 +222,8 @@ def token_counts(features: dict[str, Any], num_texts: int) -> NDArray[np.int64]:
     """Tokens of each text of a batch `[num_texts]`; 0 where a teacher's own features do not tell."""
     if "attention_mask" in features:
         return np.asarray(features["attention_mask"].sum(1).cpu())
+    if "cu_seq_lens_q" in features:  # laid flat by the teacher itself
+        return np.diff(features["cu_seq_lens_q"].cpu().numpy())
     if "offsets" in features:
         return np.diff([*features["offsets"].tolist(), len(features["input_ids"])])
     return np.zeros(num_texts, np.int64)

@@ -1,0 +1,71 @@
+"""Processes that die by SIGKILL at a chosen moment: at the n-th call, of Python or C, made within a function."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def die_within(owner: Any, name: str, *, entry: int = 1, calls: int = 1) -> None:
+    """Have this process killed at the `calls`-th call within `owner.name`, counted from its `entry`-th entry on."""
+    entries, left = 0, calls
+
+    def hook(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= event in ("call", "c_call")
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_entry() -> Any:
+        nonlocal entries
+        entries += 1
+        return hook if entries >= entry else None
+
+    setattr(owner, name, _profiled(getattr(owner, name), on_entry))
+
+
+def counting(function: Any, counts: list[int]) -> Any:
+    """`function`, which adds the number of calls within it to `counts` each time it is entered."""
+
+    def hook(frame: Any, event: str, argument: Any) -> None:
+        counts[-1] += event in ("call", "c_call")
+
+    def on_entry() -> Any:
+        counts.append(0)
+        return hook
+
+    return _profiled(function, on_entry)
+
+
+def _profiled(function: Any, on_entry: Callable[[], Any]) -> Any:
+    @functools.wraps(function)
+    def profiled(*args: Any, **kwargs: Any) -> Any:
+        sys.setprofile(on_entry())
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+
+    return profiled
+
+
+def in_child(work: Callable[[], Any]) -> tuple[int, str]:
+    """Do `work` in a forked process; how it ended (0, an exit code, or minus the signal) and the error it raised."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            failed = sys.exc_info()[0] is not None
+            os.write(writing, traceback.format_exc()[-4000:].encode() if failed else b"")
+            os._exit(failed)
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as pipe:
+        error = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), error

@@ -22,7 +22,7 @@ from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.train import accuracy, train_student
 
-from .kills import counting, die_within, in_child
+from .forks import counting, die_within, in_child
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Processes that die by SIGKILL at a chosen moment: at the n-th call, of Python or C, made within a function."""
+"""Forked processes: side by side as under torchrun, or killed at a chosen moment (the n-th call in a function)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -56,6 +57,35 @@ def _profiled(function: Any, on_entry: Callable[[], Any]) -> Any:
 
 def in_child(work: Callable[[], Any]) -> tuple[int, str]:
     """Do `work` in a forked process; how it ended (0, an exit code, or minus the signal) and the error it raised."""
+    return _ended(*_fork(work))
+
+
+def side_by_side(number: int, meeting: Path, work: Callable[[int], Any]) -> list[tuple[int, str]]:
+    """Do `work`, given its rank, in forked processes that see each other as those of torchrun do, on the CPU.
+
+    Args:
+        meeting: a file that is not there yet.
+
+    Returns:
+        How each ended, as `in_child` says it.
+    """
+    children = [_fork(functools.partial(_join, rank, number, meeting, work)) for rank in range(number)]
+    return [_ended(*child) for child in children]
+
+
+def _join(rank: int, number: int, meeting: Path, work: Callable[[int], Any]) -> None:
+    import torch
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, if it trained
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)})
+    os.environ.update({"LOCAL_WORLD_SIZE": str(number), "ACCELERATE_USE_CPU": "true"})
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=number)
+    work(rank)
+
+
+def _fork(work: Callable[[], Any]) -> tuple[int, int]:
+    """A process that does `work`, and the pipe by which it tells its error."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -66,6 +96,10 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
             os.write(writing, traceback.format_exc()[-4000:].encode() if failed else b"")
             os._exit(failed)
     os.close(writing)
+    return child, reading
+
+
+def _ended(child: int, reading: int) -> tuple[int, str]:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with os.fdopen(reading, errors="replace") as pipe:
-        error = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), error
+        return status, pipe.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -101,5 +102,9 @@ def _fork(work: Callable[[], Any]) -> tuple[int, int]:
 
 def _ended(child: int, reading: int) -> tuple[int, str]:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with os.fdopen(reading, errors="replace") as pipe:
-        return status, pipe.read()
+    os.set_blocking(reading, False)  # processes of the child's own, which may outlive it, hold the pipe open too
+    error = b""
+    with contextlib.suppress(BlockingIOError):
+        error = os.read(reading, 5000)
+    os.close(reading)
+    return status, error.decode(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,8 @@ def picture_samples(folder: Path, count: int, *, name: str = "p") -> list[Sample
             captions["zh"] = (f"{name} {i} 中文",)
         samples.append(Sample(f"{name}{i}", PictureRef(str(path)), {k: v for k, v in captions.items() if v}))
     return samples
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """What a run says of each step and score."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

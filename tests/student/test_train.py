@@ -1,15 +1,13 @@
 """The whole stage on 24 pictures: it learns, every option trains, a killed run ends in the same bytes."""
 
-import contextlib
+import functools
 import json
 import math
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,8 @@ from llm2clip.student.accelerator import check_sharding, keep_sums_whole, start_
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.train import accuracy, train_student
+
+from .forks import counting, die_within, in_child
 
 
 @pytest.fixture(scope="module")
@@ -365,23 +365,52 @@ train.train_student(from_file(StudentConfig, {str(tmp_path / "run.json")!r}))
     assert artifact(train_student(run)) == whole
 
 
-def test_kill_9_at_ten_random_moments(config, tmp_path) -> None:
-    """Also while a checkpoint or the finished folder is being written: forks, so that a try costs no imports."""
-    settings = {"steps": 40, "save_every": 2, "ema": 0.9}
-    began = time.monotonic()
-    whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
-    seconds = time.monotonic() - began
-    run, moments = config(**settings, out=tmp_path / "killed"), random.Random(0)
-    for _ in range(10):
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(BaseException):
-                train_student(run)
-            os._exit(0)
-        time.sleep(moments.uniform(0.2, 0.6) * seconds)  # starting anew takes a good part of it
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert artifact(train_student(run)) == whole
+PLACES = {
+    "begin": (session.Session, "__init__"),
+    "step": (train, "train_step"),
+    "save": (session, "save_checkpoint"),
+    "finish": (train, "finish"),
+}
+KILLS = (  # where, and at which entry; the moment within it is drawn
+    ("begin", 1),
+    ("step", 1),
+    ("step", 2),
+    ("save", 1),
+    ("save", 3),
+    ("step", 4),
+    ("begin", 1),
+    ("save", 2),
+    ("save", 4),
+    ("finish", 1),
+)
+
+
+def test_kill_9_at_ten_random_moments(config, tmp_path, monkeypatch) -> None:
+    """Before the first checkpoint, while one is opened or written, after it, and in the finished folder."""
+    settings = {"steps": 24, "save_every": 2, "ema": 0.9}
+    calls: dict[str, list[int]] = {place: [] for place in PLACES}
+    with monkeypatch.context() as patch:
+        for place, (owner, name) in PLACES.items():
+            patch.setattr(owner, name, counting(getattr(owner, name), calls[place]))
+        whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))
+    run, moments, found = config(**settings, out=tmp_path / "killed"), random.Random(0), []
+    for place, entry in KILLS:
+        call = moments.randint(1, int(0.9 * min(calls[place])))  # a run that goes on makes a few calls less or more
+        status, error = in_child(functools.partial(train_and_die, run, place, entry, call))
+        assert status == -signal.SIGKILL, f"the child to be killed in {place} ended by itself: {status} {error}"
+        written = sorted(path.name[:5] for path in (run.out / "checkpoints").glob("*"))
+        found.append((place, ".writ" in written, "step-" in written))
+    assert found[:3] == [("begin", False, False), ("step", False, False), ("step", False, False)], "no checkpoint yet"
+    assert ("save", True, True) in found, "none while a checkpoint was half written beside a whole one"
+    assert any(place == "step" and saved for place, _, saved in found), "none after a checkpoint"
+    assert not (run.out / "manifest.json").exists()
+    assert in_child(functools.partial(train_student, run)) == (0, "")
+    assert artifact(run.out) == whole
+
+
+def train_and_die(run: StudentConfig, place: str, entry: int, call: int) -> None:
+    die_within(*PLACES[place], entry=entry, calls=call)
+    train_student(run)
 
 
 def test_bad_pictures_are_replaced_counted_and_named(config, tiny_llm, pictures_csv, tmp_path) -> None:

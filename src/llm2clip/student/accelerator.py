@@ -78,3 +78,19 @@ def keep_sums_whole(plugin: Any) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
+
+
+def compile_tower(tower: Any, *, device: torch.device) -> None:
+    """Run a tower through torch.compile from its next call on.
+
+    Raises:
+        UsageError: if this machine cannot compile, as one without a C++ compiler.
+    """
+    # Patches are dropped as without it: by itself the compiler draws other random numbers.
+    options: dict[str, Any] = {"fallback_random": True}
+    try:
+        torch.compile(torch.neg, options=options)(torch.ones(2, device=device))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--compile does not work here ({reason}); leave it out") from None
+    tower.compile(options=options)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from llm2clip.bank.reader import Bank
 from llm2clip.captions.bad import BadSamples
 from llm2clip.errors import UsageError
+from llm2clip.student.accelerator import compile_tower
 from llm2clip.student.checkpoint import (
     load_best,
     load_checkpoint,
@@ -109,7 +110,7 @@ class Session:
             lora_alpha=config.lora_alpha,
         )
         if config.compile:
-            student.tower.compile()
+            compile_tower(student.tower, device=self.accelerator.device)
 
     def _open_loader(self) -> BankLoader:
         config, accelerator = self.config, self.accelerator
@@ -216,6 +217,8 @@ class Session:
         for name, parameter in self.student.tower.named_parameters():  # by name: FSDP2 has put others in their place
             parameter.requires_grad_(name in self._waiting)
         self._waiting.clear()
+        if self.config.compile:
+            torch.compiler.reset()  # torch 2.9 would go on with what it compiled for a frozen tower
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             del self.model
             self.accelerator._models.clear()

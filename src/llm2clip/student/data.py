@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from llm2clip.bank.dtypes import read_dtype
 from llm2clip.bank.reader import Bank
 from llm2clip.captions.bad import BadPicture
 from llm2clip.captions.pictures import load_picture
@@ -146,7 +145,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         )
         self.first_sample = np.cumsum([0, *(bank.num_samples for bank in banks)], dtype=np.int64)
         self.first_row = np.cumsum([0, *(bank.num_rows for bank in banks)], dtype=np.int64)
-        self.dtype = np.result_type(*(read_dtype(bank.dtype) for bank in banks))
+        self.dtype = np.result_type(*(bank.vector_dtype for bank in banks))
 
     @property
     def batches_per_epoch(self) -> int:

@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
     """`seconds` for a person.
 
     >>> duration(42), duration(250), duration(7300)
-    ('42 s', '4 min 10 s', '2 h 2 min')
+    ('42 s', '4 min 10 s', '2 h 1 min')
     """
     whole = round(seconds)
     if whole < 60:

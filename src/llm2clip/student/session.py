@@ -16,6 +16,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from llm2clip.bank.reader import Bank
 from llm2clip.captions.bad import BadSamples
+from llm2clip.config import to_dict
 from llm2clip.errors import UsageError
 from llm2clip.student.accelerator import compile_tower
 from llm2clip.student.checkpoint import (
@@ -31,7 +32,7 @@ from llm2clip.student.checkpoint import (
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
-from llm2clip.student.journal import Journal
+from llm2clip.student.journal import Journal, flat
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.mix import check_banks
 from llm2clip.student.model import Student
@@ -159,7 +160,7 @@ class Session:
             self._restore(*loaded)
         pictures = self.config.batch_size * self.config.accumulate
         self.journal = Journal(self.accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
-        self.accelerator.init_trackers("llm2clip", config=None)
+        self.accelerator.init_trackers("llm2clip", config=flat(to_dict(self.config)))
 
     def _check_origin(self, origin: dict[str, Any]) -> None:
         if origin != self.origin:

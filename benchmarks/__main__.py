@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME... [--json FILE] [--device cuda]`: run benchmarks, print their table, write it.
 
-Names: encode, bank, step, loader, loss, recall. Peers come with `pip install 'llm2clip[bench]'`.
+Names: encode, bank, step, loader, loss, recall. Peers come with `pip install 'llm2clip[bench]'`, but for
+LLM2Vec, which asks for an old transformers: `pip install --no-deps llm2vec`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bank as a store: random gathers against one numpy memory map, peak memory against size, what int8 costs.
 
 The gathers read 4,096 rows of 4,096 float16 dimensions out of 65,536 (512 MiB, in the page cache), from 1 and from 4
-processes. Peak memory is that of whole `build-bank` processes with a mini LLM.
+processes. Peak memory is that of whole processes that build a bank with a mini LLM, its captions from a file.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from PIL import Image
 
 from llm2clip.bank.build import Plan, write_bank
 from llm2clip.bank.collect import Intake
+from llm2clip.bank.encoder import Prepared
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.captions.config import SourceConfig
@@ -80,15 +81,15 @@ def write_tars(folder: Path) -> list[Path]:
 class RandomVectors:
     """In the place of a teacher: vectors of its width, of no meaning."""
 
-    def prepare(self, texts: list[str]) -> list[str]:
+    def prepare(self, texts: list[str]) -> Prepared:
         """The captions as they are."""
-        return texts
+        return Prepared([np.arange(len(texts))], np.ones(len(texts), np.int64), None, texts)
 
-    def run(self, prepared: list[str], sink: Callable[..., None]) -> np.ndarray:
+    def run(self, prepared: Prepared, sink: Callable[..., None]) -> np.ndarray:
         """Random vectors."""
-        vectors = np.random.default_rng(0).normal(size=(len(prepared), TEACHER_DIM)).astype(np.float16)
-        sink(np.arange(len(prepared)), (vectors, None))
-        return np.ones(len(prepared), np.int32)
+        vectors = np.random.default_rng(0).normal(size=(len(prepared.texts), TEACHER_DIM)).astype(np.float16)
+        sink(prepared.batches[0], (vectors, None))
+        return np.ones(len(prepared.texts), np.int32)
 
 
 def write_test_bank(folder: Path, tars: list[Path]) -> Bank:

@@ -143,6 +143,22 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "--config FILE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("words", "code"), [("bank --help", 0), ("bank -h", 0), ("bank", 2)])
+def test_a_verb_of_several_tools_lists_them(words: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(words.split()) == code
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: llm2clip bank TOOL [flags]") and err == ""
+    tools = [verb for verb in cli.VERBS if verb.startswith("bank ")]
+    assert len(tools) == 5
+    assert [line.strip().split("  ")[0] for line in out.splitlines() if line.startswith("  ")] == tools
+    assert all(cli.VERBS[tool].summary in out for tool in tools)
+
+
+def test_a_group_of_tools_that_is_none_is_still_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["ban", "--help"]) == 2
+    assert "verb 'ban' is unknown" in capsys.readouterr().err
+
+
 def test_importing_the_package_and_asking_for_help_is_light() -> None:
     code = (
         "import sys, llm2clip, llm2clip.cli as cli; cli.run(['--help']);"

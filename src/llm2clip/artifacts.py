@@ -100,7 +100,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_manifest(folder: Path, kind: str, *, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-    """Write `folder/manifest.json`, the last file of an artifact, and return its content.
+    """Write `folder/manifest.json`, the last file of an artifact, and return its content (see `manifest_of`)."""
+    manifest = manifest_of(kind, config=config, **facts)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def manifest_of(kind: str, *, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """The content of a manifest.
 
     Args:
         kind: what the folder is: "teacher", "bank", "student", "report", "export", "demo".
@@ -109,15 +116,13 @@ def write_manifest(folder: Path, kind: str, *, config: Mapping[str, Any], **fact
     """
     from llm2clip import __version__
 
-    manifest = {
+    return {
         "format": f"llm2clip/{kind}",
         "format_version": FORMAT_VERSION,
         "llm2clip_version": __version__,
         **facts,
         "config": dict(config),
     }
-    write_json(folder / MANIFEST, manifest)
-    return manifest
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:

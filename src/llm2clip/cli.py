@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the verb that `arguments` name and return the exit code; errors go to stderr as one line."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(overview())
-        return 0 if arguments else 2
+    group = _group_of_tools(arguments)
+    words = arguments[1:] if group else arguments
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(tools_overview(group) if group else overview())
+        return 0 if words else 2
     if arguments[0] == "--version":
         from llm2clip import __version__
 
@@ -135,10 +138,8 @@ def find_verb(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in VERBS:
             return name, arguments[words:]
-    tools = [verb.split()[1] for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
-    if tools:
-        given = arguments[1] if len(arguments) > 1 else ""
-        check_choice(f"llm2clip {arguments[0]}: verb", given, tools)
+    if group := _group_of_tools(arguments):
+        check_choice(f"llm2clip {group}: tool", arguments[1], [verb.split()[1] for verb in _tools(group)])
     check_choice("verb", arguments[0], VERBS)
     raise AssertionError(arguments)
 
@@ -200,18 +201,38 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
 
 def overview() -> str:
     """The text of `llm2clip --help`."""
-    width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: llm2clip VERB [flags]      llm2clip VERB --help      llm2clip --version",
             "",
             "captions -> teacher -> bank -> student -> evaluate -> export",
             "",
-            *lines,
+            *_summaries(VERBS),
             "",
         ]
     )
+
+
+def tools_overview(group: str) -> str:
+    """The text of `llm2clip bank --help`, for a group of verbs of two words."""
+    usage = f"usage: llm2clip {group} TOOL [flags]      llm2clip {group} TOOL --help"
+    return "\n".join([usage, "", *_summaries(_tools(group)), ""])
+
+
+def _summaries(verbs: Collection[str]) -> list[str]:
+    width = max(map(len, verbs))
+    return [f"  {name:<{width}}  {VERBS[name].summary}" for name in verbs]
+
+
+def _tools(group: str) -> list[str]:
+    """The verbs of two words that begin with `group`."""
+    return [verb for verb in VERBS if verb.startswith(f"{group} ")]
+
+
+def _group_of_tools(arguments: list[str]) -> str | None:
+    """The first argument, if it is no verb in itself but the first word of several."""
+    first = arguments[0] if arguments else ""
+    return first if first not in VERBS and _tools(first) else None
 
 
 def _load(place: str) -> Any:

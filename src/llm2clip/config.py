@@ -118,6 +118,15 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
     raise UsageError(f"{what} {value!r} is unknown{hint}; choose from {', '.join(allowed)}")
 
 
+def save_interval(asked: int | None, total_steps: int) -> int:
+    """Steps between checkpoints: as asked, or a tenth of the run, at most 500.
+
+    >>> save_interval(None, 120), save_interval(None, 10**6), save_interval(7, 120), save_interval(None, 3)
+    (12, 500, 7, 1)
+    """
+    return asked or max(1, min(500, total_steps // 10))
+
+
 def check_positive(**values: float) -> None:
     """Check that each value is above zero; the keyword is the flag's name.
 

@@ -14,6 +14,8 @@ from tqdm import tqdm
 logger = logging.getLogger("llm2clip")
 Item = TypeVar("Item")
 LOG_EVERY_SECONDS = 15.0
+EARLY_SECONDS = (1.0, 4.0)
+"""From the start to the first early line, and to the second: long enough for a rate, soon enough to stop a mistake."""
 
 
 class Progress:
@@ -24,47 +26,75 @@ class Progress:
         description: what is being done ("encode").
         unit: what is counted ("captions").
         initial: units done by an earlier run; they do not count for the rate.
+        early: two lines more in the log, as soon as there is a rate, for a job whose time left decides what is done.
+        unit_bytes: bytes that a unit takes on the disk; the size so far and in all is shown.
 
     Example:
         >>> with Progress(2, description="count", unit="items") as progress:
         ...     progress.advance(2)
     """
 
-    def __init__(self, total: int | None, *, description: str, unit: str, initial: int = 0) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        *,
+        description: str,
+        unit: str,
+        initial: int = 0,
+        early: bool = False,
+        unit_bytes: int | None = None,
+    ) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done = self._initial = initial
+        self._unit_bytes, self._work = unit_bytes, 0.0
         self._start = self._last_line = time.monotonic()
+        self._waits = [*(EARLY_SECONDS if early else ()), LOG_EVERY_SECONDS]
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True)
 
-    def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count `count` more units; `note` (a loss, say) stands at the end of the bar or line."""
+    def advance(self, count: int = 1, *, work: float | None = None, note: str = "") -> None:
+        """Count `count` more units.
+
+        Args:
+            work: how much of the work they were, in units of the mean size, where they are known to be larger or
+                smaller than others; the time left in a log goes by it.
+            note: stands at the end of the bar or line (a loss, say).
+        """
         self.done += count
+        self._work += count if work is None else work
         if self._bar is not None:
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
+            if note or self._unit_bytes is not None:
+                self._bar.set_postfix_str(", ".join(filter(None, [self._size(), note])), refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._last_line >= LOG_EVERY_SECONDS:
+        elif self.done > self._initial and time.monotonic() - self._last_line >= self._waits[0]:
+            self._waits = self._waits[1:] or self._waits
             self._line(note)
 
     def _line(self, note: str = "") -> None:
         self._last_line = time.monotonic()
         rate = (self.done - self._initial) / max(self._last_line - self._start, 1e-9)
         of = f"/{self.total:,}" if self.total is not None else ""
-        left = ""
-        if self.total is not None and rate > 0 and self.done < self.total:
-            left = f", {duration((self.total - self.done) / rate)} left"
-        logger.info(
-            "%s: %s%s %s, %.4g/s%s%s",
-            self.description,
-            f"{self.done:,}",
-            of,
-            self.unit,
-            rate,
-            left,
-            note and f", {note}",
-        )
+        parts = [
+            f"{self.description}: {self.done:,}{of} {self.unit}",
+            f"{rate:.4g}/s",
+            self._size(),
+            self._left(),
+            note,
+        ]
+        logger.info("%s", ", ".join(filter(None, parts)))
+
+    def _left(self) -> str:
+        """The time left by the work done since the start, if there is any of both."""
+        if self.total is None or self.done >= self.total or self._work <= 0:
+            return ""
+        seconds = (self._last_line - self._start) * (self.total - self._initial - self._work) / self._work
+        return f"{duration(max(seconds, 0.0))} left"
+
+    def _size(self) -> str:
+        if self._unit_bytes is None or self.total is None:
+            return ""
+        return f"{human_bytes(self.done * self._unit_bytes)} of {human_bytes(self.total * self._unit_bytes)}"
 
     def __enter__(self) -> Progress:
         return self
@@ -105,3 +135,16 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def human_bytes(count: float) -> str:
+    """A size for a person.
+
+    >>> human_bytes(8192), human_bytes(94e9)
+    ('8.19 kB', '94 GB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"

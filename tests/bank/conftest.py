@@ -12,6 +12,7 @@ from PIL import Image
 
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
+from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
 
 WORDS = "a the of red green blue disc square picture small large shows one two dark left right on is this".split()
@@ -78,3 +79,17 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     return read
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Captions of each call of the encoder."""
+    counts: list[int] = []
+    run = CaptionEncoder.run
+
+    def counted(self, prepared, sink):
+        counts.append(sum(len(batch) for batch in prepared.batches))
+        return run(self, prepared, sink)
+
+    monkeypatch.setattr(CaptionEncoder, "run", counted)
+    return counts

@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
+import re
 import shutil
-import signal
+import sys
 import threading
-import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llm2clip import progress
 from llm2clip.bank import build as build_module
-from llm2clip.bank import files
-from llm2clip.bank import fill as fill_module
+from llm2clip.bank import encoder, files
 from llm2clip.bank.build import build_bank
-from llm2clip.bank.config import BankConfig
-from llm2clip.bank.encoder import CaptionEncoder
+from llm2clip.bank.config import BankAddConfig, BankConfig
+from llm2clip.bank.merge import add_to_bank
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.shards import ShardBuffer
 from llm2clip.bank.verify import cosines
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.teacher.model import load_teacher
 
 Files = Callable[[Path], dict[str, bytes]]
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Captions of each call of the encoder."""
-    counts: list[int] = []
-    run = CaptionEncoder.run
-
-    def counted(self, prepared, sink):
-        counts.append(sum(len(batch) for batch in prepared.batches))
-        return run(self, prepared, sink)
-
-    monkeypatch.setattr(CaptionEncoder, "run", counted)
-    return counts
 
 
 def test_a_bank_is_the_teacher_of_its_captions(bank: Bank, tiny_llm: Path) -> None:
@@ -137,44 +124,6 @@ def test_speed_settings_may_change(captions_csv, build, tmp_path, encoded) -> No
     assert encoded == [16] and "batch_tokens" not in bank.manifest["config"]
 
 
-def test_parts_by_hand_make_the_same_bank(bank: Bank, captions_csv, tmp_path, tiny_llm, encoded, files_of) -> None:
-    out = tmp_path / "bank"
-    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 16, "device": "cpu"}
-    for part, counts in ((1, [16, 16, 8]), (2, [16, 16]), (0, [16, 16, 16])):
-        encoded.clear()
-        build_bank(BankConfig(data=(str(captions_csv),), out=out, shard=f"{part}/3", **settings))
-        assert (out / "manifest.json").exists() == (part == 0)
-        assert encoded == counts
-    assert files_of(out) == files_of(bank.folder)
-
-
-def test_two_processes_share_the_work(bank: Bank, captions_csv, tiny_llm, tmp_path, files_of, monkeypatch) -> None:
-    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.05)
-    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 16, "device": "cpu"}
-    config = BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", **settings)
-    children = [fork(lambda rank=rank: build_as(rank, config)) for rank in range(3)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert files_of(tmp_path / "bank") == files_of(bank.folder)
-
-
-def build_as(rank: int, config: BankConfig) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="3")
-    build_bank(config)
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a child that shares the loaded libraries; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
 def test_reuse_copies_what_is_known(bank: Bank, captions_csv, write_captions, build, tmp_path, encoded) -> None:
     folder = tmp_path / "data"
     data = write_captions(folder / "a.csv", 70, columns={"short_caption": 4, "long_caption": 14})
@@ -197,37 +146,13 @@ def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_pa
         build(captions_csv, tmp_path / "prompted", prompt="this is ", reuse=(bank.folder,))
 
 
-def test_processes_that_fail_do_not_wait_for_each_other(captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
-    """Each of two has one of the two shards in hand when the disk is full."""
-    prepare, deadline = fill_module._prepare, time.monotonic() + 30
-
-    def both_at_once(layout, table, encoder, reuse, shard):
-        (tmp_path / str(shard)).touch()
-        while not (tmp_path / str(1 - shard)).exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return prepare(layout, table, encoder, reuse, shard)
-
-    def full(buffer):
-        time.sleep(0.3)  # until the other thread has found nothing to take
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(fill_module, "_prepare", both_at_once)
-    monkeypatch.setattr(ShardBuffer, "write", full)
-    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.1)
-    settings = {"teacher": str(tiny_llm), "precision": "fp32", "shard_rows": 60, "device": "cpu"}
-    config = BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", **settings)
-    children = [fork(lambda rank=rank: build_as(rank, config)) for rank in (0, 2)]
-    assert [end_of(child, seconds=20) for child in children] == [1, 1]
-
-
-def end_of(child: int, *, seconds: float) -> int:
-    """The exit code of a child; one that runs longer is killed."""
-    deadline = time.monotonic() + seconds
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
-    return os.waitstatus_to_exitcode(ended[1])
+def test_reuse_of_another_precision_is_refused(bank: Bank, captions_csv, build, tmp_path, encoded) -> None:
+    message = f"{bank.folder} was built in fp32, not bf16: .*; give --precision fp32, or leave it out of --reuse"
+    with pytest.raises(UsageError, match=message):
+        build(captions_csv, tmp_path / "half", precision="bf16", reuse=(bank.folder,))
+    assert not (tmp_path / "half").exists()  # else the same --out with the precision named would be refused, too
+    build(captions_csv, tmp_path / "half", precision="fp32", reuse=(bank.folder,))
+    assert encoded == []
 
 
 def test_another_precision_is_refused(bank: Bank, captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
@@ -282,6 +207,67 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on(
     build(captions_csv, tmp_path / "bank")
     assert sum(encoded) == 120 - 32
     assert files_of(tmp_path / "bank") == files_of(bank.folder)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What was logged since the last look; 5 kB are free on the disk, and the first two batches count as early."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=5000))
+    monkeypatch.setattr(progress, "EARLY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", float("inf"))
+    caplog.set_level(logging.INFO, "llm2clip")
+
+    def look() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return lines
+
+    return look
+
+
+def test_size_and_time_left_are_said_before_and_while_it_is_built(captions_csv, build, tmp_path, said) -> None:
+    build(captions_csv, tmp_path / "bank", batch_tokens=100)
+    collected, size, full, *encoded = said()
+    assert collected.startswith("collect: 60 samples")
+    assert size == (
+        "120 captions of 60 samples, 120 distinct: 7.68 kB vectors of 32 x float16, 64 B each; 5 kB free on the disk"
+    )
+    assert full == "the disk will be full before the bank is whole: free 2.68 kB more"
+    assert [re.sub(r"[\d.e+-]+/s|\d+ s left", "_", line) for line in encoded] == [
+        "encode: 6/120 captions, _, 384 B of 7.68 kB, _",  # six long ones of 16 tokens are a batch
+        "encode: 8/120 captions, _, 512 B of 7.68 kB, _",
+        "encode: 120/120 captions, _, 7.68 kB of 7.68 kB",
+    ]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_long_captions_count_for_more_of_the_time(ahead: bool, captions_csv, build, tmp_path, monkeypatch) -> None:
+    """They come first in a shard; by their number alone a bank would seem to take several times as long."""
+    advance, done = progress.Progress.advance, []
+
+    def noted(self, count=1, *, work=None, note=""):
+        done.append((count, work))
+        advance(self, count, work=work, note=note)
+
+    monkeypatch.setattr(progress.Progress, "advance", noted)
+    if not ahead:  # a teacher that tokenises itself: by characters
+        monkeypatch.setattr(encoder, "can_tokenise_ahead", lambda teacher: False)
+    build(captions_csv, tmp_path / "bank", batch_tokens=100, shard_rows=120)
+    batches = [(count, work) for count, work in done if work is not None]
+    assert sum(count for count, _ in batches) == 120 == pytest.approx(sum(work for _, work in batches))
+    assert batches[0][1] > 1.3 * batches[0][0] and batches[-1][1] < 0.7 * batches[-1][0]
+
+
+def test_what_is_there_already_needs_no_room(captions_csv, build, bank, tmp_path, write_captions, said) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    (copy / "vectors" / "00000.npy").unlink()
+    build(captions_csv, copy)
+    size, *encoded = said()
+    assert "7.68 kB vectors" in size and encoded[0].startswith("encode: ") and "of 7.68 kB" in encoded[0]
+    data = write_captions(tmp_path / "new" / "a.csv", 2, columns={"raw": 6}, first=100)
+    add_to_bank(BankAddConfig(data=(str(data),), bank=bank.folder, out=tmp_path / "more", device="cpu"))
+    assert "will be full" not in "".join(said())  # 122 rows are 7.8 kB, but 120 of them are linked
 
 
 def test_bad_samples_are_listed(tmp_path: Path, write_captions, build) -> None:

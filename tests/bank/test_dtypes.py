@@ -53,3 +53,8 @@ def test_packing_half_precision_vectors() -> None:
     vectors = torch.tensor([[0.5, -1.0]], dtype=torch.bfloat16)
     for dtype in DTYPES:
         np.testing.assert_allclose(round_trip(vectors, dtype), [[0.5, -1.0]], rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows(dtype: str) -> None:
+    assert round_trip(torch.zeros(0, 48), dtype).shape == (0, 48)

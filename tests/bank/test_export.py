@@ -66,6 +66,19 @@ def test_exporting_again_does_nothing(bank: Bank, tmp_path: Path, files_of) -> N
     assert files_of(export_bank(config)) == before
 
 
+def test_the_folder_may_be_empty_but_not_in_use(bank: Bank, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out"))
+    with pytest.raises(UsageError, match="rows_per_file was 65536, now 7"):
+        export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", rows_per_file=7))
+    with pytest.raises(UsageError, match="holds a bank"):
+        export_bank(BankExportConfig(bank=bank.folder, out=bank.folder))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.txt").touch()
+    with pytest.raises(UsageError, match="holds files of another program"):
+        export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "thesis"))
+
+
 def test_an_unknown_kind(bank: Bank, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'lng' is unknown"):
         export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", kinds=("lng",)))

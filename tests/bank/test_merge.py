@@ -75,6 +75,18 @@ def test_banks_that_do_not_fit(folder: Path, bank: Bank, build) -> None:
         BankMergeConfig(banks=(bank.folder,), out=folder / "z")
 
 
+def test_banks_of_two_precisions(folder: Path, bank: Bank, build, captions_csv: Path) -> None:
+    half = build(folder / "short.csv", folder / "half", precision="bf16")
+    with pytest.raises(UsageError, match=f"{half.folder} was built in bf16, not fp32: .*again with --precision fp32"):
+        merge_banks(BankMergeConfig(banks=(bank.folder, half.folder), out=folder / "x"))
+    config = {"data": (str(captions_csv),), "out": folder / "x", "device": "cpu"}
+    with pytest.raises(UsageError, match=r"was built in bf16, not fp32: .*; leave out --precision"):
+        add_to_bank(BankAddConfig(bank=half.folder, precision="fp32", **config))
+    assert not (folder / "x").exists()
+    more = Bank.open(add_to_bank(BankAddConfig(bank=half.folder, **config)))
+    assert more.manifest["teacher"]["precision"] == "bf16"
+
+
 def test_add_a_kind_encodes_only_what_is_new(folder: Path, build, monkeypatch: pytest.MonkeyPatch) -> None:
     short = build(folder / "short.csv", folder / "a")
     encoded: list[int] = []

@@ -12,6 +12,7 @@ from PIL import Image
 
 from llm2clip.bank.build import Plan, write_bank
 from llm2clip.bank.collect import Intake
+from llm2clip.bank.encoder import Prepared
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.captions.bad import BadSamples
@@ -28,13 +29,13 @@ def vector_of(text: str) -> np.ndarray:
 class FakeEncoder:
     """In the place of a teacher."""
 
-    def prepare(self, texts: list[str]) -> list[str]:
-        return texts
+    def prepare(self, texts: list[str]) -> Prepared:
+        return Prepared([np.arange(len(texts))], np.ones(len(texts), np.int64), None, texts)
 
-    def run(self, prepared: list[str], sink: Any) -> np.ndarray:
-        if prepared:
-            sink(np.arange(len(prepared)), (np.stack([vector_of(text) for text in prepared]), None))
-        return np.ones(len(prepared), np.int32)
+    def run(self, prepared: Prepared, sink: Any) -> np.ndarray:
+        if prepared.texts:
+            sink(prepared.batches[0], (np.stack([vector_of(text) for text in prepared.texts]), None))
+        return np.ones(len(prepared.texts), np.int32)
 
 
 def facts(fingerprint: str = "t" * 16) -> TeacherFacts:

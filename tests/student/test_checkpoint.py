@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm2clip.errors import ArtifactError
+from llm2clip.student import checkpoint
 from llm2clip.student.checkpoint import (
     drop_checkpoints,
     load_checkpoint,
@@ -81,12 +82,13 @@ def test_the_last_two_are_kept(tmp_path) -> None:
 
 def test_a_checkpoint_half_written_is_no_checkpoint(tmp_path) -> None:
     save_checkpoint(tmp_path, 1, {"model/x": torch.zeros(1)}, {})
-    torn = tmp_path / "checkpoints" / ".writing"
+    torn = tmp_path / "checkpoints" / ".writing-00000007"
     torn.mkdir()
     (torn / "state.safetensors").write_bytes(b"half")
     assert load_checkpoint(tmp_path)[1]["step"] == 1
     save_checkpoint(tmp_path, 2, {"model/x": torch.zeros(1)}, {})
     assert load_checkpoint(tmp_path)[1]["step"] == 2
+    assert not torn.exists()
 
 
 def test_damage_is_named(tmp_path) -> None:
@@ -94,6 +96,16 @@ def test_damage_is_named(tmp_path) -> None:
     (tmp_path / "checkpoints" / "step-00000003" / "state.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ArtifactError, match="step-00000003 is damaged"):
         load_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000003" / "state.json").write_text('{"step": 3}')
+    with pytest.raises(ArtifactError, match="step-00000003 is damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_part_written_where_the_first_process_does_not_see_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "DTensor", torch.Tensor)  # as if the tensor were in shards
+    with pytest.raises(ArtifactError, match="process 1 wrote its part of step-00000005 elsewhere"):
+        save_checkpoint(tmp_path, 5, {"model/x": torch.zeros(1)}, {}, process=0, num_processes=2)
+    assert load_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from llm2clip.artifacts import read_manifest
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.student import accelerator, session, train
-from llm2clip.student.accelerator import keep_sums_whole, start_accelerator
+from llm2clip.student.accelerator import check_sharding, keep_sums_whole, start_accelerator
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.train import accuracy, train_student
@@ -303,11 +303,42 @@ def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypa
     keep_sums_whole(plugin)
     policy = plugin.mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == policy.output_dtype == torch.float32
+    check_sharding(config(), plugin)
+    plugin.activation_checkpointing = True
+    with pytest.raises(UsageError, match="give --gradient-checkpointing"):
+        check_sharding(config(), plugin)
+    plugin.activation_checkpointing = False
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu130")
+    check_sharding(config(adaptor_warmup_steps=1), plugin)
+    with pytest.raises(UsageError, match=r"--adaptor-warmup-steps under FSDP2 in bf16 needs torch 2\.14"):
+        check_sharding(config(adaptor_warmup_steps=1, precision="bf16"), plugin)
     for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
         monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", False)
         with pytest.raises(UsageError, match=rf"{kind.value}; a student trains under DDP or FSDP version 2"):
             start_accelerator(config())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_bank_of_every_dtype_trains(config, tiny_llm, pictures_csv, tmp_path, dtype) -> None:
+    from llm2clip.bank.build import build_bank
+    from llm2clip.bank.config import BankConfig
+
+    settings = {"data": (str(pictures_csv),), "teacher": str(tiny_llm), "precision": "fp32"}
+    stored = build_bank(BankConfig(out=tmp_path / dtype, dtype=dtype, **settings))
+    losses = [
+        [line["loss"] for line in log(train_student(config(bank=(str(folder),), steps=3, out=tmp_path / f"{i}")))]
+        for i, folder in enumerate((config().bank[0], stored))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_checkpoints_are_a_tenth_of_the_run_apart_unless_told(config, monkeypatch) -> None:
+    saved = []
+    monkeypatch.setattr(session.Session, "save", lambda run: saved.append(run.step))
+    train_student(config(steps=25))
+    train_student(config(steps=25, save_every=9, out=config().out.with_name("other")))
+    assert saved == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 9, 18]
 
 
 def test_kill_9_and_the_same_command_again(config, tmp_path) -> None:

@@ -91,7 +91,7 @@ def test_two_processes_killed_and_started_again_end_in_the_same_bytes(settings: 
         assert ended[victim][0] == -signal.SIGKILL, ended
         assert ended[1 - victim][0] == 1 and "Error" in ended[1 - victim][1], ended
         left.append({path.name for path in (run.out / "checkpoints").glob("*")})
-    assert left[:3] == [set(), {".writing", "step-00000003"}, {"step-00000003", "step-00000006"}]
+    assert left[:3] == [set(), {".writing-00000006", "step-00000003"}, {"step-00000003", "step-00000006"}]
     assert side_by_side(2, tmp_path / "last", lambda rank: train_student(run)) == [(0, "")] * 2
     assert values(run.out, "step") == list(range(1, 13))
     for name in ("model.safetensors", "manifest.json"):

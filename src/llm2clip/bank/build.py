@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, open_output, read_json, write_manifest
+from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, manifest_of, open_output, read_json
 from llm2clip.bank.claims import FINISH_TASK, TABLE_TASK, TEACHER_TASK, Claims
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankConfig, EncodeConfig
@@ -22,11 +22,12 @@ from llm2clip.bank.files import one_line_disk_errors, write_facts
 from llm2clip.bank.fill import WAIT_SECONDS, fill
 from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, pick_device, pick_precision, resolve_prompt
 from llm2clip.bank.reader import VECTORS, Bank
-from llm2clip.bank.reuse import Reuse
+from llm2clip.bank.reuse import Reuse, check_reuse
 from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
-from llm2clip.bank.table import FACTS, TABLE, Table
+from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.captions.sources import open_source
 from llm2clip.errors import UsageError
+from llm2clip.progress import human_bytes
 
 logger = logging.getLogger("llm2clip")
 TEACHER = "teacher.json"
@@ -76,7 +77,13 @@ def build_bank(config: BankConfig) -> Path:
     """
     out = Path(config.out)
     encoder, teacher = load_encoder(
-        config, config.teacher, out, config.dtype, prompt=config.prompt, prompt_name=config.prompt_name
+        config,
+        config.teacher,
+        config.teacher_revision,
+        out,
+        config.dtype,
+        prompt=config.prompt,
+        prompt_name=config.prompt_name,
     )
     settings = same_teacher_settings(out, config.settings(), teacher)
 
@@ -102,6 +109,7 @@ def build_bank(config: BankConfig) -> Path:
 def load_encoder(
     config: EncodeConfig,
     name: str,
+    revision: str | None,
     out: Path,
     dtype: str,
     *,
@@ -112,6 +120,7 @@ def load_encoder(
     """The teacher `name`, ready to encode, and its facts.
 
     Args:
+        revision: of a Hub id.
         out: the bank's folder; one begun there fixes what `--precision auto` means.
         auto_precision: what it means otherwise, if not the best for the hardware.
     """
@@ -123,7 +132,7 @@ def load_encoder(
     precision = pick_precision(precision, device)
     teacher = load_for_encoding(
         name,
-        revision=config.teacher_revision,
+        revision=revision,
         device=device,
         precision=precision,
         trust_remote_code=config.trust_remote_code,
@@ -132,7 +141,8 @@ def load_encoder(
     encoder = CaptionEncoder(
         teacher, prompt=text, dtype=dtype, batch_tokens=config.batch_tokens, compile=config.compile
     )
-    return encoder, facts_of(teacher, name, prompt=text, precision=precision, dim=encoder.dim)
+    facts = facts_of(teacher, name, prompt=text, precision=precision, dim=encoder.dim, revision=revision)
+    return encoder, facts
 
 
 def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherFacts) -> dict[str, Any]:
@@ -149,36 +159,39 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
             f"--out {out} holds a bank by another teacher: its fingerprint is {begun.fingerprint} ({begun.name}), that "
             f"of {teacher.name} is {teacher.fingerprint}; name a new folder"
         )
-    return {**settings, "teacher": begun.name} if "teacher" in settings else settings
+    if begun.name == teacher.name:
+        return settings
+    return {**settings, "teacher": begun.name, "teacher_revision": begun.revision}
 
 
 def write_bank(plan: Plan) -> Path:
     """Write what `plan` says, or go on with it; returns the folder."""
+    check_reuse(plan.reuse, plan.teacher, plan.dtype)  # before the folder is begun
     with (
         one_line_disk_errors(plan.out),
         open_output(plan.out, "bank", config=plan.settings, shared=True),
         Claims(plan.out) as claims,
     ):
         (plan.out / VECTORS).mkdir(exist_ok=True)
-        _agree_on_teacher(plan, claims)
+        plan = dataclasses.replace(plan, teacher=_agree_on_teacher(plan, claims))
         table = _table(plan, claims)
-        dtype, rows = plan.dtype, table.num_rows
-        layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, plan.teacher.dim, base=plan.base)
+        rows, dtype, dim = table.num_rows, plan.dtype, plan.teacher.dim
+        layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, dim, base=plan.base)
         if (plan.out / MANIFEST).exists() and _is_whole(layout):
             logger.info("%s is already complete", plan.out)
             claims.remove_file()
             return plan.out
-        _say_size(layout, table)
         if plan.base is not None:
             link_shards(layout, plan.base)
-        reuse = Reuse(plan.reuse, teacher=plan.teacher, dtype=dtype)
+        _say_size(layout, table)
+        reuse = Reuse(plan.reuse)
         fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
         _finish(plan, layout, table, claims)
     return plan.out
 
 
-def _agree_on_teacher(plan: Plan, claims: Claims) -> None:
-    """Write `teacher.json`, unless another process was first.
+def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
+    """Write `teacher.json`, unless another process was first; returns what it says.
 
     Raises:
         UsageError: if that one encodes in another precision, as `--precision auto` may mean on other hardware.
@@ -187,12 +200,13 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> None:
     with claims.hold(TEACHER_TASK):
         if not path.exists():
             write_facts(path, dataclasses.asdict(plan.teacher))
-    begun = read_json(path)["precision"]
-    if begun != plan.teacher.precision:
+    begun = TeacherFacts(**read_json(path))
+    if begun.precision != plan.teacher.precision:
         raise UsageError(
-            f"{plan.out} was begun in {begun}, and this process encodes in {plan.teacher.precision}: it may start "
-            f"again now that the bank is begun; in a new folder give --precision {begun} to all"
+            f"{plan.out} was begun in {begun.precision}, and this process encodes in {plan.teacher.precision}: it may "
+            f"start again now that the bank is begun; in a new folder give --precision {begun.precision} to all"
         )
+    return begun
 
 
 def _table(plan: Plan, claims: Claims) -> Table:
@@ -202,10 +216,10 @@ def _table(plan: Plan, claims: Claims) -> Table:
         UsageError: if the sources changed since it was made.
     """
     intake = plan.intake()
-    while not _has_table(plan.out):
+    while not has_table(plan.out):
         if claims.take(TABLE_TASK):
             try:
-                if not _has_table(plan.out):
+                if not has_table(plan.out):
                     collect(intake, plan.out)
             finally:
                 claims.release(TABLE_TASK)
@@ -220,13 +234,6 @@ def _table(plan: Plan, claims: Claims) -> Table:
     return table
 
 
-def _has_table(folder: Path) -> bool:
-    """Whether the table is there with all its files."""
-    if not (folder / TABLE / FACTS).exists():
-        return False
-    return all((folder / TABLE / name).exists() for name in read_json(folder / TABLE / FACTS)["files"])
-
-
 def _is_whole(layout: Layout) -> bool:
     return all(shard_facts(layout, shard) is not None for shard in range(layout.num_shards))
 
@@ -237,36 +244,24 @@ def _rank_offset() -> float:
 
 
 def _say_size(layout: Layout, table: Table) -> None:
-    needed = layout.num_bytes()
-    there = sum(
-        file.stat().st_size for file in (layout.folder / VECTORS).glob("[0-9]*.npy") if not file.name.startswith(".")
-    )
+    """Say how large the bank will be, and warn if the disk has no room for what is not there yet."""
+    needed, each = layout.num_bytes(), row_bytes(layout.dtype, layout.dim)
+    whole = (shard for shard in range(layout.num_shards) if shard_facts(layout, shard) is not None)
+    missing = needed - each * sum(len(layout.rows(shard)) for shard in whole)
     free = shutil.disk_usage(layout.folder).free
     logger.info(
-        "%s captions of %s samples, %s distinct: %s vectors of %s x %s, %s",
+        "%s captions of %s samples, %s distinct: %s vectors of %s x %s, %s each; %s free on the disk",
         f"{table.facts['num_captions']:,}",
         f"{table.num_samples:,}",
         f"{table.num_rows:,}",
         human_bytes(needed),
         layout.dim,
         layout.dtype,
-        f"{human_bytes(row_bytes(layout.dtype, layout.dim))} each; {human_bytes(free)} free on the disk",
+        human_bytes(each),
+        human_bytes(free),
     )
-    if needed - there > free:
-        logger.warning("the disk will be full before the bank is whole: free %s", human_bytes(needed - there - free))
-
-
-def human_bytes(count: float) -> str:
-    """A size for a person.
-
-    >>> human_bytes(8192), human_bytes(94e9)
-    ('8.19 kB', '94 GB')
-    """
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.3g} {units[0]}"
+    if missing > free:
+        logger.warning("the disk will be full before the bank is whole: free %s more", human_bytes(missing - free))
 
 
 def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
@@ -283,18 +278,34 @@ def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
         return
     with claims.hold(FINISH_TASK):
         write_bank_manifest(plan, table, whole)
-        for leftover in (*plan.out.glob(".*.tmp"), *(plan.out / VECTORS).glob(".*.tmp")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        _tidy(plan.out, claims)
         claims.remove_file()
 
 
+def _tidy(out: Path, claims: Claims) -> None:
+    """Remove what killed processes left half-written; without locks it may be that of a slower one, and stays."""
+    leftovers = [*out.glob(".*.tmp"), *(out / VECTORS).glob(".*.tmp")]
+    if leftovers and not claims.supported:
+        logger.warning(
+            "%s is whole; it holds %d unfinished files of other processes (.*.tmp), for you to delete when none is at "
+            "work in it any more",
+            out,
+            len(leftovers),
+        )
+        return
+    for leftover in leftovers:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
 def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
-    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file."""
+    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file.
+
+    Several processes may do so at once where there are no locks, each under a temporary name of its own.
+    """
     facts = table.facts
     digests = [entry["sha256"] for entry in facts["files"].values()]
     digests += [entry["sha256"] for shard in shards for entry in shard["files"].values()]
-    write_manifest(
-        plan.out,
+    manifest = manifest_of(
         "bank",
         fingerprint=fingerprint([plan.teacher.fingerprint, plan.teacher.prompt, facts["kinds"], digests]),
         teacher_fingerprint=plan.teacher.fingerprint,
@@ -314,5 +325,6 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
             f"{TABLE}/{FACTS}": {"sha256": file_digest(table.folder / TABLE / FACTS)},
         },
         shards=shards,
-        config=dict(plan.settings),
+        config=plan.settings,
     )
+    write_facts(plan.out / MANIFEST, manifest)

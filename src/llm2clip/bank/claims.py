@@ -2,7 +2,8 @@
 
 One hidden file in the bank's folder is locked byte by byte: a byte for each task. Such locks work across machines on
 NFS, Lustre and GPFS. On a file system without them each process goes on unlocked: then two may encode the same shard,
-which costs time and nothing else, because every file appears whole, by a rename, with the same content.
+which costs time and nothing else, because every file appears whole, by a rename, with the same content, under a
+temporary name of its own that no other process removes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ TABLE_TASK, TEACHER_TASK, FINISH_TASK, FIRST_SHARD_TASK = 0, 1, 2, 3
 class Claims:
     """The tasks that this process holds; all are free again when it ends, however it ends.
 
+    Attributes:
+        supported: False once the file system has shown that it has no locks: then a claim excludes nobody.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, Claims(Path(folder)) as claims:
@@ -37,11 +41,11 @@ class Claims:
     def __init__(self, folder: Path) -> None:
         self._path = folder / CLAIMS
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._supported = True
+        self.supported = True
 
     def take(self, task: int) -> bool:
         """Claim a task; returns False if another process has it."""
-        if not self._supported:
+        if not self.supported:
             return True
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, task)
@@ -53,12 +57,12 @@ class Claims:
             logger.warning(
                 "no file locks in %s (%s): two processes may encode the same shard", self._path.parent, error
             )
-            self._supported = False
+            self.supported = False
         return True
 
     def release(self, task: int) -> None:
         """Give a task back, done or not."""
-        if self._supported:
+        if self.supported:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, task)
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from llm2clip.artifacts import file_digest, write_json
 from llm2clip.bank.files import GrowingArray, GrowingTexts, temporary_name
 from llm2clip.bank.hashes import HASH_BYTES, HashIndex, as_hashes, digest, text_bytes
-from llm2clip.bank.table import FACTS, TABLE, Table
+from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
@@ -70,12 +70,22 @@ def collect(intake: Intake, folder: Path) -> dict[str, Any]:
         facts = {**writer.close(), "source_fingerprint": intake.fingerprint, "bad": intake.bad.to_json()}
         facts["files"] = {path.name: _file_facts(path) for path in sorted(working.glob("*.npy"))}
         write_json(working / FACTS, facts)
-        shutil.rmtree(folder / TABLE, ignore_errors=True)  # one that lost a file; the caller holds the lock
-        os.replace(working, folder / TABLE)
+        _put(working, folder)
     finally:
         writer.abandon()
         shutil.rmtree(working, ignore_errors=True)
     return facts
+
+
+def _put(working: Path, folder: Path) -> None:
+    """Make `working` the table of `folder`, unless another process was first, as may be where there are no locks."""
+    if (folder / TABLE).exists() and not has_table(folder):
+        shutil.rmtree(folder / TABLE)  # one that lost a file
+    try:
+        os.replace(working, folder / TABLE)
+    except OSError:  # a folder that holds anything is not replaced
+        if not has_table(folder):
+            raise
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class BankConfig(EncodeConfig, SourceConfig):
     shard_rows: int = 32768
     """Captions in one file of vectors; at most one such file per process is lost when a run is killed."""
     reuse: tuple[Path, ...] = ()
-    """Other banks of the same teacher and prompt; captions found in them are copied, not encoded."""
+    """Other banks of the same teacher, prompt and precision; captions found in them are copied, not encoded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +184,7 @@ class BankExportConfig:
     bank: Positional[Path]
     """The bank."""
     out: Path
-    """Folder to write; it must be new or empty."""
+    """Folder to write: new, empty, or begun by this same export, which then goes on where it stopped."""
     to: str = "parquet"
     """parquet: Parquet files; datasets: a folder for `datasets.load_from_disk`."""
     rows_per_file: int = 65536

@@ -69,7 +69,7 @@ def unpack(stored: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) 
     """
     if dtype == "int8":
         assert scale is not None
-        blocks = stored.reshape(*scale.shape, -1)
+        blocks = stored.reshape(*scale.shape, stored.shape[1] // scale.shape[1])  # also of no rows
         return np.multiply(blocks, scale[:, :, None], dtype=np.float32).reshape(stored.shape)
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)

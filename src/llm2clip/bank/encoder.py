@@ -40,9 +40,14 @@ Sink = Callable[[NDArray[np.int64], Stored], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Texts ready to be encoded: which go together, and their tokens, or the texts if the teacher tokenises itself."""
+    """Texts ready to be encoded: which go together, and their tokens, or the texts if the teacher tokenises itself.
+
+    Attributes:
+        lengths: of each text `[N]`, in tokens, or else in characters.
+    """
 
     batches: list[NDArray[np.int64]]
+    lengths: NDArray[np.int64]
     tokens: TokenBlock | None
     texts: list[str]
 
@@ -97,9 +102,9 @@ class CaptionEncoder:
         """Tokenise and plan batches; runs in another thread than `run`."""
         tokens = tokenise(self.teacher, texts, self.prompt) if self.ahead and texts else None
         if tokens is not None:
-            return Prepared(plan_batches(tokens.lengths, self.batch_tokens), tokens, [])
+            return Prepared(plan_batches(tokens.lengths, self.batch_tokens), tokens.lengths, tokens, [])
         lengths = np.array([len(text) + len(self.prompt or "") for text in texts], np.int64)
-        return Prepared(plan_batches(lengths, CHARACTERS_PER_TOKEN * self.batch_tokens), None, texts)
+        return Prepared(plan_batches(lengths, CHARACTERS_PER_TOKEN * self.batch_tokens), lengths, None, texts)
 
     @torch.inference_mode()
     def run(self, prepared: Prepared, sink: Sink) -> NDArray[np.int32]:
@@ -217,6 +222,8 @@ def token_counts(features: dict[str, Any], num_texts: int) -> NDArray[np.int64]:
     """Tokens of each text of a batch `[num_texts]`; 0 where a teacher's own features do not tell."""
     if "attention_mask" in features:
         return np.asarray(features["attention_mask"].sum(1).cpu())
+    if "cu_seq_lens_q" in features:  # laid flat by the teacher itself
+        return np.diff(features["cu_seq_lens_q"].cpu().numpy())
     if "offsets" in features:
         return np.diff([*features["offsets"].tolist(), len(features["input_ids"])])
     return np.zeros(num_texts, np.int64)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm2clip.bank.claims import FIRST_SHARD_TASK, Claims
-from llm2clip.bank.dtypes import Stored
+from llm2clip.bank.dtypes import Stored, row_bytes
 from llm2clip.bank.encoder import CaptionEncoder, Prepared
 from llm2clip.bank.reuse import Reuse
 from llm2clip.bank.shards import Layout, ShardBuffer, shard_facts
@@ -59,13 +59,14 @@ def fill(
     done = total - sum(len(layout.rows(shard)) for shard in missing)
     ended = threading.Event()
     jobs = _jobs(layout, table, encoder, reuse, claims, missing, ended)
-    with (
-        Progress(total, description="encode", unit="captions", initial=done) as progress,
-        ThreadPoolExecutor(1, thread_name_prefix="tokenise") as background,
-        contextlib.ExitStack() as stack,
-    ):
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as background, contextlib.ExitStack() as stack:
         stack.callback(ended.set)  # a run that fails does not wait for others' shards, nor they for its own
         upcoming = background.submit(next, jobs, None)
+        wait([upcoming])  # before the clock starts: later shards are tokenised while one is encoded
+        size = row_bytes(layout.dtype, layout.dim)
+        progress = stack.enter_context(
+            Progress(total, description="encode", unit="captions", initial=done, early=True, unit_bytes=size)
+        )
         while (job := upcoming.result()) is not None:
             upcoming = background.submit(next, jobs, None)
             if isinstance(job, Job):
@@ -115,11 +116,13 @@ def _encode(job: Job, encoder: CaptionEncoder | None, table: Table, progress: Pr
     progress.advance(len(job.buffer.vectors) - len(job.places))
     if job.prepared is not None:
         assert encoder is not None
+        lengths = job.prepared.lengths
 
         def sink(places: NDArray[np.int64], stored: Stored) -> None:
             job.buffer.put(job.places[places], stored)
-            progress.advance(len(places))
+            progress.advance(len(places), work=float(lengths[places].sum() / max(lengths.mean(), 1)))  # longest first
 
         job.buffer.tokens[job.places] = encoder.run(job.prepared, sink)
     job.buffer.check(table.text)
-    job.buffer.write()
+    if shard_facts(job.buffer.layout, job.shard) is None:  # else another process made it: there are no locks
+        job.buffer.write()

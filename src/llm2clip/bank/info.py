@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2clip.bank.build import human_bytes
 from llm2clip.bank.config import BankInfoConfig
 from llm2clip.bank.reader import Bank
+from llm2clip.progress import human_bytes
 
 BLOCK_CAPTIONS = 1 << 20
 EDGES = (0, 1, 9, 17, 33, 65, 129, 257, 513, 1025)
@@ -108,10 +108,11 @@ def histogram(counts: NDArray[np.int64]) -> dict[str, int]:
 def as_text(facts: dict[str, Any]) -> str:
     """The facts for a person."""
     teacher = facts["teacher"]
+    at = f" at {teacher['revision']}" if teacher.get("revision") else ""
     repeated = 1 - facts["num_rows"] / facts["num_captions"]
     lines = [
         f"bank      {facts['folder']}  (fingerprint {facts['fingerprint']})",
-        f"teacher   {teacher['name']}  (fingerprint {teacher['fingerprint']}, {teacher['precision']})",
+        f"teacher   {teacher['name']}{at}  (fingerprint {teacher['fingerprint']}, {teacher['precision']})",
         f"prompt    {teacher['prompt']!r}" if teacher["prompt"] else "prompt    none",
         f"sources   {', '.join(facts['sources'])}",
         f"samples   {facts['num_samples']:,}; bad and left out: {facts['bad_samples']['num_bad']:,}",

@@ -24,13 +24,19 @@ SAME_COSINE = 0.98
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What decides a vector beside the caption itself; part of a bank's manifest."""
+    """What decides a vector beside the caption itself, and where it came from; part of a bank's manifest.
+
+    Attributes:
+        name: folder or Hub id, as given.
+        revision: branch, tag or commit of that id on the Hub, if one was given.
+    """
 
     name: str
     fingerprint: str
     prompt: str
     precision: str
     dim: int
+    revision: str | None = None
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -128,6 +134,8 @@ def resolve_prompt(teacher: SentenceTransformer, prompt: str | None, prompt_name
     return teacher.prompts.get(teacher.default_prompt_name or "") or ""
 
 
-def facts_of(teacher: SentenceTransformer, name: str, *, prompt: str, precision: str, dim: int) -> TeacherFacts:
+def facts_of(
+    teacher: SentenceTransformer, name: str, *, prompt: str, precision: str, dim: int, revision: str | None = None
+) -> TeacherFacts:
     """What a bank's manifest says of its teacher."""
-    return TeacherFacts(name, teacher_fingerprint(teacher), prompt, precision, dim)
+    return TeacherFacts(name, teacher_fingerprint(teacher), prompt, precision, dim, revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,27 +11,29 @@ from llm2clip.artifacts import fingerprint
 from llm2clip.bank.build import Plan, load_encoder, same_teacher_settings, write_bank
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankAddConfig, BankMergeConfig
+from llm2clip.bank.files import temporary_name
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.reuse import check_same_teacher
+from llm2clip.bank.reuse import check_same_precision, check_same_teacher, find_teacher, teacher_of
 from llm2clip.bank.table import Table, joined
 from llm2clip.captions.bad import BadSamples
 from llm2clip.captions.sample import Sample
 from llm2clip.captions.sources import Source, open_source
 
-ADDED = ".added.tmp"
+ADDED = "added"
 
 
 def merge_banks(config: BankMergeConfig) -> Path:
     """Write the bank that holds what several banks by one teacher hold, and return its folder.
 
     Raises:
-        UsageError: if their teachers, prompts or stored dtypes differ.
+        UsageError: if their teachers, prompts, precisions or stored dtypes differ.
     """
     banks = [Bank.open(folder) for folder in config.banks]
-    teacher = teacher_of(banks[0])
+    teacher = teacher_of_all(banks)
     for bank in banks[1:]:
         check_same_teacher(bank, teacher)
+        check_same_precision(bank, teacher, remedy=f"build it again with --precision {teacher.precision}")
 
     def intake() -> Intake:
         return Intake(
@@ -59,31 +62,34 @@ def add_to_bank(config: BankAddConfig) -> Path:
     """Write the bank that holds what `config.bank` and further sources hold, and return its folder.
 
     Raises:
-        UsageError: if the teacher is another than the bank's, naming both fingerprints.
+        UsageError: if the teacher or its precision is another than the bank's, naming both.
     """
     bank, out = Bank.open(config.bank), Path(config.out)
     recorded = teacher_of(bank)
+    name, revision = find_teacher(bank, config.teacher)
     encoder, teacher = load_encoder(
         config,
-        config.teacher or recorded.name,
+        name,
+        config.teacher_revision or revision,
         out,
         bank.dtype,
         prompt=recorded.prompt,
         auto_precision=recorded.precision,
     )
     check_same_teacher(bank, teacher)
-    settings = same_teacher_settings(out, {**config.settings(), "teacher": teacher.name}, teacher)
+    check_same_precision(bank, teacher, remedy="leave out --precision")
+    settings = {**config.settings(), "teacher": teacher.name, "teacher_revision": teacher.revision}
 
     def intake() -> Intake:
         source = open_source(config)
         bad = bad_of([bank])
-        samples = samples_with(bank, source, out / ADDED, bad)
+        samples = samples_with(bank, source, temporary_name(out / ADDED), bad)
         return Intake(samples, fingerprint([bank.fingerprint, source.fingerprint]), bad, base=bank.table)
 
     return write_bank(
         Plan(
             out=out,
-            settings=settings,
+            settings=same_teacher_settings(out, settings, teacher),
             teacher=teacher,
             encoder=encoder,
             intake=intake,
@@ -100,7 +106,6 @@ def samples_with(bank: Bank, source: Source, folder: Path, bad: BadSamples) -> I
 
     The source is laid down as a table of its own in `folder` first: it may name pictures in another order.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         collect(Intake(source, source.fingerprint, source.bad), folder)
@@ -110,9 +115,16 @@ def samples_with(bank: Bank, source: Source, folder: Path, bad: BadSamples) -> I
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def teacher_of(bank: Bank) -> TeacherFacts:
-    """What a bank's manifest says of its teacher."""
-    return TeacherFacts(**bank.manifest["teacher"])
+def teacher_of_all(banks: list[Bank]) -> TeacherFacts:
+    """What the manifest of a bank out of `banks` says of their teacher: what the first one's does.
+
+    A bank that knows a Hub teacher by the same name may have pinned its revision where the first did not: with equal
+    fingerprints it was the same then, and will be the one to find when the Hub has a newer one. Of two revisions pinned
+    the first is as good as the other.
+    """
+    teacher, *others = map(teacher_of, banks)
+    pinned = [other.revision for other in others if other.name == teacher.name and other.revision is not None]
+    return teacher if teacher.revision is not None or not pinned else dataclasses.replace(teacher, revision=pinned[0])
 
 
 def bad_of(banks: list[Bank]) -> BadSamples:

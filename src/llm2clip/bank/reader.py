@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llm2clip.artifacts import read_manifest
-from llm2clip.bank.dtypes import STORED, num_blocks, unpack
+from llm2clip.bank.dtypes import STORED, num_blocks, read_dtype, unpack
 from llm2clip.bank.span import Span
 from llm2clip.bank.table import Table
 from llm2clip.captions.sample import PictureRef, Sample
@@ -27,6 +27,7 @@ class Bank:
         table: samples and captions (`llm2clip.bank.table.Table`).
         dim: length of a vector, T.
         dtype: how vectors are stored: "float16", "float32", "bfloat16" or "int8".
+        vector_dtype: what `vectors` gives: float16, or float32.
         num_samples: samples.
         num_rows: distinct captions.
         kinds: names of the kinds of caption.
@@ -46,6 +47,7 @@ class Bank:
         self.table = Table(folder)
         self.dim: int = self.manifest["dim"]
         self.dtype: str = self.manifest["dtype"]
+        self.vector_dtype = read_dtype(self.dtype)
         self.num_samples, self.num_rows, self.kinds = self.table.num_samples, self.table.num_rows, self.table.kinds
         self.teacher_fingerprint: str = self.manifest["teacher_fingerprint"]
         self.fingerprint: str = self.manifest["fingerprint"]

@@ -20,21 +20,13 @@ class Reuse:
     """Banks to copy vectors from; the first that has a caption gives it.
 
     Args:
-        banks: by the same teacher and prompt, with the same stored dtype or float32.
-
-    Raises:
-        UsageError: if a bank does not fit.
+        banks: such as `check_reuse` lets pass.
     """
 
-    def __init__(self, banks: Sequence[Bank], *, teacher: TeacherFacts, dtype: str) -> None:
+    def __init__(self, banks: Sequence[Bank]) -> None:
         self._banks = list(banks)
         self._indexes = []
         for bank in banks:
-            check_same_teacher(bank, teacher)
-            if bank.dtype not in (dtype, "float32"):
-                raise UsageError(
-                    f"{bank.folder} holds {bank.dtype} vectors, which cannot become {dtype} without loss; leave it out"
-                )
             index = HashIndex()
             index.insert(np.asarray(bank.table.hashes), np.arange(bank.num_rows))
             self._indexes.append(index)
@@ -58,6 +50,55 @@ class Reuse:
         vectors, scale = pack(torch.from_numpy(bank.vectors(rows)), dtype)
         array = vectors.numpy()
         return array.view(np.uint16) if dtype == "bfloat16" else array, None if scale is None else scale.numpy()
+
+
+def teacher_of(bank: Bank) -> TeacherFacts:
+    """What a bank's manifest says of its teacher."""
+    in_settings = bank.manifest["config"].get("teacher_revision")  # where it stood before it was one of the facts
+    return TeacherFacts(**{"revision": in_settings, **bank.manifest["teacher"]})
+
+
+def find_teacher(bank: Bank, name: str | None) -> tuple[str, str | None]:
+    """Folder or Hub id of a bank's teacher, and the revision if it is a pinned one.
+
+    Args:
+        name: where it lies, if not where it did when the bank was built; the revision recorded is none of this name's.
+    """
+    recorded = teacher_of(bank)
+    return (name, None) if name not in (None, recorded.name) else (recorded.name, recorded.revision)
+
+
+def check_reuse(banks: Sequence[Bank], teacher: TeacherFacts, dtype: str) -> None:
+    """Check that the vectors of banks can be copied to one by `teacher` that stores `dtype`.
+
+    Raises:
+        UsageError: if a bank is by another teacher, prompt or precision, or cannot become `dtype` without loss.
+    """
+    for bank in banks:
+        check_same_teacher(bank, teacher)
+        precision = bank.manifest["teacher"]["precision"]
+        check_same_precision(bank, teacher, remedy=f"give --precision {precision}, or leave it out of --reuse")
+        if bank.dtype not in (dtype, "float32"):
+            raise UsageError(
+                f"{bank.folder} holds {bank.dtype} vectors, which cannot become {dtype} without loss; leave it out"
+            )
+
+
+def check_same_precision(bank: Bank, teacher: TeacherFacts, *, remedy: str) -> None:
+    """Check that a bank's vectors were made in the precision of `teacher`, the one that a manifest can name.
+
+    Args:
+        remedy: what to type, for the message.
+
+    Raises:
+        UsageError: naming both precisions.
+    """
+    precision = bank.manifest["teacher"]["precision"]
+    if precision != teacher.precision:
+        raise UsageError(
+            f"{bank.folder} was built in {precision}, not {teacher.precision}: a bank holds vectors of one precision; "
+            f"{remedy}"
+        )
 
 
 def check_same_teacher(bank: Bank, teacher: TeacherFacts) -> None:

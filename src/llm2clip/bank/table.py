@@ -39,6 +39,13 @@ def load_array(path: Path) -> NDArray[Any]:
     return array
 
 
+def has_table(folder: Path) -> bool:
+    """Whether `folder/table` is there with all its files."""
+    if not (folder / TABLE / FACTS).exists():
+        return False
+    return all((folder / TABLE / name).exists() for name in read_json(folder / TABLE / FACTS)["files"])
+
+
 class Table:
     """Reads `folder/table`; samples and rows are numbered from 0.
 

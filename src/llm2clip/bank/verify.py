@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2clip.artifacts import file_digest, indented_json
-from llm2clip.bank.build import TEACHER, human_bytes
+from llm2clip.bank.build import TEACHER
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.hashes import as_hashes, digest, text_bytes
 from llm2clip.bank.load import facts_of, load_for_encoding, pick_device
 from llm2clip.bank.reader import VECTORS, Bank
-from llm2clip.bank.reuse import check_same_teacher
+from llm2clip.bank.reuse import check_same_teacher, find_teacher, teacher_of
 from llm2clip.bank.table import Table
 from llm2clip.errors import ArtifactError
-from llm2clip.progress import track
+from llm2clip.progress import human_bytes, track
 
 logger = logging.getLogger("llm2clip")
 NO_TEACHER = "none"
@@ -104,26 +104,18 @@ def check_vectors(bank: Bank, config: BankVerifyConfig) -> dict[str, Any]:
     Raises:
         ArtifactError: naming the caption whose vector differs most, if by more than `min_cosine` allows.
     """
-    recorded = bank.manifest["teacher"]
-    device = pick_device(config.device)
+    recorded = teacher_of(bank)
+    prompt, precision = recorded.prompt, recorded.precision
+    name, revision = find_teacher(bank, config.teacher)
     teacher = load_for_encoding(
-        config.teacher or recorded["name"],
-        revision=bank.manifest["config"].get("teacher_revision"),
-        device=device,
-        precision=recorded["precision"],
+        name,
+        revision=revision,
+        device=pick_device(config.device),
+        precision=precision,
         trust_remote_code=config.trust_remote_code,
     )
-    encoder = CaptionEncoder(teacher, prompt=recorded["prompt"], dtype="float32")
-    check_same_teacher(
-        bank,
-        facts_of(
-            teacher,
-            config.teacher or recorded["name"],
-            prompt=recorded["prompt"],
-            precision=recorded["precision"],
-            dim=encoder.dim,
-        ),
-    )
+    encoder = CaptionEncoder(teacher, prompt=prompt, dtype="float32")
+    check_same_teacher(bank, facts_of(teacher, name, prompt=prompt, precision=precision, dim=encoder.dim))
     draw = np.random.default_rng(config.seed)
     rows = np.sort(draw.choice(bank.num_rows, min(config.sample, bank.num_rows), replace=False))
     texts = bank.table.texts(rows)

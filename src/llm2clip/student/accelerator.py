@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from llm2clip.errors import UsageError
 from llm2clip.student.config import StudentConfig
@@ -44,8 +45,28 @@ def start_accelerator(config: StudentConfig) -> Any:
             "choose one of them by accelerate config (fsdp_version: 2)"
         )
     if accelerator.is_fsdp2:
+        check_sharding(config, accelerator.state.fsdp_plugin)
         keep_sums_whole(accelerator.state.fsdp_plugin)
     return accelerator
+
+
+def check_sharding(config: StudentConfig, plugin: Any) -> None:
+    """Check that FSDP2 can do what is asked for.
+
+    Raises:
+        UsageError: for accelerate's own activation checkpointing, which renames weights, and for an adaptor's warm-up
+            in half precision before torch 2.14, whose FSDP2 gives gradients of the wrong dtype once the tower learns.
+    """
+    if plugin.activation_checkpointing:
+        raise UsageError(
+            "accelerate is set to fsdp_activation_checkpointing; turn it off and give --gradient-checkpointing"
+        )
+    old = Version(torch.__version__).release < (2, 14)
+    if old and config.adaptor_warmup_steps and config.precision != "fp32":
+        raise UsageError(
+            f"--adaptor-warmup-steps under FSDP2 in {config.precision} needs torch 2.14 (this is {torch.__version__}); "
+            "take --precision fp32, DDP or no warm-up"
+        )
 
 
 def keep_sums_whole(plugin: Any) -> None:

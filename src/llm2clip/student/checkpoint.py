@@ -79,12 +79,9 @@ def restore_state(
 def _optimizer_state(checkpoint: Pieces, name: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     if not checkpoint.shape(name):  # a step count lies on the CPU, unless a fused optimizer counts on the device
         return checkpoint.read(name).to(parameter.device if optimizer.defaults.get("fused") else "cpu")
-    value = checkpoint.read_like(name, parameter).to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return value
-    return DTensor.from_local(
-        value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+    value = torch.empty_like(parameter, requires_grad=False)  # on its device, in its shards
+    local_part(value).copy_(checkpoint.read_like(name, parameter))
+    return value
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -127,9 +124,10 @@ def save_checkpoint(
     if process >= num_files:
         return
     folder = out / FOLDER
-    temporary = folder / ".writing"
+    temporary = folder / f".writing-{step:08d}"  # a new name each time: other machines may still know the last one
     if process == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".writing-*"):
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
     if num_files > 1:
         wait()  # a folder of an earlier, killed run is gone
@@ -169,7 +167,7 @@ def load_checkpoint(out: Path) -> tuple[Pieces, dict[str, Any]] | None:
     try:
         facts = read_json(folders[-1] / "state.json")
         return Pieces(folders[-1], facts.pop("files")), facts
-    except (SafetensorError, OSError, ArtifactError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, ArtifactError) as error:
         raise ArtifactError(
             f"checkpoint {folders[-1]} is damaged ({error}); delete it, and the run goes on from the one before"
         ) from None

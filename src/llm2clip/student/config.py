@@ -109,8 +109,9 @@ class StudentConfig:
     """Compile the tower with torch.compile: slow first step, faster ones after."""
     workers: int = 4
     """Processes that read pictures ahead, for each training process; 0 reads in the training process."""
-    save_every: int = 500
-    """Steps between checkpoints, from which a killed run goes on; the last two are kept."""
+    save_every: int | None = None
+    """Steps between checkpoints, from which a killed run goes on; the last two are kept. By default a tenth of the run,
+    at most 500."""
     seed: int = 0
     """Source of all randomness."""
     tracker: str = "auto"
@@ -135,8 +136,8 @@ class StudentConfig:
         check_choice("--init", self.init, INITS)
         check_choice("--tracker", self.tracker, TRACKERS)
         positive = ["dim", "captions_per_picture", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
-        positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "save_every", "val_every"]
-        optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience")
+        positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "val_every"]
+        optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience", "save_every")
         given = [name for name in optional if getattr(self, name) is not None]
         check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
         self._check_numbers()

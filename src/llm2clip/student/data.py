@@ -145,7 +145,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         )
         self.first_sample = np.cumsum([0, *(bank.num_samples for bank in banks)], dtype=np.int64)
         self.first_row = np.cumsum([0, *(bank.num_rows for bank in banks)], dtype=np.int64)
-        self.dtype = np.result_type(*(bank.vectors([]).dtype for bank in banks))
+        self.dtype = np.result_type(*(bank.vector_dtype for bank in banks))
 
     @property
     def batches_per_epoch(self) -> int:

@@ -130,6 +130,10 @@ class Student(PreTrainedModel):
             pixel_values: [B, 3, H, W], either uint8 as decoded (normalised here, on the device) or floats that an
                 image processor has normalised.
         """
+        return self._image_features(pixel_values)
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor:
+        """What `get_image_features` gives; under FSDP2 that one gathers and drops weights, which forward must keep."""
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values - self.pixel_mean) / self.pixel_std
         pixel_values = pixel_values.to(self.visual_projection.weight.dtype)
@@ -146,8 +150,8 @@ class Student(PreTrainedModel):
         Returns:
             image [B, D] and text [B, D] of unit length, scale []; for the sigmoid loss also its bias [].
         """
-        image = nn.functional.normalize(self.get_image_features(pixel_values).float(), dim=-1)
-        text = nn.functional.normalize(self.get_text_features(text_embeds).float(), dim=-1)
+        image = nn.functional.normalize(self._image_features(pixel_values).float(), dim=-1)
+        text = nn.functional.normalize(self.adaptor(text_embeds).float(), dim=-1)
         scale = self.logit_scale.float().exp().sum()  # of one element; FSDP2 wants no views for outputs
         return (image, text, scale) if self.logit_bias is None else (image, text, scale, self.logit_bias.float().sum())
 

@@ -26,6 +26,7 @@ class _Piece(NamedTuple):
     size: tuple[int, ...]
     shape: tuple[int, ...]
     """Of the whole tensor."""
+    dtype: torch.dtype
 
 
 class Pieces:
@@ -46,10 +47,7 @@ class Pieces:
             file = safe_open(folder / file_name(number, num_files), framework="pt")
             places = {name: json.loads(place) for name, place in (file.metadata() or {}).items()}
             for name in file.keys():  # noqa: SIM118  (a file is no dict)
-                size = tuple(file.get_slice(name).get_shape())
-                offset, shape = places.get(name, (None, size))
-                piece = _Piece(file, tuple(offset or [0] * len(size)), size, tuple(shape))
-                self._pieces.setdefault(name, []).append(piece)
+                self._pieces.setdefault(name, []).append(_piece(file, name, places.get(name)))
 
     def names(self, prefix: str) -> list[str]:
         """The tensors whose name begins with `prefix`, sorted."""
@@ -68,15 +66,14 @@ class Pieces:
         pieces = self._pieces[name]
         size = pieces[0].shape if size is None else tuple(size)
         offset = (0,) * len(size) if offset is None else tuple(offset)
-        block, missing = torch.empty(size), math.prod(size)
-        for file, start, extent, _ in pieces:
-            low = [max(a, b) for a, b in zip(offset, start, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offset, size, start, extent, strict=True)]
+        missing, block = math.prod(size), torch.empty(size, dtype=pieces[0].dtype)
+        for piece in pieces:
+            low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, size, piece.offset, piece.size, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            wanted = _slices(low, high, start)
-            found = file.get_slice(name)[wanted] if wanted else file.get_tensor(name)
-            block = block.to(found.dtype)
+            wanted = _slices(low, high, piece.offset)
+            found = piece.file.get_slice(name)[wanted] if wanted else piece.file.get_tensor(name)
             block[_slices(low, high, offset)] = found
             missing -= found.numel()
         if missing:
@@ -87,6 +84,15 @@ class Pieces:
         """Of the tensor `name`, what this process holds of `target`."""
         offset = _offset(target) if isinstance(target, DTensor) else None
         return self.read(name, offset, local_part(target).shape)
+
+
+def _piece(file: Any, name: str, place: Sequence[Sequence[int]] | None) -> _Piece:
+    """A tensor of a file, whole but where its place says otherwise."""
+    part = file.get_slice(name)
+    size = tuple(part.get_shape())
+    offset, shape = ((0,) * len(size), size) if place is None else place
+    dtype = (part[(slice(0, 0),) * len(size)] if size else file.get_tensor(name)).dtype
+    return _Piece(file, tuple(offset), size, tuple(shape), dtype)
 
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
@@ -102,7 +108,8 @@ def write_pieces(path: Path, tensors: Mapping[str, Tensor], *, first: bool) -> N
                 pieces[name], places[name] = value.to_local(), json.dumps([_offset(value), list(value.shape)])
         elif first:
             pieces[name] = value
-    save_file({name: piece.to("cpu", copy=True).contiguous() for name, piece in pieces.items()}, path, places)
+    # None: safetensors writes what it cannot read for no tensors and empty metadata
+    save_file({name: piece.to("cpu", copy=True).contiguous() for name, piece in pieces.items()}, path, places or None)
     to_disk(path)
 
 

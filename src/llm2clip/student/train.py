@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.config import save_interval
 from llm2clip.student.accelerator import start_accelerator
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
@@ -62,6 +63,7 @@ def train_student(config: StudentConfig) -> Path:
 def train(session: Session) -> None:
     """Take the steps that are left, saving and scoring now and then."""
     config = session.config
+    save_every = save_interval(config.save_every, session.total_steps)
     for batches in session.batches():
         session.begin_step()
         session.journal.add(session.step + 1, train_step(session, batches))
@@ -70,7 +72,7 @@ def train(session: Session) -> None:
         if config.val_bank and (last or session.step % config.val_every == 0) and session.score() and not last:
             logger.info("no better score for %d times: stopping at step %d", session.waited, session.step)
             break
-        if not last and session.step % config.save_every == 0:
+        if not last and session.step % save_every == 0:
             session.save()
     session.journal.close()
 

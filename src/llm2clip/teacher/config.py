@@ -102,8 +102,8 @@ class TeacherConfig(SourceConfig):
     """Recompute activations in the backward pass: less memory, about a third slower."""
     workers: int = 0
     """Processes that tokenise ahead."""
-    save_every: int = 500
-    """Steps between checkpoints, from which a killed run goes on."""
+    save_every: int | None = None
+    """Steps between checkpoints, from which a killed run goes on. By default a tenth of the run, at most 500."""
     seed: int = 0
     """Source of all randomness."""
 
@@ -141,11 +141,10 @@ class TeacherConfig(SourceConfig):
             "scale",
             "learning_rate",
             "max_grad_norm",
-            "save_every",
         )
         positive += ("mntp_steps", "mntp_batch_size", "mntp_mask")
         check_positive(**{name: getattr(self, name) for name in positive})
-        for name in ("steps", "epochs", "micro_batch_size"):
+        for name in ("steps", "epochs", "micro_batch_size", "save_every"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
         for name in ("adaptor_layers", "eval_every", "warmup_steps", "weight_decay", "workers"):

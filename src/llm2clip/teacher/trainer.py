@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llm2clip.config import save_interval
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.progress import Progress
 from llm2clip.teacher.loss import CaptionLoss
@@ -44,7 +45,7 @@ class Run:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     workers: int = 0
-    save_every: int = 500
+    save_every: int | None = None
     seed: int = 0
     scale: float = 50.0
     micro_batch_size: int | None = None
@@ -66,7 +67,7 @@ class Run:
             "bf16": self.precision == "bf16",
             "fp16": self.precision == "fp16",
             "save_strategy": "steps",
-            "save_steps": self.save_every,
+            "save_steps": save_interval(self.save_every, self.steps),
             "save_total_limit": 1,
             "logging_steps": max(1, min(10, self.steps // 20)),
             "logging_nan_inf_filter": False,

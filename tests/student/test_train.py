@@ -546,6 +546,24 @@ def test_accuracy_by_hand() -> None:
     assert accuracy(image, image.repeat_interleave(2, 0), tile=3) == 1, "two captions a picture"
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bank": ("bnak",)}, "bnak is no folder"),
+        ({"val_bank": "bnak"}, "bnak is no folder"),
+        ({"tower": "./towre"}, "--tower ./towre does not exist"),
+        ({"batch_size": 25}, "--batch-size 25"),
+        ({"unlocked_blocks": 3}, "--unlocked-blocks is 3"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_command_leaves_nothing_in_the_way_of_the_right_one(config, settings, words) -> None:
+    with pytest.raises(UsageError, match=words):
+        train_student(config(**settings))
+    assert not config().out.exists()
+    train_student(config(steps=1))
+
+
 class FakeTracker(GeneralTracker):
     """Keeps what it is told."""
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,58 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2, "dtype": "float16"}),
     ):
         pass
+
+
+def fail_in(folder: Path, *, write: str = "", **options: Any) -> None:
+    """A run that stops with an error, perhaps after it has written a file."""
+    with pytest.raises(ZeroDivisionError), artifacts.open_output(folder, "bank", config={}, **options):
+        if write:
+            (folder / write).write_text("")
+        raise ZeroDivisionError
+
+
+def test_a_run_that_fails_before_it_wrote_anything_leaves_nothing(tmp_path: Path) -> None:
+    fail_in(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    fail_in(tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir()), "a folder that was there stays"
+    with artifacts.open_output(tmp_path / "mine", "student", config={"seed": 1}) as began:
+        assert not began
+
+
+def test_a_run_that_fails_later_can_go_on(tmp_path: Path) -> None:
+    fail_in(tmp_path / "x", write="table")
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["run.json", "table"]
+    fail_in(tmp_path / "x")
+    with artifacts.open_output(tmp_path / "x", "bank", config={}) as began:
+        assert began
+
+
+def test_a_refused_run_does_not_take_the_folder_of_another(tmp_path: Path) -> None:
+    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}):
+        pass
+    for kind, seed in (("bank", 2), ("student", 1)):
+        with (
+            pytest.raises(UsageError, match="is in use"),
+            artifacts.open_output(tmp_path / "x", kind, config={"seed": seed}),
+        ):
+            pass
+        assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+
+
+def test_of_several_the_last_to_fail_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True),
+    ):
+        fail_in(tmp_path / "x", shared=True)
+        assert (tmp_path / "x" / "run.json").exists(), "another is still at work"
+        raise ZeroDivisionError
+    assert not (tmp_path / "x").exists()
+    with artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True):
+        fail_in(tmp_path / "x", shared=True)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
@@ -129,3 +182,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with artifacts.open_output(tmp_path / "x", "bank", config={}) as began:
         assert not began
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+    fail_in(tmp_path / "x", shared=True)
+    assert (tmp_path / "x" / "run.json").exists(), "another, unseen, may be at work"
+    fail_in(tmp_path / "x")
+    assert not list((tmp_path / "x").iterdir())

@@ -156,8 +156,9 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
 def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], shared: bool = False) -> Iterator[bool]:
     """Hold `folder` for writing an artifact of `kind`; yields whether a run of the same settings began in it before.
 
-    The folder is created, locked against other processes while the block runs, and `run.json` is written. A folder
-    that holds anything this function did not begin is never touched.
+    The folder is created, locked against other processes while the block runs, and `run.json` is written. If the block
+    fails before it wrote anything, all of that is taken back, so that the corrected command may have the folder. A
+    folder that holds anything this function did not begin is never touched.
 
     Args:
         config: the settings that decide what is written. Leave out what only changes speed (workers, device).
@@ -172,7 +173,7 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
         raise UsageError(f"--out {folder} is a file; name a folder")
     if folder.is_dir() and not (folder / RUN).exists() and any(_is_foreign(path) for path in folder.iterdir()):
         raise UsageError(f"--out {folder} is in use: it holds files of another program; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    made, failed = not folder.is_dir(), False
     lock = _lock(folder, shared=shared)
     _held.add(lock)
     try:
@@ -180,12 +181,28 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
         if not began:
             _begin_run(folder, {"kind": kind, "config": dict(config)})
             _check_same_run(folder, kind, config)  # of several that began at once, one has written it
-        yield began
+        try:
+            yield began
+        except BaseException:
+            failed = True
+            raise
     finally:
-        if _try_lock(lock, fcntl.LOCK_EX):  # else another shared run still holds it
+        alone = _try_lock(lock, fcntl.LOCK_EX)
+        if failed and (alone or (alone is None and not shared)):
+            forget_unused(folder)
+        if alone is not False:  # else another shared run still holds it
             (folder / LOCK).unlink(missing_ok=True)
+        if failed and made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
         _held.discard(lock)
         os.close(lock)
+
+
+def forget_unused(folder: Path) -> None:
+    """Remove `run.json` if its run wrote nothing else. Only who holds the folder may call it."""
+    if not any(_is_foreign(path) for path in folder.glob("*") if path.name != RUN):
+        (folder / RUN).unlink(missing_ok=True)
 
 
 def _is_foreign(path: Path) -> bool:
@@ -207,14 +224,18 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _lock(folder: Path, *, shared: bool) -> int:
-    """A descriptor that holds the folder's lock.
+    """A descriptor that holds the lock of the folder, which is made if it is not there.
 
     Raises:
         UsageError: if another process holds it.
     """
     while True:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if not _try_lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # a run that failed has just removed the folder
+            continue
+        if _try_lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) is False:
             os.close(lock)
             raise UsageError(f"--out {folder} is in use by another process; wait for it or name another folder")
         with contextlib.suppress(FileNotFoundError):
@@ -223,14 +244,16 @@ def _lock(folder: Path, *, shared: bool) -> int:
         os.close(lock)  # the process that held it has just removed the file: lock the new one
 
 
-def _try_lock(lock: int, mode: int) -> bool:
+def _try_lock(lock: int, mode: int) -> bool | None:
+    """Whether the lock could be had; None on a file system without locks, which is as if nobody else were there."""
     try:
         fcntl.flock(lock, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise  # a file system without locks: as if nobody else were there
+            raise
+        return None
     return True
 
 

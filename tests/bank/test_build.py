@@ -108,6 +108,13 @@ def test_other_settings_are_refused(bank: Bank, captions_csv, build) -> None:
         build(captions_csv, bank.folder, dtype="float32")
 
 
+def test_mistyped_sources_leave_nothing_in_the_way_of_the_right_ones(tmp_path: Path, build, captions_csv) -> None:
+    with pytest.raises(UsageError, match=r"captoins\.csv"):
+        build(captions_csv.with_name("captoins.csv"), tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
+    assert build(captions_csv, tmp_path / "bank").num_rows
+
+
 def test_changed_sources_are_refused(tmp_path: Path, build, write_captions) -> None:
     data = write_captions(tmp_path / "data" / "a.csv", 5, columns={"raw": 3})
     build(data, tmp_path / "bank")

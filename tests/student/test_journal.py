@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.student.journal import FLUSH_EVERY, Journal, find_tracker
+from llm2clip.student.journal import FLUSH_EVERY, Journal, find_tracker, flat
 
 
 class OneProcess:
@@ -61,6 +61,18 @@ def test_trackers(monkeypatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         find_tracker("trackio")
     assert find_tracker("auto") == []
+
+
+def test_settings_for_trackers_are_plain_and_can_be_written() -> None:
+    assert flat({"a": None, "b": 1, "c": True, "d": ["圆"], "e": {}}) == {
+        "a": None,
+        "b": 1,
+        "c": True,
+        "d": '["圆"]',
+        "e": "{}",
+    }
+    told = flat({"out": "b\udce9", "bank": ["b\udce9"]})
+    assert [value.encode() for value in told.values()] == [b"b\\udce9", b'["b\\udce9"]'], "a name that is no UTF-8"
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_unless_a_scaler_skips_it(tmp_path) -> None:

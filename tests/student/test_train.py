@@ -1,5 +1,6 @@
 """The whole stage on 24 pictures: it learns, every option trains, a killed run ends in the same bytes."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from torch.nn.functional import cross_entropy
 
 from llm2clip.artifacts import read_manifest
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
-from llm2clip.student import session, train
+from llm2clip.student import accelerator, session, train
 from llm2clip.student.accelerator import check_sharding, keep_sums_whole, start_accelerator
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
@@ -544,7 +546,72 @@ def test_accuracy_by_hand() -> None:
     assert accuracy(image, image.repeat_interleave(2, 0), tile=3) == 1, "two captions a picture"
 
 
-def test_tensorboard_curves(config) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bank": ("bnak",)}, "bnak is no folder"),
+        ({"val_bank": "bnak"}, "bnak is no folder"),
+        ({"tower": "./towre"}, "--tower ./towre does not exist"),
+        ({"batch_size": 25}, "--batch-size 25"),
+        ({"unlocked_blocks": 3}, "--unlocked-blocks is 3"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_command_leaves_nothing_in_the_way_of_the_right_one(config, settings, words) -> None:
+    with pytest.raises(UsageError, match=words):
+        train_student(config(**settings))
+    assert not config().out.exists()
+    train_student(config(steps=1))
+
+
+class FakeTracker(GeneralTracker):
+    """Keeps what it is told."""
+
+    name, requires_logging_directory, tracker = "fake", False, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings, self.steps = [], []
+
+    def store_init_configuration(self, values) -> None:
+        self.settings.append(values)
+
+    def log(self, values, step=None, **options) -> None:
+        self.steps.append(step)
+
+
+def test_trackers_are_told_the_settings_also_when_a_run_goes_on(config, monkeypatch) -> None:
+    fake = FakeTracker()
+    monkeypatch.setattr(accelerator, "find_tracker", lambda name: [fake])
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, batches: real(run, batches) if run.step < 4 else 1 / 0)
+    run = config(mix={"long": 1.0}, save_every=2, val_every=7)
+    with pytest.raises(ZeroDivisionError):
+        train_student(run)
+    monkeypatch.setattr(train, "train_step", real)
+    train_student(run)
+    first, second = fake.settings
+    assert first == second and list(first) == [field.name for field in dataclasses.fields(run)]
+    assert all(value is None or type(value) in (bool, int, float, str) for value in first.values())
+    assert first["val_every"] == 7 and first["learning_rate"] == 1e-3 and first["compile"] is False
+    assert first["mix"] == '{"long": 1.0}' and json.loads(first["bank"]) == list(run.bank)
+    assert fake.steps[-2:] == [5, 6]
+
+
+def test_tensorboard_gets_curves_and_settings_also_when_a_run_goes_on(config, monkeypatch) -> None:
     pytest.importorskip("tensorboard")
-    out = train_student(config(steps=2, tracker="tensorboard"))
-    assert list((out / "curves").rglob("events.out*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, batches: real(run, batches) if run.step < 4 else 1 / 0)
+    run = config(tracker="tensorboard", save_every=2, mix={"long": 1.0})
+    with pytest.raises(ZeroDivisionError):
+        train_student(run)
+    monkeypatch.setattr(train, "train_step", real)
+    curves = EventAccumulator(str(train_student(run) / "curves" / "llm2clip")).Reload()
+    assert {event.step for event in curves.Scalars("loss")} == {1, 2, 3, 4, 5, 6}
+    folders = [path.parent for path in (run.out / "curves" / "llm2clip").glob("*/events.out*")]
+    assert len(folders) == 2, "one a start"
+    for folder in folders:
+        told = EventAccumulator(str(folder)).Reload().SummaryMetadata("_hparams_/session_start_info")
+        assert b'{"long": 1.0}' in told.plugin_data.content and b"adaptor_learning_rate" in told.plugin_data.content

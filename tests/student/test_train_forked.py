@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llm2clip.errors import UsageError
 from llm2clip.student import session as session_module
 from llm2clip.student import train as train_module
 from llm2clip.student.config import StudentConfig
@@ -96,3 +98,21 @@ def test_two_processes_killed_and_started_again_end_in_the_same_bytes(settings: 
     assert values(run.out, "step") == list(range(1, 13))
     for name in ("model.safetensors", "manifest.json"):
         assert (run.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("wrong", [{0, 1}, {0}, {1}], ids=str)
+def test_what_cannot_be_in_one_process_ends_both_and_leaves_nothing(
+    wrong: set[int], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A folder may be missing on one machine of several. torchrun ends all as soon as one has failed."""
+    tower, run = settings["tower"], StudentConfig(**{**settings, "steps": 1}, out=tmp_path / "out")
+
+    def train(rank: int) -> None:
+        mine = dataclasses.replace(run, tower="./towre" if rank in wrong else tower)
+        with pytest.raises(UsageError, match=r"--tower \./towre does not exist"):
+            train_student(mine)
+        assert not (run.out / "run.json").exists(), "torchrun may kill the main process before it removes it"
+
+    assert side_by_side(2, tmp_path / "meeting", train) == [(0, "")] * 2
+    assert not run.out.exists()
+    assert side_by_side(2, tmp_path / "again", lambda rank: train_student(run)) == [(0, "")] * 2

@@ -60,6 +60,7 @@ def test_wrong_use_ends_all_processes(bank, tiny_tower, tmp_path) -> None:
     done = launch(2, bank, tiny_tower, tmp_path / "out", "--steps", "2", "--batch-size", "9")
     assert done.returncode != 0
     assert done.stderr.count("llm2clip: error:") >= 1 and "--batch-size 9 does not divide" in done.stderr
+    assert not (tmp_path / "out").exists(), "in the way of the corrected command"
 
 
 def test_a_tower_with_a_parameter_that_no_picture_reaches(bank, towers, tmp_path) -> None:

@@ -167,6 +167,7 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
 def write_bank(plan: Plan) -> Path:
     """Write what `plan` says, or go on with it; returns the folder."""
     check_reuse(plan.reuse, plan.teacher, plan.dtype)  # before the folder is begun
+    intake = plan.intake()  # as are sources that are not there
     with (
         one_line_disk_errors(plan.out),
         open_output(plan.out, "bank", config=plan.settings, shared=True),
@@ -174,7 +175,7 @@ def write_bank(plan: Plan) -> Path:
     ):
         (plan.out / VECTORS).mkdir(exist_ok=True)
         plan = dataclasses.replace(plan, teacher=_agree_on_teacher(plan, claims))
-        table = _table(plan, claims)
+        table = _table(plan, intake, claims)
         rows, dtype, dim = table.num_rows, plan.dtype, plan.teacher.dim
         layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, dim, base=plan.base)
         if (plan.out / MANIFEST).exists() and _is_whole(layout):
@@ -209,13 +210,12 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
     return begun
 
 
-def _table(plan: Plan, claims: Claims) -> Table:
+def _table(plan: Plan, intake: Intake, claims: Claims) -> Table:
     """The table of samples and captions, made by one process while the others wait.
 
     Raises:
         UsageError: if the sources changed since it was made.
     """
-    intake = plan.intake()
     while not has_table(plan.out):
         if claims.take(TABLE_TASK):
             try:

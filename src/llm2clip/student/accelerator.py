@@ -1,15 +1,18 @@
-"""The accelerator of a training run: processes, devices, precision and trackers."""
+"""The accelerator of a training run: processes, devices, precision, the compiler and trackers."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 
-from llm2clip.errors import UsageError
+from llm2clip.artifacts import forget_unused
+from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.journal import find_tracker
 
@@ -78,6 +81,30 @@ def keep_sums_whole(plugin: Any) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
+
+
+@contextlib.contextmanager
+def fail_together(accelerator: Any, out: Path) -> Iterator[None]:
+    """Around what each process does by itself: if one fails, all do, and leave no trace in `out` if nothing is there.
+
+    torchrun ends all processes as soon as one has failed, so that the main one would not come to tidy up.
+    """
+    error: LLM2CLIPError | None = None
+    try:
+        yield
+    except LLM2CLIPError as caught:
+        error = caught
+    errors = [error]
+    if accelerator.num_processes > 1:
+        errors = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(errors, error)
+    failed = [each for each in errors if each is not None]
+    if not failed:
+        return
+    if accelerator.is_main_process:
+        forget_unused(out)
+    accelerator.wait_for_everyone()
+    raise error or failed[0]
 
 
 def compile_tower(tower: Any, *, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm2clip.artifacts import json_bytes
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.progress import Progress
 
@@ -122,6 +123,19 @@ def find_tracker(name: str) -> list[str]:
     if not importlib.util.find_spec(name):
         raise UsageError(f"--tracker {name} needs its package: pip install {name}, or use --tracker none")
     return [name]
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: numbers, texts, flags; what has parts as the text of its JSON.
+
+    >>> flat({"steps": 9, "mix": {"short": 1.0}, "epochs": None})
+    {'steps': 9, 'mix': '{"short": 1.0}', 'epochs': None}
+    """
+    texts = {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+        for name, value in settings.items()
+    }
+    return {name: json_bytes(text).decode() if isinstance(text, str) else text for name, text in texts.items()}
 
 
 def _keep_until(path: Path, step: int) -> None:

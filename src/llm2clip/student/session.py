@@ -16,8 +16,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from llm2clip.bank.reader import Bank
 from llm2clip.captions.bad import BadSamples
+from llm2clip.config import to_dict
 from llm2clip.errors import UsageError
-from llm2clip.student.accelerator import compile_tower
+from llm2clip.student.accelerator import compile_tower, fail_together
 from llm2clip.student.checkpoint import (
     load_best,
     load_checkpoint,
@@ -31,7 +32,7 @@ from llm2clip.student.checkpoint import (
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
-from llm2clip.student.journal import Journal
+from llm2clip.student.journal import Journal, flat
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.mix import check_banks
 from llm2clip.student.model import Student
@@ -63,6 +64,14 @@ class Session:
 
     def __init__(self, config: StudentConfig, accelerator: Any) -> None:
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
+        with fail_together(accelerator, self.out):
+            self._open()
+        self.step, self.best, self.waited = 0, -1.0, 0
+        self._begin()
+
+    def _open(self) -> None:
+        """Open banks and tower, and refuse what cannot be, before anything is written."""
+        config = self.config
         self.banks = [Bank.open(folder) for folder in config.bank]
         self.val_bank = Bank.open(config.val_bank) if config.val_bank else None
         check_banks([*self.banks, self.val_bank] if self.val_bank else self.banks)
@@ -78,8 +87,6 @@ class Session:
         }
         self._choose_what_learns(self.student)
         self.optimizer = self._build_optimizer()
-        self.step, self.best, self.waited = 0, -1.0, 0
-        self._begin()
 
     def _start_student(self) -> Student:
         config = self.config
@@ -159,7 +166,7 @@ class Session:
             self._restore(*loaded)
         pictures = self.config.batch_size * self.config.accumulate
         self.journal = Journal(self.accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
-        self.accelerator.init_trackers("llm2clip", config=None)
+        self.accelerator.init_trackers("llm2clip", config=flat(to_dict(self.config)))
 
     def _check_origin(self, origin: dict[str, Any]) -> None:
         if origin != self.origin:

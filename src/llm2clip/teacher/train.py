@@ -16,7 +16,7 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
-from llm2clip.artifacts import RUN, is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
@@ -310,5 +310,4 @@ def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
         except (UsageError, SourceError, TooManyBadSamples):
             if not began:
                 shutil.rmtree(out / WORK, ignore_errors=True)
-                (out / RUN).unlink()
             raise

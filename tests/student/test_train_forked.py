@@ -19,6 +19,8 @@ from llm2clip.student.train import train_student
 from .banks import picture_samples, write_test_bank
 from .forks import die_within, side_by_side
 
+pytestmark = pytest.mark.own_process
+
 
 @pytest.fixture(scope="module")
 def settings(tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

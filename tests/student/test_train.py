@@ -139,7 +139,7 @@ def test_the_loss_scaler_of_fp16_skips_steps_and_goes_on_after_a_kill(config, mo
     def scaling(config):
         accelerator = start(config)
         accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28, growth_interval=4)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
         scalers.append(accelerator.scaler)
         return accelerator
 

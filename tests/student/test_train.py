@@ -298,8 +298,10 @@ def test_steps_let_go_of_their_batches(config) -> None:
 def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypatch) -> None:
     import accelerate
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    half = MixedPrecisionPolicy(*[torch.bfloat16] * 3)  # what accelerate makes of bf16
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=half)
     keep_sums_whole(plugin)
     policy = plugin.mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == policy.output_dtype == torch.float32

@@ -81,3 +81,20 @@ def picture_samples(folder: Path, count: int, *, name: str = "p") -> list[Sample
 def log(folder: Path) -> list[dict[str, Any]]:
     """What a run says of each step and score."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def small_run(bank: Path, tower: Path, /, **changes: Any) -> dict[str, Any]:
+    """Settings of a few steps in this process, in which much is learned."""
+    settings: dict[str, Any] = {
+        "bank": (str(bank),),
+        "tower": str(tower),
+        "steps": 6,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "adaptor_learning_rate": 1e-3,
+        "dim": 16,
+        "workers": 0,
+        "precision": "fp32",
+        "tracker": "none",
+    }
+    return settings | changes

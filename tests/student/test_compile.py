@@ -16,7 +16,7 @@ from llm2clip.student import train
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
 
-from .banks import log, picture_samples, write_test_bank
+from .banks import log, picture_samples, small_run, write_test_bank
 from .forks import side_by_side
 
 
@@ -24,18 +24,7 @@ from .forks import side_by_side
 def settings(tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("banks")
     bank = write_test_bank(folder / "bank", picture_samples(folder / "pictures", 24)).folder
-    return {
-        "bank": (str(bank),),
-        "tower": str(tiny_tower),
-        "steps": 6,
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "adaptor_learning_rate": 1e-3,
-        "dim": 16,
-        "workers": 0,
-        "precision": "fp32",
-        "tracker": "none",
-    }
+    return small_run(bank, tiny_tower)
 
 
 @pytest.fixture

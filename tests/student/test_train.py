@@ -24,6 +24,7 @@ from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.train import accuracy, train_student
 
+from .banks import small_run
 from .forks import counting, die_within, in_child
 
 
@@ -41,20 +42,7 @@ def config(bank, tiny_tower, tmp_path):
     """A function from settings to a config of a run of a second."""
 
     def make(**settings) -> StudentConfig:
-        base = {
-            "bank": (str(bank),),
-            "tower": str(tiny_tower),
-            "out": tmp_path / "student",
-            "steps": 6,
-            "batch_size": 8,
-            "learning_rate": 1e-3,
-            "adaptor_learning_rate": 1e-3,
-            "dim": 16,
-            "workers": 0,
-            "precision": "fp32",
-            "tracker": "none",
-        }
-        return StudentConfig(**{**base, **settings})
+        return StudentConfig(**{**small_run(bank, tiny_tower), "out": tmp_path / "student", **settings})
 
     return make
 

@@ -16,7 +16,7 @@ from llm2clip.student import train as train_module
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
 
-from .banks import picture_samples, write_test_bank
+from .banks import picture_samples, small_run, write_test_bank
 from .forks import die_within, side_by_side
 
 pytestmark = pytest.mark.own_process
@@ -27,18 +27,7 @@ def settings(tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Of a run on a bank of two batches an epoch."""
     folder = tmp_path_factory.mktemp("banks")
     bank = write_test_bank(folder / "bank", picture_samples(folder / "pictures", 256)).folder
-    return {
-        "bank": (str(bank),),
-        "tower": str(tiny_tower),
-        "steps": 20,
-        "batch_size": 128,
-        "learning_rate": 1e-3,
-        "adaptor_learning_rate": 1e-3,
-        "dim": 16,
-        "workers": 0,
-        "precision": "fp32",
-        "tracker": "none",
-    }
+    return small_run(bank, tiny_tower, steps=20, batch_size=128)
 
 
 def values(out: Path, name: str) -> list[float]:

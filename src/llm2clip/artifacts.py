@@ -69,9 +69,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    to_disk(temporary)
     os.replace(temporary, path)
+
+
+def to_disk(path: Path) -> None:
+    """Have a file's bytes on the disk before it is given its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

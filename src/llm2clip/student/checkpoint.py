@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llm2clip.artifacts import atomic_path, read_json
+from llm2clip.artifacts import atomic_path, read_json, to_disk
 from llm2clip.errors import ArtifactError
-from llm2clip.student.pieces import Pieces, file_name, local_part, to_disk, write_pieces
+from llm2clip.student.pieces import Pieces, file_name, local_part, write_pieces
 
 FOLDER = "checkpoints"
 KEPT = 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llm2clip.artifacts import to_disk
 from llm2clip.errors import ArtifactError
 
 
@@ -125,7 +125,8 @@ def _offset(tensor: DTensor) -> list[int]:
 
 def _is_copy(tensor: DTensor) -> bool:
     """Whether another process holds the same shard and writes it."""
-    coordinate = tensor.device_mesh.get_coordinate() or ()
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None  # this process is one of the mesh
     return any(
         number > 0 and placement.is_replicate() for number, placement in zip(coordinate, tensor.placements, strict=True)
     )
@@ -134,9 +135,3 @@ def _is_copy(tensor: DTensor) -> bool:
 def file_name(number: int, num_files: int) -> str:
     """The name of one of a checkpoint's files."""
     return "state.safetensors" if num_files == 1 else f"state-{number:05d}-of-{num_files:05d}.safetensors"
-
-
-def to_disk(path: Path) -> None:
-    """Have a file's bytes written before it is given its name."""
-    with path.open("rb") as opened:
-        os.fsync(opened.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 from pathlib import Path
 
@@ -12,6 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, and a child waits f
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LLM2CLIP_TEST_GPUS", ""))
 
 import pytest
+
+REQUIRED = "LLM2CLIP_TEST_REQUIRE"
+"""Packages (a list with commas) whose absence stops the tests, where the tests that need them would be skipped."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop where a package that must be tested is not installed."""
+    names = [name for name in os.environ.get(REQUIRED, "").split(",") if name]
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise pytest.UsageError(f"{REQUIRED} asks for {', '.join(missing)}: pip install {' '.join(missing)}")
+
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "yellow": (230, 220, 50)}
 WORDS = (

@@ -33,7 +33,8 @@ def export_model(config: ExportConfig) -> Path:
         LLM2CLIPError: if what was written does not load elsewhere or gives other vectors.
 
     Example:
-        >>> export_model(ExportConfig(model="student", teacher="teacher", to="sentence-transformers", out="bundle"))
+        >>> settings = ExportConfig(model="student", teacher="teacher", to="sentence-transformers", out="bundle")
+        >>> export_model(settings)                                                     # doctest: +SKIP
     """
     scores = None if config.report is None else read_scores(config.report)
     out = Path(config.out)

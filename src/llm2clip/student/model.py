@@ -76,9 +76,14 @@ class Student(PreTrainedModel):
         tower: a loaded tower; None builds one of random weights.
 
     Example:
-        >>> student = Student.from_pretrained("runs/student")
-        >>> image, text, scale = student(pixel_values, text_embeds)  # [B, D], [B, D] unit length, []
-        >>> scores = image @ text.T
+        >>> from transformers import CLIPVisionConfig
+        >>> tower = CLIPVisionConfig(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=1)
+        >>> config = StudentModelConfig(tower, tower_dim=48, teacher_dim=16, projection_dim=8, image_size=32)
+        >>> student = Student(config)  # of random weights; Student.from_pretrained(folder) opens a trained one
+        >>> pixels, text_embeds = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.randn(5, 16)
+        >>> image, text, scale = student(pixels, text_embeds)  # unit length
+        >>> image.shape, text.shape, scale.shape
+        (torch.Size([2, 8]), torch.Size([5, 8]), torch.Size([]))
     """
 
     config_class = StudentModelConfig

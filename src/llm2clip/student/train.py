@@ -38,7 +38,8 @@ def train_student(config: StudentConfig) -> Path:
         LLM2CLIPError: if the loss is no number any more.
 
     Example:
-        >>> train_student(StudentConfig(bank=("bank",), tower="openai/clip-vit-base-patch16", out="student"))
+        >>> settings = StudentConfig(bank=("bank",), tower="openai/clip-vit-base-patch16", out="student")
+        >>> train_student(settings)                                                    # doctest: +SKIP
     """
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     accelerator = start_accelerator(config)

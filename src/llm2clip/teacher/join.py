@@ -37,7 +37,8 @@ def join_teachers(config: JoinConfig) -> Path:
         LLM2CLIPError: if what was written gives other vectors than the teachers.
 
     Example:
-        >>> join_teachers(JoinConfig(teachers=("teacher", "openai/clip-vit-large-patch14-336"), out="joined"))
+        >>> settings = JoinConfig(teachers=("teacher", "openai/clip-vit-large-patch14-336"), out="joined")
+        >>> join_teachers(settings)                                                    # doctest: +SKIP
     """
     out = Path(config.out)
     encoders = [] if is_complete(out) else open_members(config)

@@ -42,7 +42,7 @@ SETTINGS = {
     "process_isolation": "forkserver",  # torch refuses backward in a fork of a process that has done one
     "pytest_add_cli_args": ["-p", "no:cacheprovider"],
     "do_not_mutate_patterns": [r"^\s*raise\b", r"\blogger\.", r"\bwarnings\.warn\("],  # the wording of messages
-    "timeout_constant": 8.0,  # a mutant's tests have multiplier * (constant + the seconds they usually take)
+    "timeout_constant": 15.0,  # a mutant has multiplier * (constant + what its tests took in all), half of it of CPU
     "timeout_multiplier": 4.0,
     "track_dependencies": False,
     "use_git_change_detection": False,
@@ -62,6 +62,7 @@ class Verdicts:
     survived: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     equivalent: list[str] = field(default_factory=list)
+    idle: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # entries of equivalent.toml that fit none
     unsure: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
 
@@ -93,6 +94,7 @@ class Module:
         self.name = name
         self.source = Path(table["package"], name)
         self.tests = sorted({path for pattern in table["tests"][name] for path in Path("tests").glob(pattern)})
+        self.settings = table.get("settings", {})
         self.folder = WORK / name.removesuffix(".py").replace("/", "-")
         if not self.source.is_file() or not self.tests:
             raise SystemExit(f"mutate: {self.source} or its tests {table['tests'][name]} do not exist; edit {TABLE}")
@@ -122,6 +124,7 @@ class Module:
         shutil.rmtree(self.folder / "mutants" / "tests", ignore_errors=True)
         settings = {
             **SETTINGS,
+            **self.settings,
             "only_mutate": [str(self.source)],
             "pytest_add_cli_args_test_selection": list(map(str, self.tests)),
         }
@@ -170,7 +173,7 @@ class Module:
 
     def verdicts(self, equivalents: list[dict[str, str]]) -> Verdicts:
         """The verdicts so far."""
-        known = {(e["function"], changed(e["diff"])): 0 for e in equivalents if e["module"] == self.name}
+        known = [(e["function"], changed(e["diff"])) for e in equivalents if e["module"] == self.name]
         found = Verdicts(self.name)
         codes = json.loads(self.meta.read_text())["exit_code_by_key"] if self.meta.is_file() else {}
         for mutant, code in codes.items():
@@ -190,8 +193,10 @@ class Module:
             for mutant in list(names):
                 function, diff = self.diff(mutant)
                 if (function, changed(diff)) in known:
+                    known.remove((function, changed(diff)))  # an entry stands for one mutant
                     names.remove(mutant)
                     found.equivalent.append(mutant)
+        found.idle = known
         return found
 
 
@@ -262,6 +267,8 @@ def main() -> None:
         print(row)
         if found.unsure or found.pending:
             print(f"no verdict on {', '.join(found.unsure + found.pending)}: run again")
+        if found.idle and not arguments.sample:
+            print(f"no survivor fits these of {EQUIVALENT}: {found.idle}")
         write_page(row, table, equivalents)
 
 

@@ -16,6 +16,7 @@ import importlib
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -167,6 +168,9 @@ class Tests(PytestRunner):
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGXCPU):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if mutant_name is not None:  # mutmut's limit of CPU time is for many threads; an endless loop has one
+                limit = resource.getrlimit(resource.RLIMIT_CPU)[0] // 4
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
             os.environ["TMPDIR"] = tempfile.tempdir = folder
             code = 4
             try:

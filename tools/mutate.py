@@ -175,7 +175,9 @@ class Module:
         """The verdicts so far."""
         known = [(e["function"], changed(e["diff"])) for e in equivalents if e["module"] == self.name]
         found = Verdicts(self.name)
-        codes = json.loads(self.meta.read_text())["exit_code_by_key"] if self.meta.is_file() else {}
+        if not self.meta.is_file():
+            raise SystemExit(f"mutate: {self.name} has not been run here; type scripts/mutate {self.name}")
+        codes = json.loads(self.meta.read_text())["exit_code_by_key"]
         for mutant, code in codes.items():
             for codes_of, names in (
                 (KILLED, found.killed),

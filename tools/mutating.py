@@ -200,6 +200,9 @@ class Runner(ForkServerRunner):
     def run_clean_tests(self, tests: Iterable[str]) -> int:
         return 0  # the run that noted what each test reaches was one
 
+    def run_forced_fail(self) -> int:
+        return 1  # and it has shown that the mutated code is what the tests import
+
     def startup(self) -> None:
         NEW_STAMP.replace(STAMP)  # the tests pass
         super().startup()

@@ -14,6 +14,7 @@ import os
 import re
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -64,29 +65,30 @@ def command(words: list[str]) -> int:
     return 0
 
 
-def encode(model: str, teacher: str | None, out: str, shared: str) -> int:
+def encode(model: str, teacher: str, images: str, _: str, out: str) -> int:
     """What the public `LLM2CLIP` makes of images and texts, as `vectors.safetensors`."""
     import torch
     from safetensors.torch import save_file
 
     from llm2clip import LLM2CLIP
 
-    opened = LLM2CLIP.from_pretrained(model, teacher=teacher)
-    images = sorted(map(str, Path(shared).glob("0*.jpg")))[:6]
-    texts = ["a small red disc", "this picture shows a large blue square on a dark background .", "near"]
-    vectors = {"image": opened.encode_image(images), "text": opened.encode_text(texts)}
+    opened = LLM2CLIP.from_pretrained(model, teacher=None if teacher == "-" else teacher)
+    image = opened.encode_image(sorted(map(str, Path(images).glob("0*.jpg")))[:6])
+    text = opened.encode_text(["a small red disc", "this picture shows a large blue square .", "near"])
     Path(out).mkdir(parents=True)
-    save_file({k: torch.as_tensor(v).contiguous() for k, v in vectors.items()}, Path(out) / "vectors.safetensors")
+    vectors = {"image": torch.as_tensor(image).contiguous(), "text": torch.as_tensor(text).contiguous()}
+    save_file(vectors, Path(out) / "vectors.safetensors")
     return 0
 
 
-def run(row: dict[str, Any], shared: str) -> dict[str, Any]:
+def run(row: dict[str, Any]) -> dict[str, Any]:
     """Run one row; returns its exit code, what it printed and its last line on stderr."""
     log = Path(".logs") / (row["name"].replace("/", "+") + ".txt")
+    start = time.monotonic()
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     with log.open("w+") as errors, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         try:
-            code = command(row["argv"]) if row["argv"] else encode(*row["encode"], row["name"], shared)
+            code = encode(*row["argv"][1:]) if row["argv"][0] == "encode" else command(row["argv"])
         except Exception:  # noqa: BLE001 - the row failed; the others go on
             traceback.print_exc()
             code = 1
@@ -94,7 +96,8 @@ def run(row: dict[str, Any], shared: str) -> dict[str, Any]:
         errors.seek(0)
         last = [line.strip() for line in errors if line.strip()][-1:]
     printed.seek(0)
-    return {"name": row["name"], "code": code, "stdout": printed.read(), "stderr": "".join(last)}
+    seconds = round(time.monotonic() - start, 2)
+    return {"name": row["name"], "seconds": seconds, "code": code, "stdout": printed.read(), "stderr": "".join(last)}
 
 
 def main() -> None:
@@ -110,9 +113,9 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     Path(".logs").mkdir(exist_ok=True)
     with Path("results.jsonl").open("a") as results:
-        for row in plan["rows"]:
+        for row in plan:
             faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)
-            results.write(json.dumps(run(row, plan["shared"])) + "\n")
+            results.write(json.dumps(run(row)) + "\n")
             results.flush()
 
 

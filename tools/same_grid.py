@@ -18,11 +18,11 @@ PLACE = Because("every row has a folder of its own")
 GPU = Because("needs a GPU")
 BASE = Because("is in the usual words of every row of the verb")
 SOURCE = {
-    "data": [f"--data $S/captions.{kind}" for kind in ("tsv", "jsonl", "parquet")]
+    "data": [f"= --data $S/captions.{kind}" for kind in ("tsv", "jsonl", "parquet")]
     + ["--data $S/tars/{00..01}.tar", "--data $S/folder", "--data $S/captions.csv $S/more.csv"],
     "captions": "--captions long=long_caption,note short=short_caption",
     "image": "= --image mirror",
-    "allow_outside": "--data $S/sub/outside.csv --allow-outside",
+    "allow_outside": "= --data $S/sub/outside.csv --allow-outside",
     "max_bad_fraction": "--data $S/bad.csv --max-bad-fraction 0.5",
     "revision": HUB,
 }
@@ -70,13 +70,13 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "instructions": "--text-pairs $S/nli.jsonl | --instructions 'nli=the large red disc'",
         "caption_instruction": "--caption-instruction 'this picture shows'",
         "source_weights": "--text-pairs $S/nli.jsonl | --source-weights captions=1 nli=9",
-        "pair_weights": f"{KINDS} | --pair-weights short-long=1",
+        "pair_weights": f"{KINDS} | --pair-weights short+long=1",
         "positives": "--positives same",
         "random_negative": "--no-random-negative",
         "mask_duplicates": "--no-mask-duplicates",
         "attention": "--attention causal",
         "pooling": ["--pooling last-token", "--pooling weighted"],
-        "max_length": "--max-length 6",
+        "max_length": "--caption-instruction '' | --max-length 6",
         "chat_template": "--model $S/llm-chat | --chat-template",
         "tuning": ["--tuning full", "--adaptor-layers 1 | --tuning frozen"],
         "adaptor_layers": "--adaptor-layers 1",
@@ -88,7 +88,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "save_adapter": "--save-adapter",
         "scale": "--scale 5",
         "steps": "--steps 2",
-        "epochs": "--steps None --epochs 1",
+        "epochs": "--steps None --epochs 2",
         "batch_size": "--batch-size 6",
         "micro_batch_size": "= --micro-batch-size 3",
         "learning_rate": "--learning-rate 1e-3",
@@ -102,8 +102,9 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "seed": "--seed 1",
         "mntp": [
             MNTP,
-            *(f"{MNTP} | {flag}" for flag in (*LORA, "--tuning full", "--lora-dropout 0.5", "--max-length 6")),
+            *(f"{MNTP} | {flag}" for flag in (*LORA, "--tuning full", "--lora-dropout 0.5")),
             *(f"{MNTP} | {flag}" for flag in ("--seed 1", "--precision bf16", "--attention causal")),
+            f"{MNTP} --caption-instruction '' | --max-length 6",
             f"{MNTP} --mntp-steps 20 | --warmup-steps 1",
         ],
         "mntp_steps": f"{MNTP} | --mntp-steps 2",
@@ -180,7 +181,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "soft_targets": "--soft-targets 0.2",
         "ignore_above": "--ignore-above 0.5",
         "steps": "--steps 2",
-        "epochs": "--steps None --epochs 1",
+        "epochs": "--steps None --epochs 2",
         "batch_size": "--batch-size 6",
         "micro_batch_size": "= --micro-batch-size 3",
         "accumulate": "--accumulate 2",
@@ -244,10 +245,10 @@ GRID: dict[str, dict[str, str | list[str]]] = {
 }
 """Verb -> field of its config -> value or reason. A field without an entry fails the comparison."""
 
-START = "--steps 1 --learning-rate 1e-30 --weight-decay 0"
+START = "--steps 1 --learning-rate 1e-50 --weight-decay 0"
 EXTRA = {
     "train-student": [
-        f"{START} --adaptor-learning-rate 1e-30",  # the weights as they were drawn
+        f"{START} --adaptor-learning-rate 1e-50",  # the weights as they were drawn
         "= --config train-student/ema=0.5/run.json --ema 0 --tracker none",
         "--loss sigmoid --micro-batch-size 3 --captions-per-picture 2",
         "--steps 12 --warmup-steps 3 --ema 0.9 --optimizer muon --micro-batch-size 4",
@@ -266,8 +267,8 @@ SLOW_VERBS = ("demo",)
 """Left out by --quick, as are the rows of OWN_PROCESS."""
 BANK_VERBS = ("build-bank", "bank add", "bank merge")
 """Of these only the manifest is compared as a file; what is inside through `bank export` and `bank info --json`."""
-ENCODED = {"train-student/base": "$S/llm", "train-student/tower=siglip": "$S/llm", "export/base": None}
-"""Students and bundles (with their teacher) opened by `llm2clip.LLM2CLIP`, whose vectors are compared."""
+ENCODED = {"train-student/base": "$S/llm", "train-student/tower=siglip": "$S/llm", "export/base": "-"}
+"""Students and bundles, with their teachers ("-": none), opened by the public `LLM2CLIP`; its vectors are compared."""
 
 RENAMED: dict[str, dict[str, str]] = {}
 """Verb -> old field -> new field. The grid above has the new names."""
@@ -277,12 +278,8 @@ ADDED: dict[str, dict[str, str]] = {}
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
 RENAMED_OUTPUT: dict[str, str] = {}
 """Old key -> new key, in every JSON file and log, at any depth."""
-VOLATILE = frozenset(
-    "seconds wall_seconds times pictures_per_second images_per_second rate machine date version versions "
-    "transformers_version __version__ train_runtime train_samples_per_second train_steps_per_second "
-    "created_at model_data_creation_date".split()
-)
-"""Keys of JSON files and logs, and columns of tables, that no two runs share."""
+VOLATILE = frozenset(["seconds", "wall_seconds", "times", "pictures_per_second", "images_per_second", "machine"])
+"""Keys of JSON files and logs that no two runs share."""
 VOLATILE_TEXT = r"[\d.,]+ ?(s|ms|min|h|seconds|minutes)\b|[\d.,]+/s|\b20\d\d-\d\d-\d\d\b"
 """Times and dates in pages and printed lines."""
 LEFT_OUT = {

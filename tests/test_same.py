@@ -178,7 +178,7 @@ WRONG = {
         "scale: float = 50.0",
         "scale: float = 20.0",
         ["train-teacher/base", "train-teacher/scale=5"],
-        ["FIELD  train-teacher scale: the default was 20.0, is 50.0", "PARTS  train-teacher/base\n", "1 part ("],
+        ["FIELD  train-teacher scale: the default was 50.0, is 20.0", "PARTS  train-teacher/base\n", "1 part ("],
     ),
     "average not saved": (
         "student/session.py",
@@ -197,23 +197,29 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """The results of this code, made once."""
+    return tmp_path_factory.mktemp("same") / "out"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_copy_of_this_code_is_named(name, tmp_path) -> None:
+def test_a_wrong_copy_of_this_code_is_named(name, tmp_path, results) -> None:
     file, right, wrong, only, expected = WRONG[name]
     shutil.copytree(ROOT / "src", tmp_path / "src")
     path = tmp_path / "src" / "llm2clip" / file
     text = path.read_text(encoding="utf-8")
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong), encoding="utf-8")
-    command = [sys.executable, "-m", "tools.same", str(tmp_path), "--only", *only, "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.same", str(ROOT), "--new", str(tmp_path), "--out", str(results)]
+    done = subprocess.run([*command, "--only", *only], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     for words in expected:
         assert words in done.stdout
     if name == "average not saved":
         assert "log.jsonl" not in done.stdout
     if name == "initialisation":
-        parted = json.loads((tmp_path / "out" / "same.json").read_text())["parted"]
+        parted = json.loads((results / "same.json").read_text())["parted"]
         tensors = {part["place"] for parts in parted.values() for part in parts if ".safetensors" in part["place"]}
         assert tensors and all(" adaptor." in place for place in tensors)

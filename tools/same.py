@@ -174,7 +174,6 @@ class Side:
 
     def start(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         """Run python with this checkout's package in the side's folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         settings = {"PYTHONPATH": str(self.checkout / "src"), "SAME_CHECKOUT": str(self.checkout)}
         settings |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
         settings |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -192,7 +191,11 @@ class Side:
         return json.loads(table)  # type: ignore[no-any-return]
 
     def run(self, rows: list[Row]) -> Results:
-        """Run the rows, those without a launch in one process."""
+        """Run the rows that have no result yet, those without a launch in one process."""
+        known = self.results()
+        rows = [row for row in rows if row.name not in known]
+        for row in rows:
+            shutil.rmtree(self.folder / row.name, ignore_errors=True)  # of a run that was stopped
         for alone, group in groupby(rows, key=lambda row: bool(row.launch)):
             if not alone:
                 self._run_together(list(group))
@@ -267,16 +270,21 @@ def main() -> int:
     parser.add_argument("old", type=Path, metavar="OLD_CHECKOUT", help="folder that holds the older src/llm2clip")
     parser.add_argument("--new", type=Path, default=ROOT, metavar="CHECKOUT", help="instead of this checkout")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows with a word in their names")
-    parser.add_argument("--out", type=Path, help="new folder for all results; else a temporary one, kept if they part")
+    parser.add_argument("--out", type=Path, help="folder for all results; those of the old code there are used again")
     parser.add_argument("--quick", action="store_true", help="without the demo and rows in processes of their own")
     args = parser.parse_args()
     out = (args.out or Path(tempfile.mkdtemp(prefix="same-"))).resolve()
-    if out.exists() and any(out.iterdir()):
-        parser.error(f"--out {out} is not empty")
+    whose = out / "old" / "checkout.txt"
+    if out.exists() and any(out.iterdir()) and (not whose.exists() or whose.read_text() != str(args.old.resolve())):
+        parser.error(f"--out {out} holds something else than results of {args.old}")
+    shutil.rmtree(out / "new", ignore_errors=True)
     from tools.same_shared import make_shared
 
     start = time.monotonic()
     sides = [Side(args.old.resolve(), out / "old", old=True), Side(args.new.resolve(), out / "new", old=False)]
+    for side in sides:
+        side.folder.mkdir(parents=True, exist_ok=True)
+    whose.write_text(str(args.old.resolve()))
     with ThreadPoolExecutor() as pool:
         making = pool.submit(make_shared, out / "shared")
         fields = list(pool.map(Side.fields, sides))

@@ -42,7 +42,8 @@ def fields() -> dict[str, dict[str, str]]:
         found.clear()
         with contextlib.redirect_stderr(io.StringIO()):
             command(verb.split())
-        table[verb] = {field.name: default(field) for field in dataclasses.fields(found[0]) if field.init}
+        config = dataclasses.fields(found[0]) if found else ()  # a verb without flags
+        table[verb] = {field.name: default(field) for field in config if field.init}
     return table
 
 

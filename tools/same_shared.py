@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ WORDS = (
     "picture shows one two dark background left right shape colour this that its find near far user : ."
 ).split()
 TURNS = "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s>{% endfor %}"
+LAST = "tars/01.tar"
 Rows = list[dict[str, str]]
 
 
 def make_shared(folder: Path) -> None:
-    """Write everything into `folder`."""
+    """Write everything into `folder`, unless it is there."""
+    if (folder / LAST).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_models(folder)
     rows = write_images(folder)

@@ -62,9 +62,9 @@ def run(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(same_grid, name, {})
     monkeypatch.setattr("tools.same_shared.make_shared", lambda folder: None)
 
-    def compare(old: Path, new: Path, *words: str) -> tuple[int, str]:
-        out = tmp_path / "out"
-        shutil.rmtree(out, ignore_errors=True)
+    def compare(old: Path, new: Path, *words: str, out: Path = tmp_path / "out") -> tuple[int, str]:
+        if "again" not in out.name:
+            shutil.rmtree(out, ignore_errors=True)
         monkeypatch.setattr(sys, "argv", ["same", str(old), "--new", str(new), "--out", str(out), *words])
         return same.main(), capsys.readouterr().out
 
@@ -94,6 +94,17 @@ def test_renamed_flags_are_asked_for_by_their_own_names(checkout, run, monkeypat
     assert "FIELD  grow pace: gone, and not in REMOVED" in said and "FIELD  grow speed: new, and not in ADDED" in said
     monkeypatch.setattr(same_grid, "RENAMED", {"grow": {"pace": "speed"}})
     assert run(old, new, "--only", "base", "speed")[0] == 0
+
+
+def test_results_of_the_old_code_are_used_again_and_those_of_the_new_are_not(checkout, run, tmp_path) -> None:
+    old, new, out = checkout("a"), checkout("b"), tmp_path / "again"
+    assert run(old, new, "--only", "base", out=out)[0] == 0
+    code = (old / "src" / "llm2clip" / "__main__.py").read_text()
+    for side, expected in ((old, 0), (new, 1)):
+        (side / "src" / "llm2clip" / "__main__.py").write_text(code.replace("* 1.0", "* 1.5"))
+        assert run(old, new, "--only", "base", out=out)[0] == expected
+    with pytest.raises(SystemExit):
+        run(new, old, out=out)
 
 
 def test_rows_of_flags_that_are_gone_are_not_run(checkout, run, monkeypatch) -> None:

@@ -49,7 +49,7 @@ USUAL = {
     "bank info": "build-bank/base",
     "bank verify": "build-bank/base",
     "bank add": "build-bank/base --data $S/more.csv --precision fp32",
-    "bank merge": "build-bank/base build-bank/data=00..01.tar",
+    "bank merge": "build-bank/base build-bank/data=_00..01_.tar",
     "bank export": "build-bank/base",
     "train-student": "--bank build-bank/base --tower $S/tower --precision fp32 --steps 3 --batch-size 8 --workers 0 "
     "--tracker none",
@@ -163,7 +163,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "kinds": "--kinds long",
     },
     "train-student": {
-        "bank": [TWO_BANKS, "--bank build-bank/dtype=int8", "--bank build-bank/data=00..01.tar"],
+        "bank": [TWO_BANKS, "--bank build-bank/dtype=int8", "--bank build-bank/data=_00..01_.tar"],
         "tower": ["--tower $S/siglip", "--tower $S/vit", "--tower $S/clip"],
         "out": PLACE,
         "tower_revision": HUB,

@@ -75,7 +75,6 @@ def test_a_checkout_is_the_same_as_itself_and_a_row_that_dies_is_named(checkout,
     code, said = run(checkout("a"), checkout("b"))
     assert code == 1 and "4 rows: 3 equal, 1 part" in said and "0 fields wrong" in said
     assert "PARTS  grow/kill" in said and "both fail, so nothing is shown: 9 its process died" in said
-    assert run(checkout("c"), checkout("d"), "--only", "base", "speed")[0] == 0
 
 
 def test_it_says_at_which_step_and_by_how_much_they_part(checkout, run) -> None:
@@ -96,6 +95,7 @@ def test_renamed_flags_are_asked_for_by_their_own_names(checkout, run, monkeypat
     assert run(old, new, "--only", "base", "speed")[0] == 0
 
 
+@pytest.mark.slow
 def test_results_of_the_old_code_are_used_again_and_those_of_the_new_are_not(checkout, run, tmp_path) -> None:
     old, new, out = checkout("a"), checkout("b"), tmp_path / "again"
     assert run(old, new, "--only", "base", out=out)[0] == 0
@@ -107,6 +107,7 @@ def test_results_of_the_old_code_are_used_again_and_those_of_the_new_are_not(che
         run(new, old, out=out)
 
 
+@pytest.mark.slow
 def test_rows_of_flags_that_are_gone_are_not_run(checkout, run, monkeypatch) -> None:
     monkeypatch.setattr(same_grid, "REMOVED", {"grow": {"speed": "a test", "kill": "a test"}})
     code, said = run(checkout("a"), checkout("b"))

@@ -283,9 +283,9 @@ VOLATILE = frozenset(["seconds", "wall_seconds", "times", "pictures_per_second",
 VOLATILE_TEXT = r"[\d.,]+ ?(s|ms|min|h|seconds|minutes)\b|[\d.,]+/s|\b20\d\d-\d\d-\d\d\b"
 """Times and dates in pages and printed lines."""
 LEFT_OUT = {
-    "*.lock": "holds nothing",
     ".lock": "holds nothing",
     "events.out.tfevents.*": "times inside; the figures are those of log.jsonl",
+    "*.py": "the code of the model that lies in a student's folder, not what it computes",
     "log.txt": "what processes said while the demo ran, with times",
     "*.html": "a page for people; its figures are those of report.json and results.json",
 }

@@ -1,4 +1,4 @@
-"""Stage 1 and MNTP once more, in plain PyTorch, from what docs/teacher.md and `TeacherConfig` say: nothing of the package.
+"""Stage 1 and MNTP once more, in plain PyTorch, from what docs/teacher.md and `TeacherConfig` say.
 
 Left to the run that is compared: which texts it drew, which tokens it hid, and how its adapters started.
 """
@@ -61,7 +61,9 @@ class Oracle:
         whole = {**self.llm, **{name: w for name, w in self.trained.items() if name in self.llm}}
         for name in [name[:-2] for name in self.trained if name.endswith(".A")]:
             update = self.trained[f"{name}.B"] @ self.trained[f"{name}.A"]
-            whole[f"{name}.weight"] = self.llm[f"{name}.weight"] + self.config.lora_alpha / self.config.lora_rank * update
+            whole[f"{name}.weight"] = (
+                self.llm[f"{name}.weight"] + self.config.lora_alpha / self.config.lora_rank * update
+            )
         return whole
 
     def states(self, rows: Sequence[Sequence[int]], *, causal: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -82,7 +84,8 @@ class Oracle:
         prompt = (HEADER if chat else "") + (f"{instruction}\n" if instruction else "")
         first = len(self.tokenizer(prompt)["input_ids"]) if prompt else 0
         rows = [self.tokenizer(prompt + text)["input_ids"][: config.max_length - chat] for text in texts]
-        rows = [row + [self.tokenizer.convert_tokens_to_ids(CLOSING)] for row in rows] if chat else rows
+        closing = [self.tokenizer.convert_tokens_to_ids(CLOSING)] if chat else []
+        rows = [[*row, *closing] for row in rows]
         _, states = self.states(rows, causal=config.attention == "causal")
         pooled = []
         for state, row in zip(states, rows, strict=True):
@@ -141,10 +144,12 @@ class Oracle:
             value = loss(batch)
             gradients = dict(zip(self.trained, torch.autograd.grad(value, list(self.trained.values())), strict=True))
             norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
-            trace.losses.append(float(value)), trace.norms.append(float(norm)), trace.rates.append(rate)
+            trace.losses.append(value.item())
+            trace.norms.append(norm.item())
+            trace.rates.append(rate)
             with torch.no_grad():
                 for name, gradient in gradients.items():
-                    gradient = gradient * min(1.0, config.max_grad_norm / (float(norm) + 1e-6))
+                    gradient = gradient * min(1.0, config.max_grad_norm / (norm.item() + 1e-6))
                     means[name] = 0.9 * means[name] + 0.1 * gradient
                     squares[name] = 0.999 * squares[name] + 0.001 * gradient.square()
                     mean, square = means[name] / (1 - 0.9 ** (step + 1)), squares[name] / (1 - 0.999 ** (step + 1))

@@ -307,7 +307,6 @@ def test_an_adaptor_is_saved_in_the_llms_dtype_and_makes_another_teacher(tiny_ll
     add_adaptor(encoder, layers=1)
     assert teacher_fingerprint(encoder) != before
     assert {weight.dtype for weight in encoder[2].parameters()} == {torch.float32}
-    np.testing.assert_array_equal(encoder.encode(TEXTS), llm_as_encoder(tiny_llm, dtype="bfloat16").encode(TEXTS))
     with torch.no_grad():
         encoder[2].linear.weight.normal_()
     state = encoder.state_dict()

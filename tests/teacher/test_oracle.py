@@ -433,6 +433,9 @@ def test_the_seed(config, monkeypatch, tmp_path) -> None:
             train_teacher(config(out=tmp_path / str(i), **MNTP, seed=seed))
     same, again, other = runs
     assert same.rows == again.rows and same.losses == again.losses
+    # In the first pass, whatever the order: the pair that a picture gives.
+    pairs = [{row["label"][3]: (row["query"], row["positive"]) for row in run.rows["PairTrainer"][:12]} for run in runs]
+    assert len(pairs[0]) == 12 and pairs[0] != pairs[2] and list(pairs[0]) != list(pairs[2])
     for kind in ("PairTrainer", "MaskedTrainer"):
         assert same.rows[kind] != other.rows[kind]
         down = (run.down(kind)["layers.0.self_attn.q_proj"] for run in (same, other))

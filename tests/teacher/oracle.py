@@ -5,6 +5,7 @@ Left to the run that is compared: which texts it drew, which tokens it hid, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,7 @@ class Oracle:
         self, config: Any, folder: Any, *, down: Mapping[str, Tensor], llm: Mapping[str, Tensor] | None = None
     ) -> None:
         self.config = config
-        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, self.tokenizer = _read(str(folder))
         self.llm = {name: w.detach().clone() for name, w in (llm or dict(self.model.named_parameters())).items()}
         self.trained: dict[str, Tensor] = {}
         if config.tuning == "full":
@@ -160,6 +160,13 @@ class Oracle:
             adaptor = {name: w for name, w in self.trained.items() if name.startswith("adaptor")}
             trace.weights = {name: w.detach() for name, w in {**self.whole(), **adaptor}.items()}
         return trace
+
+
+@functools.cache
+def _read(folder: str) -> tuple[Any, Any]:
+    """The LLM, none of whose weights is ever changed, and its tokenizer."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _plain(text: str) -> str:

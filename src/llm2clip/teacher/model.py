@@ -232,7 +232,7 @@ def save(encoder: SentenceTransformer, folder: Path, *, attention: str) -> None:
     The attention is written as `is_causal` into `config.json`, where transformers reads it back.
     """
     restore_attention(encoder, attention)
-    for module in encoder:
+    for module in list(encoder)[1:]:  # not the LLM, whose position frequencies stay in fp32
         module.to(llm(encoder).dtype)  # an adaptor trains in fp32 whatever the LLM is held in
     encoder.save_pretrained(str(folder), create_model_card=False)
 

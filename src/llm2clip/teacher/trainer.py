@@ -264,11 +264,9 @@ class Log(TrainerCallback):
         if self.progress is None:
             return
         self.progress.advance(note=self.note)
-        model = kwargs["model"]
         due = self.every and state.global_step % self.every == 0
-        if self.probe is not None and due and not is_sharded(model):
+        if self.probe is not None and due and not is_sharded(kwargs["model"]):
             self._write({"step": state.global_step, **self.probe()})
-            model.train()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note loss, learning rate and gradient norm."""

@@ -167,7 +167,9 @@ def renames(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         flushed.add(state(os.fstat(descriptor)))
 
     def rename(source: Path, target: Path) -> None:
-        files = [path for path in Path(source).rglob("*") if path.is_file()] if Path(source).is_dir() else [Path(source)]
+        files = (
+            [path for path in Path(source).rglob("*") if path.is_file()] if Path(source).is_dir() else [Path(source)]
+        )
         seen[Path(target).name] = sorted(file.name for file in files if state(file.stat()) not in flushed)
         replace(source, target)
 

@@ -172,7 +172,7 @@ def test_captions_are_encoded_again_as_they_were(settings, captions_csv, build, 
 
 def test_what_is_said(bank: Bank, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = verify_bank(BankVerifyConfig(bank=bank.folder, teacher="none"))
-    arrays = [path for path in bank.folder.rglob("*.npy")]
+    arrays = list(bank.folder.rglob("*.npy"))
     assert report["bytes"] == sum(path.stat().st_size for path in [*arrays, bank.folder / "table" / "facts.json"])
     assert "captions encoded again" not in capsys.readouterr().out
     for shard in range(6):

@@ -1,4 +1,4 @@
-"""wandb and trackio are told every setting by its value, and the curves: with modules of their names that keep notes."""
+"""wandb and trackio are told every setting by its value, and the curves; modules of their names take notes."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(Opened):
             run.open_encoder(EvaluateConfig(**names, **settings))
         assert asked == expected
-    assert run.DTYPES == {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} == run.DTYPES
 
 
 def test_the_seed_of_the_similarity_figures(

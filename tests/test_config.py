@@ -46,7 +46,7 @@ def test_plain_data_and_back(tmp_path: Path) -> None:
     found = config.from_file(Settings, tmp_path / "run.json")
     assert (found.data, found.steps, found.mix) == (("x", "y"), 3, {})
     assert found.out is tyro.MISSING, "what no run records is still to be given"
-    for text, complaint in (("[1]", "holds no JSON object"), ("{", "cannot be read"), ('{"stesp": 1}', "'steps'")):
+    for text, complaint in (("[1]", "holds no JSON object"), ("{", "cannot be read"), ('{"step": 1}', "'steps'")):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UsageError, match=complaint):
             config.from_file(Settings, tmp_path / "run.json")

@@ -352,7 +352,7 @@ def test_settings_of_the_teacher_are_handed_on(captions_csv, tiny_llm, tmp_path,
         return teacher
 
     monkeypatch.setattr(build_module, "load_for_encoding", load)
-    monkeypatch.setattr(encoder.CaptionEncoder, "_compile", compiled.append)
+    monkeypatch.setattr(encoder.CaptionEncoder, "_compile", lambda self: compiled.append(self))
     settings = {"teacher": "org/name", "teacher_revision": "v1", "precision": "fp32", "device": "cpu"}
     config = BankConfig(
         data=(str(captions_csv),),

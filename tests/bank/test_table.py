@@ -76,19 +76,19 @@ def test_blocks_make_no_difference(rows: int, tmp_path: Path, monkeypatch: pytes
     assert [len(hashes) for _, hashes in blocks] == [len(texts) for texts, _ in blocks]
 
 
-@pytest.mark.parametrize("rows", [2, 65536])
+@pytest.mark.parametrize("rows", [2, 4, 65536])
 def test_of_a_picture_that_comes_twice_in_a_table_the_first_counts(
     rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_ROWS", rows)
-    places = [PictureRef("/0.tar", i) for i in (0, 1, 2, 1, 2, 0)]
+    places = [PictureRef("/0.tar", i) for i in (0, 1, 2, 3, 0)]
     twice = table_of(tmp_path / "b", [named(f"b{n}", place) for n, place in enumerate(places)])
-    hashes = module.picture_hashes(twice, range(6))
-    assert picture_index(twice).lookup(hashes).tolist() == [0, 1, 2, 1, 2, 0]
+    hashes = module.picture_hashes(twice, range(5))
+    assert picture_index(twice).lookup(hashes).tolist() == [0, 1, 2, 3, 0]
     first = table_of(tmp_path / "a", [named("a", places[1])])
     assert [(s.id, s.captions["raw"]) for s in joined([first, twice])] == [
         ("a", ("a", "b1")),
-        *((f"b{n}", (f"b{n}",)) for n in (0, 2, 3, 4, 5)),
+        *((f"b{n}", (f"b{n}",)) for n in (0, 2, 3, 4)),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from llm2clip.captions import tar_index
 from llm2clip.captions.bad import BadPicture
 from llm2clip.captions.sources import Source
 from llm2clip.captions.tar_index import TarIndex, index_folder
@@ -149,3 +150,23 @@ def test_the_usual_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert index_folder() == tmp_path / ".cache" / "llm2clip" / "tar-indexes"
+
+
+def test_an_index_is_of_one_url_state_and_way_of_reading() -> None:
+    base = {"size": 9}
+    paths = {TarIndex(f"memory://{name}.tar", base, pictures=True).path for name in "ab"}
+    paths.add(TarIndex("memory://a.tar", base, pictures=False).path)
+    states = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "blob_id", "xet_hash", "lfs")
+    paths |= {TarIndex("memory://a.tar", {**base, name: 1}, pictures=True).path for name in states}
+    paths |= {TarIndex("memory://a.tar", {"size": 10}, pictures=True).path}
+    assert len(paths) == 3 + 9 + 1 and None not in paths
+    assert TarIndex("memory://a.tar", {"name": "a"}, pictures=True).path is None, "nothing tells when it changes"
+    assert TarIndex("memory://a.tar", {**base, "name": "a"}, pictures=True).path in paths
+
+
+def test_a_long_index_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_index, "ROWS_AT_ONCE", 3)
+    members = [Member(f"{i}.txt", 512 * i, i, b"x" * i) for i in range(10)]
+    index = TarIndex("memory://long.tar", {"size": 1}, pictures=True)
+    index.save(members)
+    assert index.load() == members

@@ -117,7 +117,7 @@ def test_train_student(
     if precision == "bf16":  # fp16 may leave out the first steps, until the loss is scaled as it should be
         # What half the digits change: half a percent a step, and as much again in what the steps before have learned.
         exact = losses(
-            train_student(student_config("fp32", **{**shared, **settings}, val_bank=val[1:] and str(bank) or None))
+            train_student(student_config("fp32", **{**shared, **settings}, **({"val_bank": str(bank)} if val else {})))
         )
         assert told == pytest.approx(exact, rel=0.05)
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.float32}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from llm2clip import cli
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.gpu
 SIDE = 448 if ON_GPU else 32
 WORDS = 500 if ON_GPU else 20
 MIB = 2**20
-SAID_BY_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB of which 0 bytes"
+SAID_BY_TORCH = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB of which 0 bytes"
+)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def last_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 @pytest.fixture
 def long_csv(tmp_path: Path) -> Callable[[int], Path]:
-    """A function: a CSV of that many pictures (which are not there) with two long captions each."""
+    """A function: a CSV of that many pictures of one pixel with two long captions each."""
 
     def write(count: int) -> Path:
         words = "red green blue yellow small large disc square".split()
@@ -86,7 +89,8 @@ def long_csv(tmp_path: Path) -> Callable[[int], Path]:
             rows.writerow(["image", "short_caption", "long_caption"])
             for i in range(count):
                 text = " ".join(words[(i // 8 ** (k % 4) + k) % 8] for k in range(WORDS))
-                rows.writerow([f"{i}.jpg", f"{text} a", f"{text} the"])
+                Image.new("L", (1, 1)).save(tmp_path / f"{i}.png")
+                rows.writerow([f"{i}.png", f"{text} a", f"{text} the"])
         return path
 
     return write
@@ -96,8 +100,13 @@ def test_train_student(
     bank: Path, tiny_tower: Path, tmp_path: Path, short_of_memory: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"tower": tiny_tower, "out": tmp_path / "student", "image_size": SIDE, "batch_size": 24, "steps": 2}
-    words = ["train-student", "--bank", bank, *flags({**settings, "precision": "fp32", "tracker": "none", "workers": 0})]
-    short_of_memory(192, pictures=4)  # the step takes some 400 MiB, two pictures of it 40, the products' workspace 32
+    words = [
+        "train-student",
+        "--bank",
+        bank,
+        *flags({**settings, "precision": "fp32", "tracker": "none", "workers": 0}),
+    ]
+    short_of_memory(192, pictures=4)  # the step takes 340, two pictures of it 28; two batches 37; torch's products 32
     line = last_line(capsys, *words)
     assert "; give a small --micro-batch-size or --gradient-checkpointing or a smaller --batch-size (now 24)" in line
     if not ON_GPU:
@@ -111,7 +120,7 @@ def test_train_teacher(
 ) -> None:
     settings = {"model": tiny_llm, "out": tmp_path / "teacher", "precision": "fp32", "batch_size": 24, "steps": 2}
     words = ["train-teacher", "--data", long_csv(24), *flags({**settings, "eval_pictures": 2})]
-    short_of_memory(128, tokens=8 * (WORDS + 2))  # the step takes some 400 MiB, two texts of it 12
+    short_of_memory(128, tokens=8 * (WORDS + 2))  # the step takes 260 MiB, two texts of it 8
     assert "; give a smaller --micro-batch-size, --gradient-checkpointing or, for" in last_line(capsys, *words)
     command(*words, "--micro-batch-size", 2)
 
@@ -137,7 +146,7 @@ def test_build_bank_takes_smaller_batches_by_itself(
     data = long_csv(500 if ON_GPU else 24)
     words = ["build-bank", "--data", data, *flags({"teacher": finished_teacher, "precision": "fp32"})]
     command(*words, "--out", tmp_path / "usual")
-    short_of_memory(128, tokens=4 * (WORDS + 2))  # a million tokens take a GiB
+    short_of_memory(128, tokens=4 * (WORDS + 2))  # half a million tokens take half a GiB
     capsys.readouterr()
     command(*words, "--out", tmp_path / "halved", "--batch-tokens", 1_000_000)
     told = capsys.readouterr().err

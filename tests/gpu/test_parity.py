@@ -6,6 +6,7 @@ that follow each other in models of two layers.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.bank.verify import cosines
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.run import evaluate
+from llm2clip.export.check import probe_pictures
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.run import export_model
 from llm2clip.metrics import caption_retrieval_accuracy, recall_both_ways
@@ -94,7 +96,9 @@ def test_contrastive_loss(options: dict, dtype: torch.dtype, device: torch.devic
         bias = inputs[3] if len(inputs) > 3 else None
         loss = contrastive_loss(*inputs[:3], bias=bias, tile=tile, **others, **options)
         loss.backward()
-        results.append([value.detach().float().cpu() for value in (loss, *(i.grad for i in inputs if i.grad is not None))])
+        results.append(
+            [value.detach().float().cpu() for value in (loss, *(i.grad for i in inputs if i.grad is not None))]
+        )
     for there in results[1:]:
         assert len(there) == len(inputs) + 1
         for found, expected in zip(there, results[0], strict=True):
@@ -168,18 +172,19 @@ def test_training_a_teacher(settings: dict, tiny_llm: Path, pictures_csv: Path, 
 
 
 def test_scores(device: torch.device) -> None:
-    """Ranks are whole numbers: of random vectors, whose scores lie further apart than rounding, they are the same."""
+    """Ranks are whole numbers: rounding may change that of one among 300, whose scores are equal but for it."""
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(300, 24, generator=generator), torch.randn(600, 24, generator=generator)
     owners = np.arange(600) // 2
     text += 0.5 * image[owners]
     for values in ((image, text), (image.half(), text.half())):
         there = [value.to(device) for value in values]
-        ids = np.arange(300)
-        assert recall_both_ways(*there, ids, owners) == recall_both_ways(*values, ids, owners)
+        ids, one = np.arange(300), 1 / 300 + 1e-9
+        for found, wanted in zip(*(recall_both_ways(*both, ids, owners) for both in (there, values)), strict=True):
+            assert 0.05 < wanted[1] < 0.95 and found == pytest.approx(wanted, abs=one)
         for pool in ("all", "second"):
             expected = caption_retrieval_accuracy(values[1], owners, pool)
-            assert caption_retrieval_accuracy(there[1], owners, pool) == expected
+            assert caption_retrieval_accuracy(there[1], owners, pool) == pytest.approx(expected, abs=one)
 
 
 def test_reports(finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
@@ -212,9 +217,12 @@ def test_exports(
         return real(*words, **options)
 
     monkeypatch.setattr(run, "reload", watched)
-    folders = []
+    # What torch needs for any product stays, so it is there before the count begins.
+    LLM2CLIP.from_pretrained(finished_student, device=device).encode_image(probe_pictures())
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, folders = torch.cuda.memory_reserved(), []
     for place in ("cpu", str(device)):
-        before = torch.cuda.memory_reserved()
         options = {"model": str(finished_student), "device": place, "to": "tower", "out": tmp_path / place}
         folders.append(export_model(ExportConfig(**options)))
     names = ("model.safetensors", "config.json")
@@ -276,10 +284,13 @@ def test_a_teacher_in_4_bits(tiny_llm: Path, pictures_csv: Path, tmp_path: Path)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_gpu(finished_teacher: Path, tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:
     """Vectors on their way from another GPU than the first are waited for; a trainer stays on one."""
-    encoders = [CaptionEncoder(load_teacher(finished_teacher, device=f"cuda:{i}"), dtype="float32") for i in (0, 1)]
-    torch.cuda._sleep(50_000_000)  # the first has other work to do
-    one, other = (encoder.encode(TEXTS * 200)[0] for encoder in encoders)
-    np.testing.assert_allclose(other, one, atol=1e-5)
+    vectors = []
+    for i in (0, 1):
+        encoder = CaptionEncoder(load_teacher(finished_teacher, device=f"cuda:{i}"), dtype="float32", batch_tokens=40)
+        with torch.cuda.device(i):
+            torch.cuda._sleep(50_000_000)  # clock cycles, some 30 ms, in which what is not waited for is not there
+        vectors.append(encoder.encode(TEXTS)[0])
+    np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
     settings = {"data": (str(pictures_csv),), "model": str(tiny_llm), "precision": "fp32", "steps": 2, "batch_size": 4}
     train_teacher(TeacherConfig(**settings, mntp=True, mntp_steps=2, mntp_batch_size=4, out=tmp_path / "teacher"))
 

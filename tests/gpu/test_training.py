@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -18,6 +19,7 @@ from llm2clip.student.gradcache import cached_step
 from llm2clip.student.optim import MuonAndAdamW
 from llm2clip.student.session import Session
 from llm2clip.student.train import train_student
+from llm2clip.teacher import mntp
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.train import train_teacher
 from llm2clip.teacher.trainer import PairTrainer
@@ -129,6 +131,25 @@ def test_muon_takes_the_steps_it_takes_on_a_cpu(device: torch.device) -> None:
         ends.append((weight.detach().cpu() - start, bias.detach().cpu()))
     assert (ends[1][0] - ends[0][0]).norm() < 0.03 * ends[0][0].norm()
     torch.testing.assert_close(ends[1][1], ends[0][1])
+
+
+def test_the_first_step_of_a_frozen_teacher_trains_float32(
+    tiny_llm: Path, pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in half precision lose small steps in bf16, and in fp16 cannot have their loss scaled."""
+    trained: list[set[torch.dtype]] = []
+    real = mntp.run_trainer
+
+    def watched(trainer: Any, **options: Any) -> None:
+        trained.append({parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad})
+        real(trainer, **options)
+
+    monkeypatch.setattr(mntp, "run_trainer", watched)
+    settings = {"data": (str(pictures_csv),), "model": str(tiny_llm), "steps": 2, "batch_size": 4, "mntp_batch_size": 4}
+    settings |= {"precision": "bf16", "tuning": "frozen", "adaptor_layers": 1, "mntp": True, "mntp_steps": 2}
+    out = train_teacher(TeacherConfig(**settings, out=tmp_path / "teacher"))
+    assert trained == [{torch.float32}]
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def weights_of(out: Path) -> bytes:

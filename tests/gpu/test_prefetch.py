@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from llm2clip.bank.build import build_bank
+from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
 from llm2clip.student import loader as loader_module
 from llm2clip.student.data import BankDataset, Batch
@@ -62,6 +65,7 @@ def test_two_batches_are_held_and_not_three(bank: Path, tiny_tower: Path, device
     transform = ImageTransform.from_pretrained(tiny_tower).at_size(512)
     dataset = BankDataset([Bank.open(bank)], transform=transform, batch_size=8)
     size = 8 * 4 * 512 * 512
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -73,9 +77,6 @@ def test_two_batches_are_held_and_not_three(bank: Path, tiny_tower: Path, device
 def test_a_picture_that_cannot_be_read_is_replaced_alike(
     finished_teacher: Path, device: torch.device, tiny_tower: Path, tmp_path: Path
 ) -> None:
-    from llm2clip.bank.build import build_bank
-    from llm2clip.bank.config import BankConfig
-
     rows = ["image,caption", *(f"{i}.png,a red disc {i}" for i in range(12))]
     (tmp_path / "captions.csv").write_text("\n".join(rows) + "\n")
     for i in range(12):

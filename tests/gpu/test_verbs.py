@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2clip import LLM2CLIP
 from llm2clip.artifacts import read_manifest
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.verify import cosines
@@ -105,17 +104,17 @@ def test_train_student(
     settings: dict, precision: str, bank: Path, tiny_tower: Path, student_config: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "student"
-    shared = {"steps": 12, "dim": 16, "batch_size": 8, "learning_rate": 1e-3, "adaptor_learning_rate": 3e-3}
+    shared = {"steps": 16, "dim": 16, "batch_size": 8, "learning_rate": 1e-3, "adaptor_learning_rate": 3e-3}
     extra = {"precision": precision, "tracker": "none", "save_every": 5, "workers": 0}
     val = ["--val-bank", bank] if "val_every" in settings else []
     words = [*flags({**shared, **extra, **settings}), *val]
     verb("train-student", "--bank", bank, "--tower", tiny_tower, "--out", out, *words)
     told = losses(out)
-    assert len(told) == 12 and sum(told[-3:]) < sum(told[:3])
+    assert len(told) == 16 and sum(told[-3:]) < sum(told[:3])
     if val:
         assert read_manifest(out, "student")["best_score"] >= 0
     if precision == "bf16":  # fp16 may leave out the first steps, until the loss is scaled as it should be
-        # What half the digits change: half a percent a step, and as much again in what the steps before have learned.
+        # bf16 has 8 bits: half a percent in each loss, and as much again by what the steps before have learned.
         exact = losses(
             train_student(student_config("fp32", **{**shared, **settings}, **({"val_bank": str(bank)} if val else {})))
         )
@@ -139,21 +138,6 @@ def test_evaluate(
     # Of 24 pictures with an untrained student's near-equal scores, rounding may swap two; of the halves, three.
     allowed = (2 if precision == "auto" else 4) / 24
     assert report["metrics"] == pytest.approx(expected, abs=allowed)
-
-
-@pytest.mark.parametrize("to", ["sentence-transformers", "transformers", "tower"])
-def test_export(to: str, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
-    """Each is loaded again on the device by a fresh process; what it gives is that of the student on the CPU."""
-    out, files = tmp_path / to, sorted(pictures_csv.parent.glob("*.jpg"))[:6]
-    verb("export", "--model", finished_student, "--teacher", finished_teacher, "--to", to, "--out", out)
-    assert min(read_manifest(out, "export")["checked"].values()) > 0.9999
-    source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
-    if to == "tower":
-        return
-    again = LLM2CLIP.from_pretrained(out, finished_teacher if to == "transformers" else None)
-    # Float32 throughout, but for the TF32 of the patches' convolution, whose 10 bits are half a thousandth of a number.
-    assert cosines(again.encode_image(files), source.encode_image(files)).min() > 0.99999
-    assert cosines(again.encode_text(TEXTS), source.encode_text(TEXTS)).min() > 0.99999
 
 
 def test_join_teachers(finished_teacher: Path, tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:

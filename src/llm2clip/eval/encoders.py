@@ -151,6 +151,8 @@ class SentenceTransformerEncoder:
                 trust_remote_code=trust_remote_code,
                 model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
+        except torch.OutOfMemoryError:
+            raise
         except LOAD_ERRORS as error:
             raise UsageError(f"--model {folder} cannot be loaded: {_first_line(error)}") from None
         if "image" not in model.modalities:

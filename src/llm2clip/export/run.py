@@ -58,6 +58,7 @@ def export_model(config: ExportConfig) -> Path:
         write_card(out, facts, scores=scores)
         del model  # its copy in the fresh process needs the room
         gc.collect()
+        torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
         found = reload(config.to, out, facts, device=device)
         checked = compare(out, expected, found)
         logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))

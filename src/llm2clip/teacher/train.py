@@ -191,7 +191,7 @@ def first_step(config: TeacherConfig, tasks: list[Task], out: Path, state: Parti
         lora={"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         if config.tuning == "lora"
         else None,
-        dtype=config.load_dtype,
+        dtype=config.load_dtype if config.tuning == "lora" else "float32",  # else this step trains the weights held
         trust_remote_code=config.trust_remote_code,
     )
 

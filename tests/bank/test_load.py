@@ -16,25 +16,6 @@ from llm2clip.errors import UsageError
 from llm2clip.teacher.model import load_teacher
 
 
-def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(load, "cpu_has_bf16", lambda has=has: has)
-        assert load.pick_precision("auto", cpu) == expected
-    assert load.pick_precision("fp16", cpu) == "fp16"
-    assert load.pick_precision("auto", torch.device("mps")) == "fp32"
-
-
-def test_devices() -> None:
-    assert load.pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device is 'gpu'"):
-        load.pick_device("gpu")
-    if not torch.cuda.is_available():
-        assert load.pick_device(None) == torch.device("cpu")
-        with pytest.raises(UsageError, match="no GPU that torch can use"):
-            load.pick_device("cuda")
-
-
 def test_every_module_is_in_one_dtype(tiny_llm: Path, tmp_path: Path) -> None:
     transformer = Transformer(str(tiny_llm))
     model = SentenceTransformer(modules=[transformer, Pooling(32), Dense(32, 8)], device="cpu")

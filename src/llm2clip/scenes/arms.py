@@ -70,7 +70,6 @@ def make_teacher(folder: Path, llm: Path, budget: Budget, seed: int, *, share: s
             random_negative=False,
             scale=20.0,
             pair_weights={"short+short": 0.45, "long+short": 0.35, "long+long": 0.2},
-            precision="bf16",
             max_length=160,
             eval_pictures=64,
             save_every=10**6,
@@ -124,7 +123,6 @@ def make_bank(folder: Path, *, teacher: str, share: str, out: str, dtype: str = 
             teacher=str(folder / "teachers" / teacher),
             out=folder / "banks" / out,
             dtype=dtype,
-            precision="bf16",
         )
     )
 

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llm2clip.errors import LLM2CLIPError, UsageError
@@ -80,9 +81,9 @@ VERBS = {
         "llm2clip.export.run:export_model",
     ),
     "demo": Verb(
-        "the whole pipeline on generated pictures with mini models, in minutes",
-        "llm2clip.scenes.config:DemoConfig",
-        "llm2clip.scenes.demo:run_demo",
+        "the whole pipeline on generated pictures with mini models, in minutes (in a checkout of the repository)",
+        "demo.config:DemoConfig",
+        "demo.run:run_demo",
     ),
 }
 
@@ -237,7 +238,22 @@ def _group_of_tools(arguments: list[str]) -> str | None:
 
 def _load(place: str) -> Any:
     module, _, name = place.partition(":")
+    if module.startswith("demo."):
+        _find_demo()
     return getattr(importlib.import_module(module), name)
+
+
+def _find_demo() -> None:
+    """Let the demo be imported, which lies beside the package in its repository and is not installed.
+
+    Raises:
+        UsageError: if this package runs from elsewhere.
+    """
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "demo" / "run.py").exists():
+        raise UsageError("the demo comes with the repository of llm2clip only: clone it and run scripts/demo there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
 
 
 def _fail(message: str, code: int) -> int:

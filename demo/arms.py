@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from demo.clip import ClipTraining, Pairs, train_clip
+from demo.config import Budget
+from demo.write import NUM_TARS, columns, write_csv, write_tars
 from llm2clip.artifacts import is_complete, write_json, write_manifest
 from llm2clip.captions.config import SourceConfig
 from llm2clip.captions.pictures import load_picture
 from llm2clip.captions.sources import open_source
-from llm2clip.scenes.clip import ClipTraining, Pairs, train_clip
-from llm2clip.scenes.config import Budget
-from llm2clip.scenes.write import NUM_TARS, columns, write_csv, write_tars
 
 if TYPE_CHECKING:
     from llm2clip.student.config import StudentConfig

@@ -290,3 +290,16 @@ def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> No
         cli.main(["--help"])
     sys.stdout.flush()
     assert stop.value.code == 0 and written.getvalue() == b"\\u2588 \\u5706\n"
+
+
+def test_the_demo_is_found_in_a_checkout_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "demo").is_dir()])
+    for name in [name for name in sys.modules if name == "demo" or name.startswith("demo.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.run(["demo", "--seeds", "0", "--out", str(tmp_path / "demo")]) == 2
+    assert "--seeds is 0" in capsys.readouterr().err  # its own settings were read
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "llm2clip" / "cli.py"))
+    assert cli.run(["demo", "--out", str(tmp_path / "demo")]) == 2
+    assert "the demo comes with the repository of llm2clip only: clone it" in capsys.readouterr().err

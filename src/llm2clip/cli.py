@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llm2clip.errors import LLM2CLIPError, UsageError
@@ -92,9 +93,9 @@ VERBS = {
         memory=("--device cpu",),
     ),
     "demo": Verb(
-        "the whole pipeline on generated pictures with mini models, in minutes",
-        "llm2clip.scenes.config:DemoConfig",
-        "llm2clip.scenes.demo:run_demo",
+        "the whole pipeline on generated pictures with mini models, in minutes (in a checkout of the repository)",
+        "demo.config:DemoConfig",
+        "demo.run:run_demo",
     ),
 }
 
@@ -251,6 +252,8 @@ def _group_of_tools(arguments: list[str]) -> str | None:
 
 def _load(place: str) -> Any:
     module, _, name = place.partition(":")
+    if module.startswith("demo."):
+        _find_demo()
     return getattr(importlib.import_module(module), name)
 
 
@@ -265,6 +268,19 @@ def _what_needs_less(verb: str | None, config: Any) -> str:
         else:
             advice.append(f"a small {flag}" if now is None else f"a smaller {flag} (now {now})")
     return f"give {' or '.join(advice)}" if advice else "it takes a machine that has more"
+
+
+def _find_demo() -> None:
+    """Let the demo be imported, which lies beside the package in its repository and is not installed.
+
+    Raises:
+        UsageError: if this package runs from elsewhere.
+    """
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "demo" / "run.py").exists():
+        raise UsageError("the demo comes with the repository of llm2clip only: clone it and run scripts/demo there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
 
 
 def _fail(message: str, code: int) -> int:

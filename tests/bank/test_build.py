@@ -236,13 +236,16 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
 
 def test_size_and_time_left_are_said_before_and_while_it_is_built(captions_csv, build, tmp_path, said) -> None:
     build(captions_csv, tmp_path / "bank", batch_tokens=100)
-    collected, size, full, *encoded = said()
-    assert collected.startswith("collect: 60 samples")
+    lines = said()
+    collected = [line for line in lines if line.startswith("collect: ")]
+    assert collected[0] == "collect: 0 samples" and collected[-1].startswith("collect: 60 samples")
+    size, full, *encoded = lines[len(collected) :]
     assert size == (
         "120 captions of 60 samples, 120 distinct: 7.68 kB vectors of 32 x float16, 64 B each; 5 kB free on the disk"
     )
     assert full == "the disk will be full before the bank is whole: free 2.68 kB more"
     assert [re.sub(r"[\d.e+-]+/s|\d+ s left", "_", line) for line in encoded] == [
+        "encode: 0/120 captions, 0 B of 7.68 kB",
         "encode: 6/120 captions, _, 384 B of 7.68 kB, _",  # six long ones of 16 tokens are a batch
         "encode: 8/120 captions, _, 512 B of 7.68 kB, _",
         "encode: 120/120 captions, _, 7.68 kB of 7.68 kB",

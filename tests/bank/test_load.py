@@ -16,42 +16,6 @@ from llm2clip.errors import UsageError
 from llm2clip.teacher.model import load_teacher
 
 
-def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(load, "cpu_has_bf16", lambda has=has: has)
-        assert load.pick_precision("auto", cpu) == expected
-    # as torch tells of a GPU that has bf16, and of an older one that only emulates it
-    for real, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True, real=real: real or including_emulation
-        )
-        assert load.pick_precision("auto", cuda) == expected
-    assert load.pick_precision("fp16", cpu) == "fp16" and load.pick_precision("fp32", cuda) == "fp32"
-    assert load.pick_precision("auto", torch.device("mps")) == "fp32"
-
-
-def test_devices_of_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load.pick_device("cpu") == load.pick_device(None) == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device is 'gpu'"):
-        load.pick_device("gpu")
-    with pytest.raises(UsageError, match="--device is cuda:1, but there is no GPU that torch can use"):
-        load.pick_device("cuda:1")
-
-
-def test_devices_of_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert load.pick_device(None) == torch.device("cuda:0")
-    for rank, number in (("0", 0), ("1", 1), ("3", 1)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert load.pick_device(None) == torch.device("cuda", number)
-    assert load.pick_device("cuda:1") == torch.device("cuda:1") and load.pick_device("cpu") == torch.device("cpu")
-
-
 def test_every_module_is_in_one_dtype(tiny_llm: Path, tmp_path: Path) -> None:
     transformer = Transformer(str(tiny_llm))
     model = SentenceTransformer(modules=[transformer, Pooling(32), Dense(32, 8)], device="cpu")

@@ -11,10 +11,9 @@ from tyro.conf import Positional
 
 from llm2clip.bank.dtypes import DTYPES
 from llm2clip.captions.config import SourceConfig
-from llm2clip.config import check_choice, check_positive, to_dict
+from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.errors import UsageError
 
-PRECISIONS = ("auto", "bf16", "fp32", "fp16")
 FORMATS = ("parquet", "datasets")
 SPEED_FIELDS = ("out", "reuse", "shard", "device", "batch_tokens", "compile")
 """Fields that do not decide what is written (beyond rounding), so a run may go on with other values of them."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from demo.write import TEST_KINDS
 from llm2clip.artifacts import write_json
-from llm2clip.scenes.write import TEST_KINDS
 
 NUM_PICTURES = 10
 Arms = Mapping[str, tuple[str, str | None]]

@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from llm2clip.scenes.pictures import SIDE, draw_picture, png_bytes
-from llm2clip.scenes.scene import GRID, SPLITS, Scene, Thing, draw_scenes
+from demo.pictures import SIDE, draw_picture, png_bytes
+from demo.scene import GRID, SPLITS, Scene, Thing, draw_scenes
 
 
 def test_splits_share_no_bucket_and_fill_all() -> None:

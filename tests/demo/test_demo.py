@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from demo import jobs, results
+from demo.config import BUDGETS, DemoConfig
+from demo.jobs import Job, pipeline, run_jobs
+from demo.run import SHIPPED, run_demo
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.scenes import jobs, results
-from llm2clip.scenes.config import BUDGETS, DemoConfig
-from llm2clip.scenes.demo import SHIPPED, run_demo
-from llm2clip.scenes.jobs import Job, pipeline, run_jobs
 
 
 @pytest.fixture(scope="module")

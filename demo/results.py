@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from demo.write import PER_KIND, TEST_KINDS, captioned
 from llm2clip.artifacts import read_json
-from llm2clip.scenes.write import PER_KIND, TEST_KINDS, captioned
 
 DATASET = "captions"
 """The name `evaluate` gives the test pictures: their CSV's."""

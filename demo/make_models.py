@@ -1,4 +1,4 @@
-"""Make the mini models that ship with the package: `python -m llm2clip.scenes.make_models FOLDER {llm,clip}`.
+"""Make the mini models that ship with the package: `python -m demo.make_models FOLDER {llm,clip}`.
 
 Both see only their own scenes: the LLM those of the split "text" (as text), the CLIP those of "clip" (short English
 captions of the restricted vocabulary). Weights are saved in bfloat16, in files below 1.4 MB.
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from demo.clip import MEAN, STD, ClipTraining, Pairs, new_clip, train_clip
+from demo.llm import Pretraining, new_llm, pretrain
+from demo.pictures import SIDE, draw_picture
+from demo.tokens import make_tokenizer
+from demo.write import captioned
 from llm2clip.artifacts import write_json
 from llm2clip.errors import UsageError
-from llm2clip.scenes.clip import MEAN, STD, ClipTraining, Pairs, new_clip, train_clip
-from llm2clip.scenes.llm import Pretraining, new_llm, pretrain
-from llm2clip.scenes.pictures import SIDE, draw_picture
-from llm2clip.scenes.tokens import make_tokenizer
-from llm2clip.scenes.write import captioned
 
 LLM = Pretraining(steps=2800)
 CLIP = ClipTraining(steps=1200)
@@ -90,7 +90,7 @@ def _write_origin(folder: Path, start: float, facts: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     """Make one of the two models in the folder named first."""
     if len(arguments) != 2 or arguments[1] not in ("llm", "clip"):
-        raise UsageError("write python -m llm2clip.scenes.make_models FOLDER {llm,clip}")
+        raise UsageError("write python -m demo.make_models FOLDER {llm,clip}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     target = Path(arguments[0]) / arguments[1]
     if arguments[1] == "llm":

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.scenes import results
-from llm2clip.scenes.results import Value
-from llm2clip.scenes.write import PER_KIND, TEST_KINDS, captioned
+from demo import results
+from demo.results import Value
+from demo.write import PER_KIND, TEST_KINDS, captioned
 
 
 def value(*samples: float) -> Value:

@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from llm2clip.scenes import words
-from llm2clip.scenes.grammar import Claim, Voice, draw_claim, relation, short_english, short_spanish
-from llm2clip.scenes.scene import Scene, Thing, draw_scenes
-from llm2clip.scenes.write import PER_KIND, TEST_KINDS, captioned
+from demo import words
+from demo.grammar import Claim, Voice, draw_claim, relation, short_english, short_spanish
+from demo.scene import Scene, Thing, draw_scenes
+from demo.write import PER_KIND, TEST_KINDS, captioned
 
 STAR = Thing("star", "red", "large", "solid", 0, 0)
 MOON = Thing("crescent", "blue", "small", "hollow", 0, 2)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel
 
-from llm2clip.scenes import make_models
-from llm2clip.scenes.clip import CONTEXT, ClipTraining, image_vectors, new_clip, padded, text_vectors
-from llm2clip.scenes.demo import SHIPPED
-from llm2clip.scenes.llm import Pretraining, new_llm, next_token_loss, token_batches
-from llm2clip.scenes.make_models import clip_pairs
-from llm2clip.scenes.tokens import make_tokenizer
+from demo import make_models
+from demo.clip import CONTEXT, ClipTraining, image_vectors, new_clip, padded, text_vectors
+from demo.llm import Pretraining, new_llm, next_token_loss, token_batches
+from demo.make_models import clip_pairs
+from demo.run import SHIPPED
+from demo.tokens import make_tokenizer
 
 UNIGRAM_LOSS = 4.5
 """About what a model that knows only how often each word occurs would get; an untrained one has ln 591 = 6.4."""

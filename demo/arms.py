@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from demo.clip import ClipTraining, Pairs, train_clip
+from demo.config import Budget
+from demo.write import NUM_TARS, columns, write_csv, write_tars
 from llm2clip.artifacts import is_complete, write_json, write_manifest
 from llm2clip.captions.config import SourceConfig
 from llm2clip.captions.pictures import load_picture
 from llm2clip.captions.sources import open_source
-from llm2clip.scenes.clip import ClipTraining, Pairs, train_clip
-from llm2clip.scenes.config import Budget
-from llm2clip.scenes.write import NUM_TARS, columns, write_csv, write_tars
 
 if TYPE_CHECKING:
     from llm2clip.student.config import StudentConfig
@@ -70,7 +70,6 @@ def make_teacher(folder: Path, llm: Path, budget: Budget, seed: int, *, share: s
             random_negative=False,
             scale=20.0,
             pair_weights={"short+short": 0.45, "long+short": 0.35, "long+long": 0.2},
-            precision="bf16",
             max_length=160,
             eval_pictures=64,
             save_every=10**6,
@@ -124,7 +123,6 @@ def make_bank(folder: Path, *, teacher: str, share: str, out: str, dtype: str = 
             teacher=str(folder / "teachers" / teacher),
             out=folder / "banks" / out,
             dtype=dtype,
-            precision="bf16",
         )
     )
 

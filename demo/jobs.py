@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo import arms, gallery
+from demo.config import Budget
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.progress import Progress
-from llm2clip.scenes import arms, gallery
-from llm2clip.scenes.config import Budget
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo.config import BUDGETS, Budget, DemoConfig
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.config import to_dict
-from llm2clip.scenes.config import BUDGETS, Budget, DemoConfig
 
 logger = logging.getLogger("llm2clip")
 SHIPPED = Path(__file__).parent / "models"
-"""The mini models that come with the package, made by `llm2clip.scenes.make_models`."""
+"""The mini models that come with the package, made by `demo.make_models`."""
 PAGE, RESULTS, TIMES = "report.html", "results.json", "times.json"
 
 
@@ -29,7 +29,7 @@ def run_demo(config: DemoConfig) -> Path:
         LLM2CLIPError: if a part fails.
 
     Example:
-        >>> run_demo(DemoConfig(out=Path("demo"), quick=True))                          # doctest: +SKIP
+        >>> run_demo(DemoConfig(out=Path("out/demo"), quick=True))                          # doctest: +SKIP
     """
     out = Path(config.out)
     budget = BUDGETS["quick" if config.quick else config.size]
@@ -53,7 +53,7 @@ def mini_models(out: Path, size: str) -> tuple[Path, Path]:
     """Folders of the mini LLM and the mini CLIP; the large ones are made first."""
     if size == "small":
         return SHIPPED / "llm", SHIPPED / "clip"
-    from llm2clip.scenes.make_models import LARGE_CLIP, LARGE_LLM, LARGE_PICTURES, make_clip, make_llm
+    from demo.make_models import LARGE_CLIP, LARGE_LLM, LARGE_PICTURES, make_clip, make_llm
 
     llm, clip = out / "mini" / "llm", out / "mini" / "clip"
     if not (llm / "origin.json").exists():
@@ -65,7 +65,7 @@ def mini_models(out: Path, size: str) -> tuple[Path, Path]:
 
 def run_pipeline(config: DemoConfig, budget: Budget, seed: int, llm: Path, clip: Path) -> Path:
     """All jobs of one seed; returns their folder."""
-    from llm2clip.scenes.jobs import pipeline, run_jobs
+    from demo.jobs import pipeline, run_jobs
 
     folder = Path(config.out) / f"seed-{seed}"
     if (folder / TIMES).exists():
@@ -80,8 +80,8 @@ def run_pipeline(config: DemoConfig, budget: Budget, seed: int, llm: Path, clip:
 
 def finish(config: DemoConfig, budget: Budget, folders: list[Path], *, seconds: float) -> None:
     """Put the results together and write the page; the manifest comes last."""
-    from llm2clip.scenes import results
-    from llm2clip.scenes.page import write_page
+    from demo import results
+    from demo.page import write_page
 
     out = Path(config.out)
     found = results.collect(folders)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from demo import charts, results
+from demo.config import Budget
+from demo.results import Value, Verdict
+from demo.write import TEST_KINDS
 from llm2clip.artifacts import atomic_path, read_json
 from llm2clip.progress import duration
-from llm2clip.scenes import charts, results
-from llm2clip.scenes.config import Budget
-from llm2clip.scenes.results import Value, Verdict
-from llm2clip.scenes.write import TEST_KINDS
 
 KIND_NAMES = {"short": "short", "long": "long", "unseen": "unseen words", "es": "Spanish", "zh": "Chinese"}
 ARM_NAMES = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from random import Random
 
-from llm2clip.scenes import words
-from llm2clip.scenes.grammar import (
+from demo import words
+from demo.grammar import (
     Claim,
     Voice,
     draw_claim,
@@ -20,7 +20,7 @@ from llm2clip.scenes.grammar import (
     short_english,
     short_spanish,
 )
-from llm2clip.scenes.scene import COLOURS, FILLS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, draw_scenes
+from demo.scene import COLOURS, FILLS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, draw_scenes
 
 CONCEPTS = (*SHAPES, *COLOURS, *SIZES, *FILLS, *GROUNDS, *TEXTURES)
 NAMES = {"en": "english", "es": "español", "zh": "中文"}

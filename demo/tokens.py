@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from llm2clip.scenes.text import documents
+from demo.text import documents
 
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>", "<mask>")
 NUM_DOCUMENTS = 4000

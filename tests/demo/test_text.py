@@ -6,10 +6,10 @@ from itertools import islice
 
 import pytest
 
-from llm2clip.scenes import text, words
-from llm2clip.scenes.scene import Scene
-from llm2clip.scenes.text import documents
-from llm2clip.scenes.tokens import make_tokenizer
+from demo import text, words
+from demo.scene import Scene
+from demo.text import documents
+from demo.tokens import make_tokenizer
 
 
 def test_documents_are_a_function_of_the_seed() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from llm2clip.scenes import words
-from llm2clip.scenes.scene import GRID, Scene, Thing
+from demo import words
+from demo.scene import GRID, Scene, Thing
 
 LONG_WORDS = (77, 90)
 """Fewest words of a long caption, drawn from this range; the last sentence may add a few."""

@@ -1,4 +1,4 @@
-"""The mini LLM: a small Llama pretrained by next-token prediction on the text of `llm2clip.scenes.text`.
+"""The mini LLM: a small Llama pretrained by next-token prediction on the text of `demo.text`.
 
 Letters: B sequences of a batch, L tokens of a sequence.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from demo.text import documents
 from llm2clip.progress import Progress
-from llm2clip.scenes.text import documents
 
 END = 3
 """The tokenizer's `</s>`, between documents."""

@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+from demo.grammar import Claim, Voice, draw_claim, long_english, short_chinese, short_english, short_spanish
+from demo.pictures import draw_picture, png_bytes
+from demo.scene import Scene, draw_scenes
 from llm2clip.progress import track
-from llm2clip.scenes.grammar import Claim, Voice, draw_claim, long_english, short_chinese, short_english, short_spanish
-from llm2clip.scenes.pictures import draw_picture, png_bytes
-from llm2clip.scenes.scene import Scene, draw_scenes
 
 TRAIN_KINDS = ("short", "long")
 TEST_KINDS = ("short", "long", "unseen", "es", "zh")

@@ -8,7 +8,7 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw
 
-from llm2clip.scenes.scene import GRID, Scene, Thing
+from demo.scene import GRID, Scene, Thing
 
 SIDE = 64
 """Pixels a side."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from demo.pictures import draw_picture
+from demo.write import NUM_TARS, TEST_KINDS, TRAIN_KINDS, captioned, columns, write_csv, write_tars
 from llm2clip.captions.config import SourceConfig
 from llm2clip.captions.pictures import load_picture
 from llm2clip.captions.sources import open_source
-from llm2clip.scenes.pictures import draw_picture
-from llm2clip.scenes.write import NUM_TARS, TEST_KINDS, TRAIN_KINDS, captioned, columns, write_csv, write_tars
 
 
 def test_tars_come_back_whole(tmp_path: Path) -> None:

@@ -95,15 +95,15 @@ NUM_IMAGES = 16
 ELSEWHERE = {
     "bank": "every run has two; what a bank's vectors are is held by the tests of the bank",
     "tower": "test_every_family_learns_what_the_oracle_does",
-    "tower_revision": "test_start.py: it picks the files of a Hub id, and there is no Hub here",
+    "tower_revision": "test_session.py: it picks among the commits of a tower on the Hub",
     "out": "where, not what",
     "max_bad_fraction": "test_train.py: it stops runs",
-    "val_bank": "test_train.py: it picks among the weights of a run",
-    "val_every": "test_train.py, as --val-bank",
-    "patience": "test_train.py: it stops runs",
+    "val_bank": "test_session.py: it picks among the weights of a run",
+    "val_every": "test_session.py, as --val-bank",
+    "patience": "test_session.py: it stops runs",
     "compile": "test_compile.py",
-    "workers": "test_train.py: test_what_only_changes_speed",
-    "save_every": "test_train.py: test_what_only_changes_speed",
+    "workers": "test_train.py: test_what_only_changes_speed_changes_nothing_else",
+    "save_every": "test_train.py: test_what_only_changes_speed_changes_nothing_else",
     "tracker": "test_train.py, where curves go",
 }
 

@@ -255,9 +255,12 @@ def test_no_setting_is_forgotten() -> None:
 
 @pytest.mark.parametrize(("bound", "seed"), [(1.0, 0), (100.0, 6)])
 def test_the_scale_stays_in_its_bounds(watch, bound, seed) -> None:
-    """Two images. The first step would take the scale below 1, as they are mixed up; or above 100, as they are not."""
+    """Two images. The first step would take the scale below 1, as they are mixed up; or above 100, as they are not.
+
+    The average follows the scale within its bounds.
+    """
     begin = lambda student: student.logit_scale.data.fill_(math.log(bound))  # noqa: E731
-    seen = watch(begin=begin, batch_size=2, seed=seed, steps=2)
+    seen = watch(begin=begin, batch_size=2, seed=seed, steps=2, ema=0.5)
     oracle = seen.oracle()
     oracle.weights["logit_scale"].data.fill_(math.log(bound))
     first, second = compare(seen, oracle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2clip.artifacts import read_manifest
+from llm2clip.artifacts import read_json, read_manifest, write_json
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.student import journal, session, train
 from llm2clip.student.accelerator import start_accelerator
@@ -208,8 +209,13 @@ def test_no_checkpoint_has_weights_after_a_loss_that_is_no_number(config, monkey
     assert sorted(path.name for path in (run.out / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
-def test_the_manifest_says_what_went_in(config, bank, tiny_tower) -> None:
-    out = train_student(config(steps=1, ema=0.5))
+def test_the_manifest_says_what_went_in(config, bank, tiny_tower, tmp_path) -> None:
+    with_prompt = tmp_path / "bank"
+    shutil.copytree(bank, with_prompt)
+    facts = read_json(bank / "manifest.json")
+    facts["teacher"]["prompt"] = "query: "
+    write_json(with_prompt / "manifest.json", facts)
+    out = train_student(config(steps=1, ema=0.5, bank=(str(with_prompt),)))
     manifest, of_bank = read_manifest(out, "student"), read_manifest(bank, "bank")
     saved = Student.from_pretrained(out)
     assert manifest["fingerprint"] == tensors_fingerprint(saved.state_dict())
@@ -218,7 +224,7 @@ def test_the_manifest_says_what_went_in(config, bank, tiny_tower) -> None:
     assert manifest["tower_fingerprint"] == tensors_fingerprint(load_file(tiny_tower / "model.safetensors"))
     assert (manifest["teacher_dim"], manifest["projection_dim"]) == (8, 16)
     assert (manifest["image_size"], manifest["num_samples"], manifest["steps"]) == (32, 24, 1)
-    assert manifest["best_score"] is None
+    assert manifest["best_score"] is None and manifest["prompt"] == "query: "
 
 
 def test_a_revision_picks_the_tower_and_its_image_processor(config, tiny_tower, tmp_path, monkeypatch) -> None:

@@ -41,7 +41,7 @@ class Oracle:
         self.state: dict[str, dict[str, Any]] = {}
         self.done = 0
 
-    def step(self, batches: list[Any]) -> dict[str, float]:
+    def step(self, batches: list[Any]) -> dict[str, Any]:
         """Take a step; what the log has of it, the `rates` of weights, and `unclamped`, the scale before its bounds."""
         config = self.config
         torch.manual_seed(int(np.random.SeedSequence([config.seed, self.done, 0]).generate_state(1)[0]))

@@ -75,7 +75,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"weight_decay": 2.0},
     {"layer_decay": 0.5},
     {"max_grad_norm": 1e-5},
-    {"unlocked_blocks": 0},
+    {"unlocked_blocks": 0, "patch_dropout": 0.4},
     {"unlocked_blocks": 1, "optimizer": "muon"},
     {"lora_rank": 2},
     {"lora_rank": 3, "lora_alpha": 5, "accumulate": 2},

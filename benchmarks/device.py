@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate", "peft", "timm", "datasets", "pyarrow")
 PEERS = ("open_clip_torch", "webdataset", "flash-attn", "bitsandbytes")
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 SMI_SECONDS = 5
 PRODUCTS = 5
 
@@ -74,21 +74,19 @@ def product_rate(device: str, precision: str = "bf16", *, size: int = 8192) -> f
 
 def clock_mhz(device: str) -> int | None:
     """The clock of the GPU's processors now; None on a CPU, and where nvidia-smi is missing."""
-    found = smi("clocks.sm") if device.startswith("cuda") else ""
-    return int(found) if found.isdigit() else None
+    found = smi("clocks.sm") if device.startswith("cuda") else []
+    return int(found[0]) if found and found[0].isdigit() else None
 
 
-def smi(field: str) -> str:
-    """What nvidia-smi says of the first visible GPU; "" where it says nothing."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
+def smi(*fields: str) -> list[str]:
+    """What nvidia-smi says of the first visible GPU; nothing where it says nothing."""
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    command = ["nvidia-smi", "-i", gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "-i", gpu, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True)
     except (subprocess.SubprocessError, OSError):
-        return ""
-    return done.stdout.strip()
+        return []
+    return [value.strip() for value in done.stdout.strip().split(",")]
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -110,10 +108,8 @@ def facts(device: str) -> dict[str, Any]:
         found |= {
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
-            "driver": smi("driver_version"),
-            "clocks_mhz": {name: smi(f"clocks.{name}") for name in ("sm", "mem", "max.sm", "max.mem")},
-            "power_limit_w": smi("power.limit"),
             "cuda": torch.version.cuda,
+            **dict(zip(SMI_FIELDS, smi(*SMI_FIELDS), strict=False)),
         }
     return found | {name: version for name in (*PACKAGES, *PEERS) if (version := version_of(name))}
 

@@ -164,6 +164,7 @@ def teacher_of(sizes: dict[str, int], folder: Path, where: torch.device, precisi
     llm.config.is_causal = False
     teacher[0].model = llm
     if where.type == "cuda":
+        teacher[0].unpad_inputs = None  # what was found of the small one
         use_flash_attention(teacher)
     return teacher
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.device import rounds
+from benchmarks.device import rounds, share_of
 from benchmarks.rows import not_measured, spread
 from llm2clip.bank.build import Plan, write_bank
 from llm2clip.bank.collect import Intake
@@ -230,9 +230,9 @@ def run(settings: list[Setting], device: str, until: float | None = None) -> Ite
             yield {"name": "JPEG of 512 x 384", "value": size, "unit": "KiB", "ratio": None, "against": ""}
             bank = write_test_bank(Path(folder) / "bank", tars)
             with one_core():
-                per_core = yield from rows_of_a_core(setting, bank, tars, until)
+                per_core = yield from rows_of_a_core(setting, bank, tars, share_of(until, 2))
             if setting.all_cores:
-                yield all_cores(setting, bank, per_core)
+                yield all_cores(setting, bank, per_core, until)
 
 
 def rows_of_a_core(setting: Setting, bank: Bank, tars: list[Path], until: float | None) -> Generator[dict, None, float]:
@@ -260,11 +260,11 @@ def rows_of_a_core(setting: Setting, bank: Bank, tars: list[Path], until: float 
     return statistics.median(found["ours"])
 
 
-def all_cores(setting: Setting, bank: Bank, per_core: float) -> dict:
+def all_cores(setting: Setting, bank: Bank, per_core: float, until: float | None) -> dict:
     """The rate of ours with a worker on every core."""
     cores = len(os.sched_getaffinity(0))
     batches = ours(bank, setting.batch, cores)
-    values = rates({"ours": batches}, setting, until=None, clock=time.perf_counter)["ours"]
+    values = rates({"ours": batches}, setting, until=until, clock=time.perf_counter)["ours"]
     batches.close()
     return {
         "name": f"ours, {cores} workers",

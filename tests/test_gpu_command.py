@@ -161,6 +161,29 @@ def test_a_row_that_is_half_written_waits_and_one_that_replaces_takes_a_place(tm
     assert [row["value"] for row in record.parts["p"]["rows"]] == [2]
 
 
+RUN_TESTS = "pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist'], plugins=[tally])"
+TESTS = """
+import os, pytest
+def test_good(): pass
+def test_bad(): assert False
+@pytest.mark.skip
+def test_skipped(): pass
+def test_that_takes_all_with_it(): os._exit(9)
+"""
+
+
+def test_what_passed_is_told_even_if_the_tests_come_to_no_end(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    code = (
+        f"import pytest, pathlib; from benchmarks.tests import Tally; tally = Tally(pathlib.Path('rows')); {RUN_TESTS}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 9
+    last = json.loads((tmp_path / "rows").read_text().splitlines()[-1])
+    assert (last["value"], last["unit"], last["replaces"]) == (1, "passed", True)
+    assert re.fullmatch(r"1 failed: test_it\.py::test_bad; 1 skipped; \d+ s", last["against"])
+
+
 def test_rounds_stop_when_another_would_not_end_in_time() -> None:
     assert list(rounds(3, None)) == [0, 1, 2]
     assert list(rounds(3, time.monotonic() + 600)) == [0, 1, 2]

@@ -89,6 +89,7 @@ SETTINGS = {
         shard_rows=2_000,
         rounds=5,
         warm_up=0.2,
+        lengths=6,
     ),
     "8B": Setting(
         name="Llama-3.1-8B: ",
@@ -97,7 +98,7 @@ SETTINGS = {
         shard_rows=500,
         rounds=5,
         warm_up=0.1,
-        lengths=4,
+        lengths=2,
         peers=False,
     ),
 }

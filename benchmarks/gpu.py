@@ -53,10 +53,10 @@ def on_gpu() -> list[Part]:
         benchmark(
             "loss", "16384", 18, "16,384 pairs, 3 TFLOP of fp32: 0.1 s each of ours and open_clip's, both losses"
         ),
-        benchmark("encode", "1B", 38, "1.2 M tokens x 1.9 GFLOP: 6 s a round, the bare LLM and a peer 8 s"),
+        benchmark("encode", "1B", 38, "0.9 M tokens x 1.9 GFLOP: 4 s a round, the bare LLM and a peer 8 s"),
         benchmark("step", "512 4096", 82, step),
         benchmark("loader", "gpu", 18, "three pipelines on a core, then ours on all: 5 s"),
-        benchmark("encode", "8B", 36, "0.34 M tokens x 14 GFLOP: 12 s a round, the bare LLM 8 s"),
+        benchmark("encode", "8B", 36, "0.25 M tokens x 14 GFLOP: 9 s a round, the bare LLM 10 s"),
         benchmark("loss", "262144", 36, "262,144 pairs, 700 TFLOP of fp32 at 35 TFLOP/s in tiles: 20 s"),
     ]
 

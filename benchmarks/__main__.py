@@ -1,7 +1,8 @@
-"""`python -m benchmarks NAME... [--json FILE] [--device cuda]`: run benchmarks, print their table, write it.
+"""`python -m benchmarks NAME... [--json FILE] [--device cuda] [--size NAME...]`: run benchmarks, print and write rows.
 
 Names: encode, bank, step, loader, loss, recall. Peers come with `pip install 'llm2clip[bench]'`, but for
-LLM2Vec, which asks for an old transformers: `pip install --no-deps llm2vec`.
+LLM2Vec, which asks for an old transformers: `pip install --no-deps llm2vec`. `scripts/gpu` runs those that have sizes
+for a GPU, each within its own time.
 """
 
 from __future__ import annotations
@@ -9,32 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import platform
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from benchmarks.device import facts
+from benchmarks.rows import HEADER, line
 
 NAMES = ("encode", "bank", "step", "loader", "loss", "recall")
-
-
-def machine(device: str) -> dict[str, object]:
-    """What the figures were measured on."""
-    import torch
-    import transformers
-
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def processor() -> str:
-    """The CPU's name as Linux gives it."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(": ")[2] if names else platform.processor()
 
 
 def main() -> None:
@@ -43,24 +27,38 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", type=Path, help="also write machine and rows to this file")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--size", nargs="+", help="of a benchmark that has several (tiny among them); default by device"
+    )
+    parser.add_argument("--seconds", type=float, help="take fewer rounds, so as to end within this time if one can")
+    parser.add_argument("--rows", type=Path, help="append each row to this file as a line of JSON, as it comes")
     arguments = parser.parse_args()
-    result: dict[str, object] = {"machine": machine(arguments.device)}
+    until = None if arguments.seconds is None else time.monotonic() + arguments.seconds
+    result: dict[str, Any] = {"machine": facts(arguments.device)}
     print(result["machine"])
     for name in arguments.names:
-        rows = importlib.import_module(f"benchmarks.{name}").run(arguments.device)
-        result[name] = rows
-        print(f"\n{name}\n{table(rows)}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"\n{name}\n{HEADER}", flush=True)
+        result[name] = []
+        for row in rows_of(name, arguments.device, arguments.size, until):
+            print(line(row), flush=True)
+            result[name].append(row)
+            if arguments.rows:
+                with arguments.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def table(rows: list[dict]) -> str:
-    """Rows {name, value, unit, ratio, against} as a Markdown table."""
-    lines = ["| what | value | ratio | against |", "|---|---|---|---|"]
-    for row in rows:
-        ratio = "" if row.get("ratio") is None else f"{row['ratio']:.3f}"
-        lines.append(f"| {row['name']} | {row['value']:,.4g} {row['unit']} | {ratio} | {row.get('against') or ''} |")
-    return "\n".join(lines)
+def rows_of(name: str, device: str, sizes: list[str] | None, until: float | None) -> Iterable[dict[str, Any]]:
+    """The rows of a benchmark; one without a table of sizes has one size, and its rows come together."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    settings = getattr(module, "SETTINGS", None)
+    if settings is None:
+        return module.run(device)
+    chosen = sizes or (module.GPU_SIZES if device.startswith("cuda") else ["cpu"])
+    if unknown := [size for size in chosen if size not in settings]:
+        raise SystemExit(f"--size is {unknown[0]!r}; {name} has {', '.join(settings)}")
+    return module.run([settings[size] for size in chosen], device, until)
 
 
 if __name__ == "__main__":

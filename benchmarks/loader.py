@@ -5,11 +5,13 @@ noise, JPEG quality 90, about 50 KB each. Both pipelines read the same tars, dra
 bicubic) and yield batches of 64 in one process on one core, in turns; the median of the rounds counts, in seconds of
 processor time, which other programs on the machine do not stretch. Ours gives uint8 pixels and the captions' vectors
 [64, 4096]; open_clip's gives float32 pixels and token ids. The peer is `get_wds_dataset` of open_clip itself, but for
-its own reader of tars, which fails with webdataset 1.0: it has webdataset's in its place.
+its own reader of tars, which fails with webdataset 1.0: it has webdataset's in its place. For a GPU also the rate of a
+worker on every core, by the clock, which is what a training step can have at most.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import statistics
@@ -17,8 +19,9 @@ import tarfile
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +29,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.device import rounds, share_of
+from benchmarks.rows import not_measured, spread
 from llm2clip.bank.build import Plan, write_bank
 from llm2clip.bank.collect import Intake
 from llm2clip.bank.encoder import Prepared
@@ -38,8 +43,30 @@ from llm2clip.student.loader import BankLoader
 from llm2clip.student.transform import ImageTransform
 
 WIDTH, HEIGHT, SIZE = 512, 384, 336
-NUM_PICTURES, PER_TAR, BATCH, ROUNDS = 1024, 256, 64, 7
 TEACHER_DIM = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How much is read."""
+
+    pictures: int
+    distinct: int
+    """JPEGs that are made; the others are the same again."""
+    per_tar: int
+    batch: int
+    rounds: int
+    seconds: float
+    """Of one pipeline in one round."""
+    all_cores: bool = True
+
+
+SETTINGS = {
+    "tiny": Setting(pictures=64, distinct=4, per_tar=32, batch=16, rounds=1, seconds=0.1),
+    "cpu": Setting(pictures=1024, distinct=1024, per_tar=256, batch=64, rounds=7, seconds=1.0, all_cores=False),
+    "gpu": Setting(pictures=512, distinct=32, per_tar=64, batch=64, rounds=5, seconds=0.5),
+}
+GPU_SIZES = ("gpu",)
 
 
 def photograph(rng: np.random.Generator) -> Image.Image:
@@ -58,18 +85,20 @@ def photograph(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def write_tars(folder: Path) -> list[Path]:
-    """Tars as img2dataset writes them: `{key}.jpg` and `{key}.txt`."""
+def write_tars(folder: Path, *, pictures: int, distinct: int, per_tar: int) -> list[Path]:
+    """Tars as img2dataset writes them: `{key}.jpg` and `{key}.txt`; `distinct` JPEGs again and again."""
     rng = np.random.default_rng(0)
-    paths = []
-    for first in range(0, NUM_PICTURES, PER_TAR):
-        paths.append(folder / f"{first // PER_TAR:05d}.tar")
+    paths, jpegs = [], []
+    for first in range(0, pictures, per_tar):
+        paths.append(folder / f"{first // per_tar:05d}.tar")
         with tarfile.open(paths[-1], "w") as tar:
-            for key in range(first, first + PER_TAR):
-                buffer = io.BytesIO()
-                photograph(rng).save(buffer, "JPEG", quality=90)
+            for key in range(first, min(first + per_tar, pictures)):
+                if key < distinct:
+                    buffer = io.BytesIO()
+                    photograph(rng).save(buffer, "JPEG", quality=90)
+                    jpegs.append(buffer.getvalue())
                 for name, data in (
-                    (f"{key:09d}.jpg", buffer.getvalue()),
+                    (f"{key:09d}.jpg", jpegs[key % distinct]),
                     (f"{key:09d}.txt", f"picture {key}".encode()),
                 ):
                     entry = tarfile.TarInfo(name)
@@ -81,42 +110,45 @@ def write_tars(folder: Path) -> list[Path]:
 class RandomVectors:
     """In the place of a teacher: vectors of its width, of no meaning."""
 
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
     def prepare(self, texts: list[str]) -> Prepared:
         """The captions as they are."""
         return Prepared([np.arange(len(texts))], np.ones(len(texts), np.int64), None, texts)
 
     def run(self, prepared: Prepared, sink: Callable[..., None]) -> np.ndarray:
         """Random vectors."""
-        vectors = np.random.default_rng(0).normal(size=(len(prepared.texts), TEACHER_DIM)).astype(np.float16)
+        vectors = np.random.default_rng(0).normal(size=(len(prepared.texts), self.dim)).astype(np.float16)
         sink(prepared.batches[0], (vectors, None))
         return np.ones(len(prepared.texts), np.int32)
 
 
-def write_test_bank(folder: Path, tars: list[Path]) -> Bank:
-    """A bank of the tars."""
+def write_test_bank(folder: Path, tars: list[Path], *, dim: int = TEACHER_DIM) -> Bank:
+    """A bank of the tars, of vectors of `dim` numbers."""
     source = open_source(SourceConfig(data=tuple(map(str, tars))))
     plan = Plan(
         out=folder,
         settings={},
-        teacher=TeacherFacts(name="random", fingerprint="0" * 16, prompt="", precision="fp32", dim=TEACHER_DIM),
-        encoder=RandomVectors(),
+        teacher=TeacherFacts(name="random", fingerprint="0" * 16, prompt="", precision="fp32", dim=dim),
+        encoder=RandomVectors(dim),
         intake=lambda: Intake(source, source.fingerprint, source.bad),
         dtype="float16",
-        shard_rows=NUM_PICTURES,
+        shard_rows=1024,
     )
     return Bank.open(write_bank(plan))
 
 
-def ours(bank: Bank, workers: int) -> Iterator[int]:
+def ours(bank: Bank, batch_size: int, workers: int) -> Iterator[int]:
     """Our batches, epoch after epoch: how many pictures each has."""
     transform = ImageTransform(image_size=(SIZE, SIZE), resize=SIZE)
-    dataset = BankDataset([bank], transform=transform, batch_size=BATCH)
+    dataset = BankDataset([bank], transform=transform, batch_size=batch_size)
     for batch in BankLoader(dataset, workers=workers).batches():
-        assert batch.pixels.shape == (BATCH, 3, SIZE, SIZE) and not batch.bad
+        assert batch.pixels.shape == (batch_size, 3, SIZE, SIZE) and not batch.bad
         yield len(batch)
 
 
-def open_clips(tars: list[Path], workers: int) -> Iterator[int]:
+def open_clips(tars: list[Path], setting: Setting) -> Iterator[int]:
     """The batches of open_clip's webdataset pipeline."""
     import open_clip
     import open_clip_train.data
@@ -125,12 +157,12 @@ def open_clips(tars: list[Path], workers: int) -> Iterator[int]:
 
     options = Namespace(
         train_data="::".join(map(str, tars)),
-        train_num_samples=NUM_PICTURES,
+        train_num_samples=setting.pictures,
         train_data_upsampling_factors=None,
         dataset_resampled=False,
-        batch_size=BATCH,
+        batch_size=setting.batch,
         seed=0,
-        workers=workers,
+        workers=0,
         world_size=1,
     )
     transform, tokenizer = image_transform(SIZE, is_train=True), open_clip.SimpleTokenizer()
@@ -140,35 +172,37 @@ def open_clips(tars: list[Path], workers: int) -> Iterator[int]:
     while True:
         data.set_epoch(epoch)
         for pixels, tokens in data.dataloader:
-            assert pixels.shape == (BATCH, 3, SIZE, SIZE) and len(tokens) == BATCH
+            assert pixels.shape == (setting.batch, 3, SIZE, SIZE) and len(tokens) == setting.batch
             yield len(pixels)
         epoch += 1
 
 
-def decoding(bank: Bank) -> Iterator[int]:
+def decoding(bank: Bank, batch_size: int) -> Iterator[int]:
     """Bare decoding of the same JPEGs by Pillow, from memory."""
     from llm2clip.captions.pictures import read_bytes
 
-    data = [read_bytes(bank.picture(sample)) for sample in range(BATCH)]
+    data = [read_bytes(bank.picture(sample)) for sample in range(batch_size)]
     while True:
         for jpeg in data:
             Image.open(io.BytesIO(jpeg)).convert("RGB")
         yield len(data)
 
 
-def rates(pipelines: dict[str, Iterator[int]], *, seconds: float) -> dict[str, float]:
-    """Median pictures per second of processor time of each pipeline, in turns of `seconds`."""
+def rates(
+    pipelines: dict[str, Iterator[int]], setting: Setting, *, until: float | None, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Pictures per second of each pipeline in each round, which take turns."""
     found: dict[str, list[float]] = {name: [] for name in pipelines}
     for batches in pipelines.values():
-        for _ in range(NUM_PICTURES // BATCH):  # files in memory, workers started, buffers full
+        for _ in range(setting.pictures // setting.batch):  # files in memory, workers started, buffers full
             next(batches)
-    for _ in range(ROUNDS):
+    for _ in rounds(setting.rounds, until):
         for name, batches in pipelines.items():
-            start, pictures = time.process_time(), 0
-            while time.process_time() - start < seconds:
+            start, pictures = clock(), 0
+            while clock() - start < setting.seconds:
                 pictures += next(batches)
-            found[name].append(pictures / (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in found.items()}
+            found[name].append(pictures / (clock() - start))
+    return found
 
 
 @contextmanager
@@ -184,24 +218,59 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run(device: str) -> list[dict]:
+def run(settings: list[Setting], device: str, until: float | None = None) -> Iterator[dict]:
     """Rows for `python -m benchmarks loader`; `device` plays no part, pictures are decoded on the CPU."""
     del device
-    with tempfile.TemporaryDirectory() as folder, one_core():
-        tars = write_tars(Path(folder))
-        bank = write_test_bank(Path(folder) / "bank", tars)
-        size = sum(tar.stat().st_size for tar in tars) / NUM_PICTURES / 1024
-        found = rates({"ours": ours(bank, 0), "peer": open_clips(tars, 0), "decoding": decoding(bank)}, seconds=1.0)
+    for setting in settings:
+        with tempfile.TemporaryDirectory() as folder:
+            tars = write_tars(
+                Path(folder), pictures=setting.pictures, distinct=setting.distinct, per_tar=setting.per_tar
+            )
+            size = sum(tar.stat().st_size for tar in tars) / setting.pictures / 1024
+            yield {"name": "JPEG of 512 x 384", "value": size, "unit": "KiB", "ratio": None, "against": ""}
+            bank = write_test_bank(Path(folder) / "bank", tars)
+            with one_core():
+                per_core = yield from rows_of_a_core(setting, bank, tars, share_of(until, 2))
+            if setting.all_cores:
+                yield all_cores(setting, bank, per_core, until)
+
+
+def rows_of_a_core(setting: Setting, bank: Bank, tars: list[Path], until: float | None) -> Generator[dict, None, float]:
+    """Rows of the pipelines on one core; returns the rate of ours."""
     peer, unit = "open_clip's webdataset pipeline", "pictures/s a core"
-    return [
-        {"name": "JPEG of 512 x 384", "value": size, "unit": "KiB", "ratio": None, "against": ""},
-        {"name": peer, "value": found["peer"], "unit": unit, "ratio": 1.0, "against": peer},
-        {"name": "ours", "value": found["ours"], "unit": unit, "ratio": found["ours"] / found["peer"], "against": peer},
-        {
-            "name": "bare decoding (Pillow)",
-            "value": found["decoding"],
+    bare = "bare decoding (Pillow)"
+    pipelines = {"ours": ours(bank, setting.batch, 0), bare: decoding(bank, setting.batch)}
+    missing = [name for name in ("open_clip", "open_clip_train", "webdataset") if not importlib.util.find_spec(name)]
+    if missing:
+        yield not_measured(peer, f"{missing[0]} is not installed")
+    else:
+        pipelines = {peer: open_clips(tars, setting), **pipelines}
+    found = rates(pipelines, setting, until=until, clock=time.process_time)
+    against = bare if missing else peer
+    for name, values in found.items():
+        ratios = [value / limit for value, limit in zip(values, found[against], strict=True)]
+        yield {
+            "name": name,
+            "value": statistics.median(values),
             "unit": unit,
-            "ratio": found["decoding"] / found["peer"],
-            "against": peer,
-        },
-    ]
+            "ratio": statistics.median(values) / statistics.median(found[against]),
+            "against": against,
+            "spread": None if name == against else spread(ratios),
+        }
+    return statistics.median(found["ours"])
+
+
+def all_cores(setting: Setting, bank: Bank, per_core: float, until: float | None) -> dict:
+    """The rate of ours with a worker on every core."""
+    cores = len(os.sched_getaffinity(0))
+    batches = ours(bank, setting.batch, cores)
+    values = rates({"ours": batches}, setting, until=until, clock=time.perf_counter)["ours"]
+    batches.close()
+    return {
+        "name": f"ours, {cores} workers",
+        "value": statistics.median(values),
+        "unit": "pictures/s",
+        "ratio": statistics.median(values) / (cores * per_core),
+        "against": f"{cores} times that of one core",
+        "spread": spread(values),
+    }

@@ -4,37 +4,40 @@ Ours is all that `train-student` does: JPEGs of 512 x 384 read from tars and cro
 from a bank, the tower, the adaptor (273 M parameters on a GPU), the loss, clipping, AdamW, the log. The bare tower sees
 one ready batch on the device and has neither loss nor optimizer. open_clip's step is its model of the same tower with
 its own text tower, its ClipLoss and AdamW, also on a ready batch. Same batch, precision and checkpointing for all; the
-parts take turns, on a CPU step by step, and the median of the rounds counts. On a CPU seconds are those of processor
-time, the loader's included, which other programs on the machine do not stretch.
+parts stay in memory and take turns, step by step, and the median of the rounds counts. On a CPU seconds are those of
+processor time, the loader's included, which other programs on the machine do not stretch. On a GPU they are those of
+the clock; the loader reads ahead while the others have their turn, so whether it keeps up is for
+`python -m benchmarks loader` to say.
 """
 
 from __future__ import annotations
 
 import gc
-import io
-import itertools
+import importlib.util
 import logging
+import os
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 
 from benchmarks import loader
+from benchmarks.device import clock_mhz, product_rate, rounds, share_of, wait
+from benchmarks.rows import not_measured, spread
+from llm2clip.errors import LLM2CLIPError
 from llm2clip.student.accelerator import start_accelerator
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.session import Session
 from llm2clip.student.train import train_step
 
-DISTINCT_PICTURES, PER_TAR = 256, 4096
+DISTINCT_PICTURES, PER_TAR = 32, 4096
+GPU_WORKERS = max(1, min(14, len(os.sched_getaffinity(0)) - 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +57,19 @@ class Setting:
     teacher_dim: int
     dim: int
     rounds: int
-    steps: int
-    """Steps of a round; on a CPU one."""
     workers: int
-    peer: bool = True
+    bare_batch: int | None = None
+    """Pictures of a step of the bare tower, if not `batch`: its rate needs no more."""
+    warm_up: bool = True
+    """Whether a step of each is taken before the first round."""
+    peer: str = ""
+    """Why there is no step of open_clip's, if there is none."""
+    product: int = 8192
+    """Side of the matrices whose product is the limit; on a CPU not measured."""
 
 
+LARGE = {"layers": 24, "width": 1024, "heads": 16, "patch": 14, "image_size": 336, "precision": "bf16"}
+LARGE |= {"teacher_dim": 4096, "dim": 1280, "workers": GPU_WORKERS}
 CPU = Setting(
     name="ViT-S/16-224, batch 32, fp32",
     layers=12,
@@ -74,37 +84,46 @@ CPU = Setting(
     teacher_dim=512,
     dim=512,
     rounds=9,
-    steps=1,
     workers=0,
 )
-LARGE = {"layers": 24, "width": 1024, "heads": 16, "patch": 14, "image_size": 336, "precision": "bf16"}
-LARGE |= {"teacher_dim": 4096, "dim": 1280}
-GPU = (
-    Setting(
-        name="ViT-L/14-336, batch 512, bf16",
-        **LARGE,
-        batch=512,
-        micro_batch=512,
-        checkpointing=True,
-        rounds=3,
-        steps=5,
-        workers=14,
-    ),
-    Setting(
-        name="ViT-L/14-336, batch 16,384 in micro-batches of 128, bf16",
-        **LARGE,
-        batch=16_384,
-        micro_batch=128,
-        checkpointing=False,
-        rounds=1,
-        steps=1,
-        workers=14,
-        peer=False,
-    ),
+TINY = Setting(
+    name="2 layers of 64, batch 8 in micro-batches of 4, fp32",
+    layers=2,
+    width=64,
+    heads=2,
+    patch=16,
+    image_size=64,
+    batch=8,
+    micro_batch=4,
+    precision="fp32",
+    checkpointing=False,
+    teacher_dim=64,
+    dim=32,
+    rounds=2,
+    workers=0,
 )
+SETTINGS = {
+    "tiny": TINY,
+    "cpu": CPU,
+    "512": Setting(
+        name="ViT-L/14-336, batch 512, bf16", **LARGE, batch=512, micro_batch=512, checkpointing=True, rounds=5
+    ),
+    "4096": Setting(
+        name="ViT-L/14-336, batch 4,096 in micro-batches of 64, bf16",
+        **LARGE,
+        batch=4096,
+        micro_batch=64,
+        checkpointing=False,
+        rounds=2,
+        bare_batch=1024,
+        warm_up=False,
+        peer="its step has no micro-batches outside its training script; see batch 512",
+    ),
+}
+GPU_SIZES = ("512", "4096")
 
 
-def write_tower(folder: Path, setting: Setting) -> Path:
+def write_tower(folder: Path, setting: Setting, device: str) -> Path:
     """A CLIP vision tower of random weights with its image processor."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -117,41 +136,18 @@ def write_tower(folder: Path, setting: Setting) -> Path:
         image_size=size,
         patch_size=setting.patch,
     )
-    CLIPVisionModel(config).save_pretrained(folder)
+    with torch.device(device):
+        CLIPVisionModel(config).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
     return folder
 
 
-def write_pictures(folder: Path, count: int) -> list[Path]:
-    """Tars of `count` pictures, of which 256 are distinct."""
-    rng, jpegs, paths = np.random.default_rng(0), [], []
-    for _ in range(min(count, DISTINCT_PICTURES)):
-        buffer = io.BytesIO()
-        loader.photograph(rng).save(buffer, "JPEG", quality=90)
-        jpegs.append(buffer.getvalue())
-    for first in range(0, count, PER_TAR):
-        paths.append(folder / f"{first // PER_TAR:05d}.tar")
-        with tarfile.open(paths[-1], "w") as tar:
-            for key in range(first, min(first + PER_TAR, count)):
-                for name, data in ((f"{key:09d}.jpg", jpegs[key % len(jpegs)]), (f"{key:09d}.txt", b"%d" % key)):
-                    entry = tarfile.TarInfo(name)
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
-    return paths
-
-
-def wait(device: str) -> None:
-    """Until the device has done all it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def ours(setting: Setting, folder: Path) -> Iterator[None]:
-    """Whole training steps."""
+def ours(setting: Setting, folder: Path) -> Iterator[int]:
+    """Whole training steps; before them, once, 0: the first batch is here."""
     config = StudentConfig(
         bank=(str(folder / "bank"),),
         tower=str(folder / "tower"),
-        out=folder / "student",
+        out=folder / f"student-{setting.batch}",
         steps=10_000,
         batch_size=setting.batch,
         micro_batch_size=setting.micro_batch,
@@ -164,13 +160,15 @@ def ours(setting: Setting, folder: Path) -> Iterator[None]:
     config.out.mkdir(exist_ok=True)
     session = Session(config, start_accelerator(config))
     for batches in session.batches():
+        if session.step == 0:
+            yield 0
         session.begin_step()
         session.journal.add(session.step + 1, train_step(session, batches))
         session.step += 1
-        yield
+        yield setting.batch
 
 
-def bare(setting: Setting, folder: Path, device: str) -> Iterator[None]:
+def bare(setting: Setting, folder: Path, device: str) -> Iterator[int]:
     """The tower's forward and backward on a ready batch, in the same micro-batches.
 
     A batch of several micro-batches cannot keep all activations: the bare tower computes them twice, too.
@@ -184,16 +182,18 @@ def bare(setting: Setting, folder: Path, device: str) -> Iterator[None]:
         checkpoint_activations(tower)
     size = setting.image_size
     pixels = torch.randn(setting.micro_batch, 3, size, size, device=device)
+    batch = setting.bare_batch or setting.batch
+    yield 0
     while True:
-        for _ in range(setting.batch // setting.micro_batch):
+        for _ in range(batch // setting.micro_batch):
             with autocast(setting, device):
                 pooled = tower(pixels).pooler_output
             pooled.float().square().mean().backward()
         tower.zero_grad()
-        yield
+        yield batch
 
 
-def open_clips(setting: Setting, device: str) -> Iterator[None]:
+def open_clips(setting: Setting, device: str) -> Iterator[int]:
     """open_clip's step: both towers, its loss, AdamW."""
     import open_clip
 
@@ -201,12 +201,15 @@ def open_clips(setting: Setting, device: str) -> Iterator[None]:
     vision |= {"head_width": setting.width // setting.heads, "patch_size": setting.patch}
     text_width = 768 if setting.width >= 1024 else 384
     text = {"context_length": 77, "vocab_size": 49408, "width": text_width, "heads": text_width // 64, "layers": 12}
-    model = open_clip.CLIP(embed_dim=text_width, vision_cfg=vision, text_cfg=text, quick_gelu=True).to(device).train()
+    with torch.device(device):
+        model = open_clip.CLIP(embed_dim=text_width, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    model.to(device).train()
     model.set_grad_checkpointing(setting.checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
     loss_fn = open_clip.ClipLoss()
     pixels = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, device=device)
     tokens = torch.randint(1, 49000, (setting.batch, 77), device=device)
+    yield 0
     while True:
         optimizer.zero_grad()
         with autocast(setting, device):
@@ -216,7 +219,7 @@ def open_clips(setting: Setting, device: str) -> Iterator[None]:
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4.6052)
-        yield
+        yield setting.batch
 
 
 def autocast(setting: Setting, device: str) -> Any:
@@ -224,131 +227,143 @@ def autocast(setting: Setting, device: str) -> Any:
     return nullcontext() if setting.precision == "fp32" else torch.autocast(device.split(":")[0], torch.bfloat16)
 
 
-@contextmanager
-def peak_memory(device: str, found: dict[str, float], name: str) -> Iterator[None]:
-    """Note the GiB that the block had on the GPU at most."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    if device.startswith("cuda"):
-        found[name] = torch.cuda.max_memory_allocated() / 2**30
+class Part:
+    """One of those that take turns: its steps, their seconds a picture, and the GPU memory it had at most."""
+
+    def __init__(self, make: Callable[[], Iterator[int]], device: str) -> None:
+        self.device, self.seconds, self.failure, self.gib = device, [], "", 0.0
+        self.clock = time.process_time if device == "cpu" else time.perf_counter
+        self.own_bytes = 0
+        self.steps = make()
+
+    def step(self, *, record: bool = True) -> None:
+        """Take one step; a part that the memory is too small for takes no more."""
+        if self.failure:
+            return
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            others = torch.cuda.memory_allocated() - self.own_bytes
+        start = self.clock()
+        try:
+            pictures = next(self.steps)
+            wait(self.device)
+        except (torch.OutOfMemoryError, LLM2CLIPError) as error:
+            self.failure = str(error).splitlines()[0][:200]
+        if self.failure:  # not in the except block, whose exception holds on to the memory
+            self.steps = iter(())
+            gc.collect()
+            torch.cuda.empty_cache()
+            return
+        if record:
+            self.seconds.append((self.clock() - start) / pictures)
+        if self.device != "cpu":
+            self.own_bytes = torch.cuda.memory_allocated() - others
+            self.gib = max(self.gib, (torch.cuda.max_memory_allocated() - others) / 2**30)
 
 
-def seconds_a_step(make: Callable[[], Iterator[None]], setting: Setting, device: str) -> list[float]:
-    """Seconds a step in each round, after a warm-up; what was made is let go of afterwards, and its memory."""
-    steps, times = make(), []
-    for _ in itertools.islice(steps, 2 if setting.steps > 1 else 1):
-        wait(device)
-    for _ in range(setting.rounds):
-        start = time.perf_counter()
-        for _ in itertools.islice(steps, setting.steps):
-            pass
-        wait(device)
-        times.append((time.perf_counter() - start) / setting.steps)
-    steps.close()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return times
+def take_turns(parts: dict[str, Part], setting: Setting, device: str, until: float | None) -> list[float]:
+    """Let the parts take steps; returns the rates of a matrix product in between, on a GPU."""
+    limits = []
+    for _ in rounds(setting.rounds, until):
+        for part in parts.values():
+            part.step()
+        if device != "cpu":
+            limits.append(product_rate(device, setting.precision, size=setting.product))
+    return limits
 
 
-def seconds_step_by_step(parts: dict[str, Callable[[], Iterator[None]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time a step, on a CPU: all parts stay in memory and take single steps in turns."""
-    running = {part: make() for part, make in parts.items()}
-    times: dict[str, list[float]] = {part: [] for part in parts}
-    for number in range(rounds + 1):
-        for part, steps in running.items():
-            start = time.process_time()
-            next(steps)
-            if number:  # the first warms up
-                times[part].append(time.process_time() - start)
-    return times
-
-
-def compare(setting: Setting, device: str) -> list[dict]:
+def compare(setting: Setting, folder: Path, device: str, until: float | None) -> Iterator[dict]:
     """Rows of one setting."""
-    memory: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tower(folder / "tower", setting)
-        with mock.patch.object(loader, "TEACHER_DIM", setting.teacher_dim):
-            tars = write_pictures(folder, max(2 * setting.batch, DISTINCT_PICTURES))
-            loader.write_test_bank(folder / "bank", tars)
-        parts = {
-            "bare tower": lambda: bare(setting, folder, device),
-            "ours": lambda: ours(setting, folder),
-            **({"open_clip": lambda: open_clips(setting, device)} if setting.peer else {}),
-        }
-        if device == "cpu":
-            times = seconds_step_by_step(parts, setting.rounds)
-        else:
-            times = {part: [] for part in parts}
-            for _ in range(2 if setting.rounds > 1 else 1):  # in turns: a machine's speed drifts
-                for part, make in parts.items():
-                    with peak_memory(device, memory, part):
-                        times[part] += seconds_a_step(make, setting, device)
-    rates = {part: setting.batch / statistics.median(values) for part, values in times.items()}
-    rows = [rate_row(setting, part, rates[part], times, against="bare tower") for part in parts]
-    if setting.peer:
-        rows.append(rate_row(setting, "ours", rates["ours"], times, against="open_clip"))
-    if device.startswith("cuda"):
-        rows += [*limits(setting, rates), *memory_rows(setting, memory)]
-    return rows
+    makers: dict[str, Callable[[], Iterator[int]]] = {
+        "bare tower": lambda: bare(setting, folder, device),
+        "ours": lambda: ours(setting, folder),
+        "open_clip": lambda: open_clips(setting, device),
+    }
+    reason = setting.peer or ("" if importlib.util.find_spec("open_clip") else "open_clip is not installed")
+    if reason:
+        del makers["open_clip"]
+        yield not_measured(f"{setting.name}: open_clip", reason)
+    parts = {}
+    for name, make in makers.items():  # one after the other: what a part adds to the memory is its own
+        parts[name] = Part(make, device)
+        for _ in range(2 if setting.warm_up else 1):  # the first makes it
+            parts[name].step(record=False)
+    limits = take_turns(parts, setting, device, until)
+    for name, part in parts.items():
+        if part.failure:
+            yield not_measured(f"{setting.name}: {name}", part.failure)
+    times = {name: part.seconds for name, part in parts.items() if not part.failure}
+    clock = clock_mhz(device)
+    for name in times:
+        yield rate_row(setting, name, times, against="bare tower", clock=clock)
+    if "ours" in times and "open_clip" in times:
+        yield rate_row(setting, "ours", times, against="open_clip", clock=clock)
+    if limits and "ours" in times:
+        yield arithmetic(setting, times["ours"], limits, clock=clock)
+    if device != "cpu":
+        yield from (memory_row(setting, name, parts) for name in times)
 
 
-def rate_row(setting: Setting, part: str, rate: float, times: dict[str, list[float]], *, against: str) -> dict:
+def rate_row(setting: Setting, name: str, times: dict[str, list[float]], *, against: str, clock: int | None) -> dict:
     """The rate of a part, and the median of the ratios of its rounds to those of another."""
-    ratios = sorted(b / a for a, b in zip(times[part], times[against], strict=True))
-    spread = "" if part == against or len(ratios) < 4 else f", {ratios[0]:.2f} to {ratios[-1]:.2f}"
-    return {
-        "name": f"{setting.name}: {part}",
-        "value": rate,
+    row = {
+        "name": f"{setting.name}: {name}",
+        "value": 1 / statistics.median(times[name]),
         "unit": "pictures/s",
-        "ratio": statistics.median(ratios),
-        "against": f"{against}{spread}",
+        "against": against,
+        "clock_mhz": clock,
+    }
+    if against in times:
+        ratios = [b / a for a, b in zip(times[name], times[against], strict=False)]
+        row |= {"ratio": statistics.median(ratios), "spread": None if name == against else spread(ratios)}
+    return row
+
+
+def arithmetic(setting: Setting, seconds: list[float], limits: list[float], *, clock: int | None) -> dict:
+    """What share of the device's matrix product rate our step's useful arithmetic is (MFU, by what was measured).
+
+    FLOP of a picture: forward and backward are three forwards, each of layers x (24 N W^2 + 4 N^2 W), for N tokens of
+    width W; what is computed twice counts once, the adaptor and the loss not at all.
+    """
+    tokens = (setting.image_size // setting.patch) ** 2 + 1
+    forward = setting.layers * (24 * tokens * setting.width**2 + 4 * tokens**2 * setting.width)
+    limit = statistics.median(limits)
+    shares = [3 * forward / one / limit for one in seconds]
+    size = f"{setting.product:,} x {setting.product:,}"
+    return {
+        "name": f"{setting.name}: MFU, 3 x layers x (24 N W^2 + 4 N^2 W) = {3 * forward / 1e9:,.0f} GFLOP a picture",
+        "value": 3 * forward / statistics.median(seconds) / 1e12,
+        "unit": "TFLOP/s",
+        "ratio": statistics.median(shares),
+        "against": f"{limit / 1e12:.0f} TFLOP/s of a {setting.precision} product of {size}",
+        "spread": spread(shares),
+        "clock_mhz": clock,
     }
 
 
-def limits(setting: Setting, rates: dict[str, float]) -> list[dict]:
-    """What share of the device's matrix product rate our step's useful arithmetic is."""
-    tokens = (setting.image_size // setting.patch) ** 2 + 1
-    forward = setting.layers * (24 * tokens * setting.width**2 + 4 * tokens**2 * setting.width)  # FLOP a picture
-    achieved = 3 * forward * rates["ours"]
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    torch.cuda.synchronize()
-    limit = 10 * 2 * 8192**3 / (time.perf_counter() - start)
-    return [
-        {
-            "name": f"{setting.name}: tower forward and backward, without what is computed twice",
-            "value": achieved / 1e12,
-            "unit": "TFLOP/s",
-            "ratio": achieved / limit,
-            "against": f"a bf16 product of 8192 x 8192 matrices, {limit / 1e12:.0f} TFLOP/s",
-        }
-    ]
+def memory_row(setting: Setting, name: str, parts: dict[str, Part]) -> dict:
+    """Peak memory on the GPU of a part alone."""
+    least = parts["bare tower"].gib
+    return {
+        "name": f"{setting.name}: memory of {name}",
+        "value": parts[name].gib,
+        "unit": "GiB",
+        "ratio": parts[name].gib / least if least else None,
+        "against": "the bare tower",
+    }
 
 
-def memory_rows(setting: Setting, memory: dict[str, float]) -> list[dict]:
-    """Peak memory on the GPU."""
-    return [
-        {
-            "name": f"{setting.name}: memory of {part}",
-            "value": value,
-            "unit": "GiB",
-            "ratio": value / memory["bare tower"],
-            "against": "the bare tower",
-        }
-        for part, value in memory.items()
-    ]
-
-
-def run(device: str) -> list[dict]:
-    """Rows for `python -m benchmarks step`."""
+def run(settings: list[Setting], device: str, until: float | None = None) -> Iterator[dict]:
+    """Rows for `python -m benchmarks step`; the settings share pictures, bank and tower."""
     logging.getLogger("llm2clip").setLevel(logging.WARNING)
-    settings = GPU if device.startswith("cuda") else (CPU,)
-    return [row for setting in settings for row in compare(setting, device)]
+    first, most = settings[0], max(setting.batch for setting in settings)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tower(folder / "tower", first, device)
+        pictures = max(2 * most, 256)
+        tars = loader.write_tars(folder, pictures=pictures, distinct=DISTINCT_PICTURES, per_tar=PER_TAR)
+        loader.write_test_bank(folder / "bank", tars, dim=first.teacher_dim)
+        for left, setting in zip(range(len(settings), 0, -1), settings, strict=True):
+            yield from compare(setting, folder, device, share_of(until, left))
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -13,20 +13,20 @@ import llm2clip
 
 SOURCE = Path(llm2clip.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-STAGES = {"captions", "teacher", "bank", "student", "eval", "export", "search", "scenes", "recipes"}
+STAGES = {"data", "teacher", "bank", "student", "eval", "export", "search", "scenes", "recipes"}
 CORE = {"artifacts", "config", "errors", "metrics", "progress", "protocols"}
 TOP = {"__init__", "__main__", "cli", "opening", "pipeline"}
 
 # who may import whom, beside itself and core; the module names an edge allowed from that one file alone
 ALLOWED = {
-    "captions": set(),
-    "teacher": {"captions"},
-    "bank": {"captions"},
-    "student": {"captions", "bank"},
-    "eval": {"captions"},
+    "data": set(),
+    "teacher": {"data"},
+    "bank": {"data"},
+    "student": {"data", "bank"},
+    "eval": {"data"},
     "export": {"teacher", "student", "opening", "pipeline"},
     "opening": {"teacher", "student"},
-    "pipeline": {"captions", "teacher", "student", "opening"},
+    "pipeline": {"data", "teacher", "student", "opening"},
 }
 SPECIAL = {("bank", "teacher"): "llm2clip.teacher.model", ("student", "bank"): "llm2clip.bank.reader"}
 ENTRY_POINTS = {("eval", "pipeline"): "eval/run.py", ("eval", "opening"): "eval/run.py"}

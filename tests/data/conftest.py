@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.sources import Source, open_source
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.source import Source, open_source
 
 
 def picture(

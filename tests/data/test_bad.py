@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from llm2clip.captions.bad import BadPicture, BadSamples
+from llm2clip.data.bad import BadPicture, BadSamples
 from llm2clip.errors import TooManyBadSamples
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.captions import reading
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.reading import OpenFiles, read_at, read_bytes
-from llm2clip.captions.sample import PictureRef
+from llm2clip.data import bytes as reading
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.bytes import Kept, OpenFile, read_at, read_bytes
+from llm2clip.data.sample import PictureRef
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_few_files_stay_open(tmp_path: Path) -> None:
-    files = OpenFiles(limit=3)
+    files = Kept(OpenFile, limit=3)
     descriptors = {}
     for i in range(5):
         (tmp_path / str(i)).write_bytes(bytes([i]) * 4)
@@ -68,7 +68,7 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
 
 
 def test_a_file_in_use_is_not_closed_under_its_reader(file: str, tmp_path: Path) -> None:
-    files = OpenFiles(limit=1)
+    files = Kept(OpenFile, limit=1)
     held = files.get(file)
     (tmp_path / "other").write_bytes(b"other")
     files.get(str(tmp_path / "other"))
@@ -76,7 +76,7 @@ def test_a_file_in_use_is_not_closed_under_its_reader(file: str, tmp_path: Path)
 
 
 def test_many_threads_read_right_bytes_of_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_open_files", OpenFiles(limit=1))
+    monkeypatch.setattr(reading, "_open_files", Kept(OpenFile, limit=1))
     for i in range(8):
         (tmp_path / str(i)).write_bytes(bytes([i]) * 100)
     refs = [PictureRef(str(tmp_path / str(i % 8)), i % 50, 10) for i in range(2000)]
@@ -85,7 +85,7 @@ def test_many_threads_read_right_bytes_of_few_open_files(tmp_path: Path, monkeyp
 
 
 def test_a_forked_child_opens_its_own(file: str) -> None:
-    files = OpenFiles(limit=3)
+    files = Kept(OpenFile, limit=3)
     mine = files.get(file)
     assert files.get(file) is mine
     files._lock.acquire()  # as a thread of the parent may have, when the child was born
@@ -95,7 +95,7 @@ def test_a_forked_child_opens_its_own(file: str) -> None:
 
 
 def test_reading_many_shards_keeps_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_open_files", OpenFiles(limit=2))
+    monkeypatch.setattr(reading, "_open_files", Kept(OpenFile, limit=2))
     for i in range(5):
         (tmp_path / f"{i}").write_bytes(bytes([i]) * 10)
     for _ in range(2):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.columns import Layout, find_layout, read_captions, require
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.columns import Layout, find_layout, read_captions, require
 from llm2clip.errors import UsageError
 
 

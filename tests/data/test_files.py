@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sources import Source
+from llm2clip.data.images import load_image
+from llm2clip.data.source import Source
 from llm2clip.errors import UsageError
 
 Open = Callable[..., Source]
@@ -55,7 +55,7 @@ def test_pictures_with_texts_beside(tmp_path: Path, source_of: Open, jpeg: bytes
         "sub/b.v2": {"short": ("short",), "long": ("long",)},
     }
     assert source.bad.counts == {"no caption": 1, "empty picture": 1}
-    assert [load_picture(sample.picture).size for sample in source] == [(12, 8)] * 3
+    assert [load_image(sample.picture).size for sample in source] == [(12, 8)] * 3
 
 
 def test_an_empty_text_is_an_empty_caption(tmp_path: Path, source_of: Open, jpeg: bytes) -> None:
@@ -125,7 +125,7 @@ def test_a_saved_dataset(tmp_path: Path, source_of: Open, make_picture: Callable
     dataset.shuffle(seed=1).save_to_disk(str(tmp_path / "one"), num_shards=2)
     samples = list(source_of(tmp_path / "one"))
     assert sorted(sample.captions["raw"] for sample in samples) == [(f"a{i}", f"b{i}") for i in range(5)]
-    assert {s.captions["raw"][0]: load_picture(s.picture).width for s in samples} == {f"a{i}": i + 3 for i in range(5)}
+    assert {s.captions["raw"][0]: load_image(s.picture).width for s in samples} == {f"a{i}": i + 3 for i in range(5)}
     assert len({sample.id for sample in samples}) == 5
     datasets.DatasetDict({"test": dataset, "train": dataset}).save_to_disk(str(tmp_path / "splits"))
     assert len(list(source_of(tmp_path / "splits"))) == len(list(source_of(tmp_path / "splits" / "test"))) == 5

@@ -13,11 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llm2clip.captions import pictures
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.pictures import check_file, check_header, load_picture
-from llm2clip.captions.sample import PictureRef
+from llm2clip.data import images
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.images import check_file, check_header, load_image
+from llm2clip.data.sample import PictureRef
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    7: Image.Transpose.TRANSVERSE,
+}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
@@ -28,7 +35,7 @@ def encode(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def pixel(data: bytes, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
-    image = load_picture(data)
+    image = load_image(data)
     assert image.mode == "RGB"
     return image.getpixel(at)  # type: ignore[return-value]
 
@@ -39,7 +46,7 @@ def close(found: tuple[int, ...], wanted: tuple[int, ...], within: int = 4) -> b
 
 def cause_of(data: Any) -> str:
     with pytest.raises(BadPicture) as caught:
-        load_picture(data)
+        load_image(data)
     assert "\n" not in str(caught.value)
     return caught.value.cause
 
@@ -126,11 +133,11 @@ def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
     upright = Image.new("RGB", (32, 16), (0, 0, 0))
     upright.paste((255, 255, 255), (0, 0, 16, 8))  # white in the upper left quarter
     inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-    turn = inverse.get(orientation, pictures.TURNS.get(orientation))
+    turn = inverse.get(orientation, TURNS.get(orientation))
     stored = upright if turn is None else upright.transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = load_picture(encode(stored, "JPEG", exif=exif, quality=95))
+    image = load_image(encode(stored, "JPEG", exif=exif, quality=95))
     assert image.size == (32, 16)
     assert min(image.getpixel((4, 3))) > 200
     assert max(max(image.getpixel(at)) for at in ((28, 3), (4, 12), (28, 12))) < 50
@@ -139,30 +146,30 @@ def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
 def test_damaged_exif_leaves_the_picture_as_it_is(jpeg: bytes) -> None:
     segment = b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 20
     data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
-    assert load_picture(data).size == (12, 8)
+    assert load_image(data).size == (12, 8)
 
 
 def test_the_extension_means_nothing(tmp_path: Path, make_picture: Callable[..., bytes]) -> None:
     for name in ("a.JPG", "b.txt", "c", "d.jpeg.PNG", "ünïcødé 画像.jpg"):
         (tmp_path / name).write_bytes(make_picture(form="PNG"))
-        assert load_picture(tmp_path / name).size == (12, 8)
-        assert load_picture(str(tmp_path / name)).size == (12, 8)
+        assert load_image(tmp_path / name).size == (12, 8)
+        assert load_image(str(tmp_path / name)).size == (12, 8)
 
 
 def test_an_opened_picture_and_a_range_are_taken_too(tmp_path: Path, jpeg: bytes) -> None:
     (tmp_path / "x").write_bytes(b"before" + jpeg + b"after")
-    assert load_picture(PictureRef(str(tmp_path / "x"), 6, len(jpeg))).size == (12, 8)
+    assert load_image(PictureRef(str(tmp_path / "x"), 6, len(jpeg))).size == (12, 8)
     opened = Image.new("RGBA", (3, 5), (0, 0, 0, 0))
-    assert load_picture(opened).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(opened).getpixel((0, 0)) == (255, 255, 255)
     assert opened.mode == "RGBA"
 
 
 def test_min_size_decodes_smaller_but_never_too_small() -> None:
     data = encode(Image.new("RGB", (640, 480), (9, 99, 199)), "JPEG")
-    assert load_picture(data, min_size=60).size == (80, 60)
-    assert load_picture(data, min_size=61).size == (160, 120)
-    assert load_picture(data, min_size=1000).size == (640, 480)
-    assert load_picture(encode(Image.new("RGB", (640, 480)), "PNG"), min_size=60).size == (640, 480)
+    assert load_image(data, min_size=60).size == (80, 60)
+    assert load_image(data, min_size=61).size == (160, 120)
+    assert load_image(data, min_size=1000).size == (640, 480)
+    assert load_image(encode(Image.new("RGB", (640, 480)), "PNG"), min_size=60).size == (640, 480)
 
 
 def test_causes(tmp_path: Path, jpeg: bytes) -> None:
@@ -191,10 +198,10 @@ def test_bombs_are_refused_by_their_header() -> None:
 
 def test_the_bomb_limit_is_ours_even_without_pillows(monkeypatch: pytest.MonkeyPatch, jpeg: bytes) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 95)
+    monkeypatch.setattr(images, "MAX_PIXELS", 95)
     assert cause_of(jpeg) == "decompression bomb"
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 96)
-    assert load_picture(jpeg).size == (12, 8)
+    monkeypatch.setattr(images, "MAX_PIXELS", 96)
+    assert load_image(jpeg).size == (12, 8)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF"])
@@ -207,7 +214,7 @@ def test_a_cut_at_any_byte_is_a_bad_picture_or_a_picture(form: str) -> None:
     outcomes = set()
     for cut in range(0, len(data), max(1, len(data) // 60)):
         try:
-            outcomes.add(load_picture(data[:cut]).mode)
+            outcomes.add(load_image(data[:cut]).mode)
         except BadPicture as error:
             outcomes.add(error.cause)
     assert outcomes <= {"RGB", "not a picture", "truncated picture", "damaged picture"}
@@ -224,7 +231,7 @@ def test_flipped_bytes_never_escape_as_another_error(form: str) -> None:
         places = random.integers(0, min(len(data), 400), 6)
         broken[places] = random.integers(0, 255, 6)
         try:
-            assert load_picture(broken.tobytes()).mode == "RGB"
+            assert load_image(broken.tobytes()).mode == "RGB"
         except BadPicture as error:
             assert error.cause and "\n" not in str(error)
 

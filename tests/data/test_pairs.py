@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llm2clip.captions.pairs import draw_pair, possible_pairs
+from llm2clip.data.pairs import draw_pair, possible_pairs
 
 CAPTIONS = {"short": ("s1", "s2"), "long": ("l1",)}
 

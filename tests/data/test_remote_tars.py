@@ -10,10 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.sources import Source
-from llm2clip.captions.tar_index import TarIndex, index_folder
-from llm2clip.captions.tars import Member
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.remote_tars import TarIndex, index_folder
+from llm2clip.data.source import Source
+from llm2clip.data.tars import Member
 from llm2clip.errors import SourceError
 
 Open = Callable[..., Source]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sources import Source, open_source
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.images import load_image
+from llm2clip.data.source import Source, open_source
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
 
 Open = Callable[..., Source]
@@ -40,7 +40,7 @@ def test_a_single_part_has_plain_ids(shards: Path, source_of: Open) -> None:
 
 
 def test_every_picture_can_be_loaded(shards: Path, source_of: Open) -> None:
-    assert [load_picture(sample.picture).size for sample in source_of(shards)] == [(12, 8)] * 6
+    assert [load_image(sample.picture).size for sample in source_of(shards)] == [(12, 8)] * 6
 
 
 def test_the_fingerprint_moves_with_the_files_and_changes_with_them(

@@ -6,10 +6,12 @@ import importlib
 from pathlib import Path
 
 import fsspec
-import huggingface_hub
 import pytest
+from huggingface_hub.utils import get_session
 
-from llm2clip.captions.specs import expand_braces, find_files
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.source import open_source
+from llm2clip.data.spec import expand_braces, find_files
 from llm2clip.errors import SourceError, UsageError
 
 
@@ -72,7 +74,7 @@ def test_what_is_not_there_or_not_known(shards: Path, spec: str, complaint: str)
     for name in ("notes.md", "a.tar.gz", "a.tgz"):
         (shards / name).touch()
     with pytest.raises(UsageError) as caught:
-        find_files(str(shards / spec))
+        open_source(SourceConfig(data=(str(shards / spec),)))
     assert complaint in str(caught.value)
     assert str(caught.value).startswith(f"--data {shards}")
 
@@ -87,7 +89,7 @@ def test_a_client_that_finds_no_host(monkeypatch: pytest.MonkeyPatch, client: st
     if client == "aiohttp":
         error = pytest.importorskip("aiohttp").ClientError("no such host")
     else:
-        session = huggingface_hub.utils.get_session()
+        session = get_session()
         error = importlib.import_module(type(session).__module__.partition(".")[0]).ConnectError("no such host")
 
     def fail(*_: object, **__: object) -> None:
@@ -111,6 +113,6 @@ def test_urls() -> None:
     with pytest.raises(UsageError, match="nothing matches"):
         find_files("memory://specs/*.csv")
     with pytest.raises(UsageError, match=r"URL/\*\.tar"):
-        find_files("memory://specs/")
+        open_source(SourceConfig(data=("memory://specs/",)))
     with pytest.raises(SourceError, match=r"cannot be reached.*nonsense"):
         find_files("nonsense://specs/1.tar")

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sources import Source
+from llm2clip.data.images import load_image
+from llm2clip.data.source import Source
 from llm2clip.errors import SourceError, UsageError
 
 Open = Callable[..., Source]
@@ -38,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jpeg: bytes) -> list[An
 def test_a_split_is_read_from_the_cache(hub: list[Any], source_of: Open) -> None:
     samples = list(source_of("hf:org/name:test", revision="abc"))
     assert [sample.captions["raw"] for sample in samples] == [("test 0",), ("test 1",)]
-    assert load_picture(samples[0].picture).size == (12, 8)
+    assert load_image(samples[0].picture).size == (12, 8)
     assert hub == [("org/name", None, "abc")]
 
 

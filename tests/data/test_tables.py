@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.captions.cells import OpenTables, ParquetCells
-from llm2clip.captions.pictures import load_picture, read_bytes
-from llm2clip.captions.sample import PictureRef
-from llm2clip.captions.sources import Source
+from llm2clip.data.bytes import KeptByThread, ParquetCells, open_cells, read_bytes
+from llm2clip.data.images import load_image
+from llm2clip.data.sample import PictureRef
+from llm2clip.data.source import Source
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
 
 Open = Callable[..., Source]
@@ -52,7 +52,7 @@ def test_every_kind_of_table_gives_the_same_samples(folder: Path, source_of: Ope
     assert [sample.id for sample in samples] == [f"{i}.jpg" for i in range(4)]
     assert samples[2].captions == {"short": ("short 2",), "long": ("long, 2 狗",)}
     assert samples[2].picture == PictureRef(str(folder / "2.jpg"))
-    assert load_picture(samples[2].picture).size == (12, 8)
+    assert load_image(samples[2].picture).size == (12, 8)
 
 
 def test_named_columns_and_lists_of_captions(folder: Path, source_of: Open) -> None:
@@ -137,7 +137,7 @@ def test_embedded_pictures(folder: Path, source_of: Open, jpeg: bytes, make_pict
     samples = list(source)
     assert [(sample.id, sample.captions["raw"]) for sample in samples] == [(i, (f"c{i}",)) for i in "015"]
     assert samples[1].picture == PictureRef(str(table), offset=1, length=-1, column="image")
-    assert [load_picture(sample.picture).size for sample in samples] == [(12, 8), (5, 7), (9, 3)]
+    assert [load_image(sample.picture).size for sample in samples] == [(12, 8), (5, 7), (9, 3)]
     assert source.bad.counts == {"empty picture": 1, "not a picture": 1, "no picture": 1}
 
 
@@ -165,11 +165,11 @@ def test_random_cells_of_many_row_groups(tmp_path: Path) -> None:
 
 
 def test_few_tables_stay_open(tmp_path: Path) -> None:
-    tables = OpenTables(limit=2)
+    tables = KeptByThread(open_cells, limit=2)
     for i in range(4):
         pq.write_table(pa.table({"a": [i]}), tmp_path / f"{i}.parquet")
         assert tables.get(str(tmp_path / f"{i}.parquet")).cell(0, "a") == i
-    assert list(tables._tables) == [str(tmp_path / f"{i}.parquet") for i in (2, 3)]
+    assert list(tables._files) == [str(tmp_path / f"{i}.parquet") for i in (2, 3)]
     held = tables.get(str(tmp_path / "3.parquet"))
     with ThreadPoolExecutor(1) as other:
         assert other.submit(tables.get, str(tmp_path / "3.parquet")).result() is not held
@@ -234,7 +234,7 @@ def test_a_table_behind_a_url(folder: Path, source_of: Open) -> None:
         write(folder / f"t.{ending}", ROWS)
         samples = list(source_of(f"file://{folder}/t.{ending}"))
         assert samples[3].picture == PictureRef(f"file://{folder}/3.jpg")
-        assert load_picture(samples[3].picture).size == (12, 8)
+        assert load_image(samples[3].picture).size == (12, 8)
     write(folder / "u.csv", [{"image": "../x.jpg", "caption": "a"}])
     with pytest.raises(UsageError, match="lies outside"):
         source_of(f"file://{folder}/u.csv")

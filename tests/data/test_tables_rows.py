@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llm2clip.captions.rows import CsvTable, JsonTable, Row
+from llm2clip.data.tables import BadRow, CsvTable, JsonTable
 from llm2clip.errors import SourceError
 
 
-def csv_rows(path: Path, content: str | bytes) -> list[Row]:
+def csv_rows(path: Path, content: str | bytes) -> list[dict[str, Any] | BadRow]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return list(CsvTable(str(path)).rows())
 
@@ -39,7 +40,7 @@ def test_separators(tmp_path: Path, name: str, separator: str) -> None:
 
 def test_rows_of_another_width(tmp_path: Path) -> None:
     rows = csv_rows(tmp_path / "a.csv", "image,caption,more\na.jpg,x\nb.jpg,x,y,z\n")
-    assert rows == [{"image": "a.jpg", "caption": "x"}, "4 fields where the header has 3"]
+    assert rows == [{"image": "a.jpg", "caption": "x"}, BadRow("4 fields where the header has 3")]
 
 
 def test_a_quote_inside_a_line_is_a_character(tmp_path: Path) -> None:
@@ -53,8 +54,8 @@ def test_a_quote_never_closed_costs_its_own_line_only(tmp_path: Path) -> None:
     rows = csv_rows(tmp_path / "a.csv", "image,short,long\n" + "\n".join(lines))
     good = [row["image"] for row in rows if isinstance(row, dict)]
     assert good == [f"{i}.jpg" for i in range(50) if i != 20]
-    assert [row for row in rows if isinstance(row, str)] == [
-        "2 fields where the header has 3, or a quote that is not closed"
+    assert [row for row in rows if isinstance(row, BadRow)] == [
+        BadRow("2 fields where the header has 3, or a quote that is not closed")
     ]
 
 
@@ -68,7 +69,7 @@ def test_two_stray_quotes_do_not_swallow_what_lies_between(tmp_path: Path) -> No
 
 def test_a_field_that_is_too_long_is_one_damaged_row(tmp_path: Path) -> None:
     rows = csv_rows(tmp_path / "a.csv", f"image,caption\na.jpg,{'x' * 200_000}\nb.jpg,y\n")
-    assert rows == ["field larger than field limit (131072)", {"image": "b.jpg", "caption": "y"}]
+    assert rows == [BadRow("field larger than field limit (131072)"), {"image": "b.jpg", "caption": "y"}]
 
 
 def test_bytes_that_are_no_utf_8_survive_to_be_counted(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert table.columns == ["image", "caption", "b"]
     rows = list(table.rows())
     assert rows[0] == {"image": "a.jpg", "caption": ["x\u2028", "狗"]}
-    assert [row.split(":")[0] for row in rows if isinstance(row, str)] == [
+    assert [row.detail.split(":")[0] for row in rows if isinstance(row, BadRow)] == [
         "no JSON",
         "'7' is no JSON object",
         "no JSON",
@@ -102,7 +103,7 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_a_json_list(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": "x"}, 3], indent=1))
     table = JsonTable(str(tmp_path / "a.json"))
-    assert list(table.rows()) == [{"image": "a.jpg", "caption": "x"}, "'3' is no JSON object"]
+    assert list(table.rows()) == [{"image": "a.jpg", "caption": "x"}, BadRow("'3' is no JSON object")]
     (tmp_path / "a.json").write_text('[{"image": "a.jpg"},')
     with pytest.raises(SourceError, match="is damaged JSON"):
         JsonTable(str(tmp_path / "a.json"))

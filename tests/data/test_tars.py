@@ -14,9 +14,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from llm2clip.captions.pictures import load_picture, read_bytes
-from llm2clip.captions.sample import PictureRef
-from llm2clip.captions.sources import Source
+from llm2clip.data.bytes import read_bytes
+from llm2clip.data.images import load_image
+from llm2clip.data.sample import PictureRef
+from llm2clip.data.source import Source
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
 
 Make = Callable[..., Path]
@@ -49,7 +50,7 @@ def test_img2dataset_layout(shard: Path, source_of: Open, jpeg: bytes) -> None:
     assert samples[1].captions == {"raw": ("raw 1",), "short": ("short 1",), "long": ("long 1", "一只狗")}
     assert samples[1].picture.path == str(shard)
     assert samples[1].picture.length == len(jpeg)
-    assert load_picture(samples[1].picture).size == (12, 8)
+    assert load_image(samples[1].picture).size == (12, 8)
     assert source.bad.counts == {}
 
 
@@ -229,7 +230,7 @@ def test_a_cut_anywhere_gives_whole_samples_or_one_clear_line(shard: Path, sourc
         try:
             source = source_of(path)
             for sample in source:
-                assert load_picture(sample.picture).size == (12, 8)
+                assert load_image(sample.picture).size == (12, 8)
                 assert set(sample.captions) <= set(whole[sample.id].captions)
         except (SourceError, UsageError) as error:
             assert "\n" not in str(error)
@@ -250,7 +251,7 @@ def test_a_tar_behind_a_url_gives_the_same_samples(shard: Path, remote: str, sou
     near, far = list(source_of(shard)), list(source_of(remote))
     assert [(s.id, s.captions, s.picture.offset) for s in near] == [(s.id, s.captions, s.picture.offset) for s in far]
     assert far[0].picture.path == remote
-    assert load_picture(far[1].picture).size == (12, 8)
+    assert load_image(far[1].picture).size == (12, 8)
     assert source_of(remote).fingerprint == source_of(shard).fingerprint
 
 

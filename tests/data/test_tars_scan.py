@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.captions.tars import Member, TarDamage, scan, split_name
+from llm2clip.data.tars import Member, TarDamage, scan, split_name
 
 Contents = dict[str, bytes]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sources import Source
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.images import load_image
+from llm2clip.data.source import Source
 from llm2clip.errors import SourceError, UsageError
 
 pytest.importorskip("aiohttp")
@@ -87,20 +87,20 @@ def whole(folder: Path) -> Iterator[str]:
 def test_tars_and_their_pictures(ranges: str, source_of: Open) -> None:
     samples = list(source_of(f"{ranges}/{{00000..00001}}.tar"))
     assert [sample.id for sample in samples] == [f"{s:05d}/{s}{i}" for s in range(2) for i in range(3)]
-    assert [load_picture(sample.picture).width for sample in samples] == [5, 6, 7] * 2
+    assert [load_image(sample.picture).width for sample in samples] == [5, 6, 7] * 2
 
 
 def test_a_table_and_its_pictures(ranges: str, source_of: Open) -> None:
     (sample,) = source_of(f"{ranges}/t.csv")
     assert sample.captions == {"raw": ("one",)}
-    assert load_picture(sample.picture).size == (12, 8)
+    assert load_image(sample.picture).size == (12, 8)
 
 
 def test_a_server_without_ranges_streams_but_gives_no_single_pictures(whole: str, source_of: Open) -> None:
     samples = list(source_of(f"{whole}/00000.tar"))
     assert [sample.captions["raw"] for sample in samples] == [(f"picture {i}",) for i in range(3)]
     with pytest.raises(BadPicture, match="gives whole files only; fetch it to a local disk"):
-        load_picture(samples[1].picture)
+        load_image(samples[1].picture)
 
 
 def test_what_is_not_there(ranges: str, source_of: Open) -> None:
@@ -109,7 +109,7 @@ def test_what_is_not_there(ranges: str, source_of: Open) -> None:
     with pytest.raises(UsageError, match="does not exist, or its server does not answer"):
         source_of("http://127.0.0.1:9/00000.tar")
     with pytest.raises(BadPicture, match="missing file"):
-        load_picture(f"{ranges}/gone.jpg")
+        load_image(f"{ranges}/gone.jpg")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, source_of: Open) -> None:

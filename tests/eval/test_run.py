@@ -171,9 +171,9 @@ class Colours:
     names = ("red", "green", "blue", "yellow")
 
     def prepare_image(self, picture: Any) -> np.ndarray:
-        from llm2clip.captions.pictures import load_picture
+        from llm2clip.data.images import load_image
 
-        return np.asarray(load_picture(picture), np.float32).mean((0, 1)) - 30
+        return np.asarray(load_image(picture), np.float32).mean((0, 1)) - 30
 
     def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         red, green, blue = np.stack(pictures).T

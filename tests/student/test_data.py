@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.images import load_image
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.transform import ImageTransform
@@ -87,7 +87,7 @@ def test_crops_and_captions_change_from_epoch_to_epoch(tmp_path: Path) -> None:
 def test_without_random_crops_pixels_are_the_towers_own(bank: Bank) -> None:
     batch = load(BankDataset([bank], transform=TRANSFORM, batch_size=8, min_crop=1.0), 3)
     for pixels, sample in zip(batch.pixels, batch.samples.tolist(), strict=True):
-        assert torch.equal(pixels, TRANSFORM(load_picture(bank.picture(sample))))
+        assert torch.equal(pixels, TRANSFORM(load_image(bank.picture(sample))))
 
 
 def test_kinds_are_drawn_by_weight_among_those_a_sample_has(bank: Bank) -> None:

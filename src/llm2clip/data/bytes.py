@@ -5,32 +5,34 @@ Open files are kept by process, so that a loader's workers read a member of a ta
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import errno
-import functools
 import os
 import stat
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.sample import PictureRef
-from llm2clip.errors import SourceError
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.sample import PictureRef
+from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
 
 MAX_OPEN_FILES = 64
 """Files (tar shards) kept open in each process."""
+MAX_OPEN_TABLES = 16
+"""Tables kept open in each thread."""
+MAX_ROW_GROUPS = 2
+"""Decoded row groups kept for each Parquet file; `datasets` writes groups of 100 rows where there are pictures."""
 MAX_PICTURE_BYTES = 1 << 29
 """Longer encoded pictures (512 MiB) are refused before they are read."""
-
-
-def is_url(path: str) -> bool:
-    """Whether `path` is for fsspec (`https://...`, `hf://...`, `simplecache::s3://...`), not a local file.
-
-    >>> is_url("hf://datasets/org/name/00000.tar"), is_url("/data/00000.tar")
-    (True, False)
-    """
-    return "://" in path
+TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError)
+"""What pyarrow raises for a damaged or missing file."""
+T = TypeVar("T")
 
 
 def read_bytes(ref: PictureRef) -> bytes:
@@ -45,15 +47,54 @@ def read_bytes(ref: PictureRef) -> bytes:
         raise BadPicture("empty picture", f"{ref.path} has 0 bytes" + (f" at {ref.offset}" if ref.offset else ""))
     if ref.length > MAX_PICTURE_BYTES:
         raise BadPicture("picture too large", f"{ref.path} at {ref.offset}: {ref.length} bytes")
-    data = _read_url(ref) if is_url(ref.path) else _read_local(ref)
+    try:
+        data = _read_url(ref) if is_url(ref.path) else _read_local(ref)
+    except FileNotFoundError:
+        raise BadPicture("missing file", ref.path) from None
+    except url_errors() as error:
+        raise BadPicture("unreadable file", f"{ref.path}: {getattr(error, 'strerror', None) or error}") from None
     if 0 <= ref.length < len(data):
         raise BadPicture("unreadable file", f"{ref.path}: the server gives whole files only; fetch it to a local disk")
-    if len(data) < ref.length:
-        raise BadPicture(
-            "truncated file", f"{ref.path} ends {ref.length - len(data)} bytes before the picture at {ref.offset} does"
-        )
+    if missing := max(ref.length - len(data), 0):
+        raise BadPicture("truncated file", f"{ref.path} ends {missing} bytes before the picture at {ref.offset} does")
     if not data:
         raise BadPicture("empty picture", f"{ref.path} has 0 bytes")
+    return data
+
+
+def _read_local(ref: PictureRef) -> bytes:
+    if ref.length >= 0:
+        file = _open_files.get(ref.path)  # held while it is read, as another thread may put it out of those kept
+        return read_at(file.descriptor, ref.length, ref.offset)
+    file = OpenFile(ref.path)
+    if (size := os.fstat(file.descriptor).st_size) > MAX_PICTURE_BYTES:
+        raise BadPicture("picture too large", f"{ref.path} has {size} bytes")
+    return read_at(file.descriptor, size, ref.offset)
+
+
+def _read_url(ref: PictureRef) -> bytes:
+    filesystem, path = filesystem_of(ref.path)
+    end = None if ref.length < 0 else ref.offset + ref.length
+    return bytes(filesystem.cat_file(path, start=ref.offset or None, end=end))
+
+
+def open_regular(path: str) -> int:
+    """A descriptor of a regular file; a pipe or device is refused (OSError) instead of waited for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL in the name
+        raise FileNotFoundError(errno.ENOENT, str(error), path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return descriptor
+
+
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """`length` bytes from `offset`, fewer only where the file ends; the file's position is not touched."""
+    data = os.pread(descriptor, length, offset)
+    while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
+        data += more
     return data
 
 
@@ -69,135 +110,119 @@ class OpenFile:
             os.close(self.descriptor)
 
 
-class OpenFiles:
-    """The files read last, kept open; safe for threads, and a forked child opens its own.
+class Kept(Generic[T]):
+    """What was opened last, by path; safe for threads, and a forked child opens its own.
 
     Args:
-        limit: files kept; one that a thread is reading stays open until it is done.
+        opened: opens a path.
+        limit: how many are kept; one that a thread is reading stays open until it is done.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, opened: Callable[[str], T], limit: int) -> None:
+        self.opened, self.limit = opened, limit
         self._start()
 
     def _start(self) -> None:
         self._pid, self._lock = os.getpid(), threading.Lock()
-        self._files: OrderedDict[str, OpenFile] = OrderedDict()
+        self._files: OrderedDict[str, T] = OrderedDict()
 
-    def get(self, path: str) -> OpenFile:
-        """`path`, open for reading.
-
-        Raises:
-            OSError: if it cannot be opened or is no regular file.
-        """
+    def get(self, path: str) -> T:
+        """`path`, open for reading."""
         if self._pid != os.getpid():  # another thread of the parent may have held the lock
             self._start()
         with self._lock:
-            file = self._files.pop(path, None) or OpenFile(path)
+            file = self._files.pop(path, None) or self.opened(path)
             self._files[path] = file
             if len(self._files) > self.limit:
                 self._files.popitem(last=False)
         return file
 
 
-def open_regular(path: str) -> int:
-    """A descriptor of a regular file; a pipe or device is refused instead of waited for.
+class KeptByThread(Kept[T], threading.local):
+    """Likewise, but each thread opens its own."""
 
-    Raises:
-        OSError: if it cannot be opened or is something else.
-    """
+
+class ParquetCells:
+    """Cells of a Parquet file; the last row groups read are kept decoded."""
+
+    def __init__(self, path: str) -> None:
+        self.file = open_parquet(path)
+        sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.num_rows = sum(sizes)
+        self._groups: OrderedDict[tuple[int, str], Any] = OrderedDict()
+
+    def cell(self, row: int, column: str) -> Any:
+        """The value at `row` of `column`; reads its row group unless it is at hand."""
+        group = bisect.bisect_right(self.starts, row) - 1
+        key = (group, column)
+        if key not in self._groups:
+            self._groups[key] = self.file.read_row_group(group, columns=[column], use_threads=False).column(column)
+            if len(self._groups) > MAX_ROW_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key][row - self.starts[group]].as_py()
+
+
+class ArrowCells:
+    """Cells of an Arrow file as `datasets` writes it: memory-mapped, nothing is read before it is asked for."""
+
+    def __init__(self, path: str) -> None:
+        self.table = open_arrow(path)
+        self.num_rows = self.table.num_rows
+
+    def cell(self, row: int, column: str) -> Any:
+        """The value at `row` of `column`."""
+        return self.table.column(column)[row].as_py()
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """A Parquet file, local or behind a URL; any error is pyarrow's or the file system's (`TABLE_ERRORS`)."""
+    if is_url(path):
+        filesystem, inner = filesystem_of(path)
+        return pq.ParquetFile(filesystem.open(inner, "rb"))
+    return pq.ParquetFile(path, memory_map=True)
+
+
+def open_arrow(path: str) -> pa.Table:
+    """An Arrow stream (or file) as a memory-mapped table; any error is one of `TABLE_ERRORS`."""
+    source = pa.memory_map(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except ValueError as error:  # a NUL in the name
-        raise FileNotFoundError(errno.ENOENT, str(error), path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", path)
-    return descriptor
+        return pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source).read_all()
 
 
-def read_at(descriptor: int, length: int, offset: int) -> bytes:
-    """`length` bytes from `offset`, fewer only where the file ends; the file's position is not touched."""
-    data = os.pread(descriptor, length, offset)
-    if len(data) in (0, length):
-        return data
-    parts = [data]
-    while data and length > (done := sum(map(len, parts))):
-        data = os.pread(descriptor, length - done, offset + done)
-        parts.append(data)
-    return b"".join(parts)
+def open_cells(path: str) -> ParquetCells | ArrowCells:
+    """A table whose cells can be read one by one."""
+    return ParquetCells(path) if suffix(path) == ".parquet" else ArrowCells(path)
 
 
-_open_files = OpenFiles(MAX_OPEN_FILES)
-
-
-def _read_local(ref: PictureRef) -> bytes:
-    try:
-        if ref.length >= 0:
-            file = _open_files.get(ref.path)
-            return read_at(file.descriptor, ref.length, ref.offset)
-        descriptor = open_regular(ref.path)
-        try:
-            length = os.fstat(descriptor).st_size
-            if length > MAX_PICTURE_BYTES:
-                raise BadPicture("picture too large", f"{ref.path} has {length} bytes")
-            return read_at(descriptor, length, ref.offset)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        raise BadPicture("missing file", ref.path) from None
-    except OSError as error:
-        raise BadPicture("unreadable file", f"{ref.path}: {error.strerror or error}") from None
-
-
-def _read_url(ref: PictureRef) -> bytes:
-    try:
-        filesystem, path = filesystem_of(ref.path)
-        end = None if ref.length < 0 else ref.offset + ref.length
-        return bytes(filesystem.cat_file(path, start=ref.offset or None, end=end))
-    except FileNotFoundError:
-        raise BadPicture("missing file", ref.path) from None
-    except url_errors() as error:
-        raise BadPicture("unreadable file", f"{ref.path}: {error}") from None
-
-
-@functools.lru_cache
-def url_errors() -> tuple[type[Exception], ...]:
-    """What a file behind a URL raises: the usual ones, and those of the HTTP, Hub and S3 clients that are installed."""
-    errors: list[type[Exception]] = [OSError, ValueError]
-    with contextlib.suppress(ImportError):
-        from aiohttp import ClientError
-
-        errors.append(ClientError)
-    with contextlib.suppress(ImportError):
-        from huggingface_hub.errors import HfHubHTTPError
-
-        # its base is that of the HTTP client's errors, httpx or another as versions go
-        errors += [base for base in HfHubHTTPError.__mro__[1:] if issubclass(base, Exception) and base is not Exception]
-    with contextlib.suppress(ImportError):
-        from botocore.exceptions import BotoCoreError
-
-        errors.append(BotoCoreError)
-    return tuple(errors)
-
-
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system for a URL, and the path in it.
-
-    Raises:
-        SourceError: if the protocol's package is not installed.
-        ValueError: if fsspec does not know the protocol.
-    """
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise SourceError(f"{url} needs another package ({error}); type: pip install 'llm2clip[remote]'") from None
-    return filesystem, str(path)
+_open_files = Kept(OpenFile, MAX_OPEN_FILES)
+_open_tables: KeptByThread[ParquetCells | ArrowCells] = KeptByThread(open_cells, MAX_OPEN_TABLES)
 
 
 def _read_cell(ref: PictureRef) -> bytes:
-    from llm2clip.captions.cells import read_cell
+    """The bytes of an embedded picture."""
+    if not is_url(ref.path) and not Path(ref.path).is_file():
+        raise BadPicture("missing file", ref.path)
+    try:
+        table = _open_tables.get(ref.path)
+        if ref.offset >= table.num_rows:
+            raise BadPicture("truncated file", f"{ref.path} has {table.num_rows} rows, row {ref.offset} is asked for")
+        value = table.cell(ref.offset, ref.column)
+    except TABLE_ERRORS as error:
+        raise BadPicture("unreadable file", f"{ref.path}: {error}") from None
+    return cell_bytes(value, where=f"{ref.path} row {ref.offset}, column {ref.column}")
 
-    return read_cell(ref)
+
+def cell_bytes(value: Any, *, where: str) -> bytes:
+    """The picture's bytes in a cell: a binary one, or the `bytes` of a `datasets` Image; BadPicture if it has none."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise BadPicture("no picture", f"{where} holds {type(data).__name__}, no bytes")
+    if not data:
+        raise BadPicture("empty picture", f"{where} has 0 bytes")
+    if len(data) > MAX_PICTURE_BYTES:
+        raise BadPicture("picture too large", f"{where}: {len(data)} bytes")
+    return data

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm2clip.captions.bad import BadSamples
+from llm2clip.data.bad import BadSamples
 from llm2clip.errors import UsageError
 
 PICTURE_COLUMNS = (

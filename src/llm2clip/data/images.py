@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.reading import open_regular, read_bytes
-from llm2clip.captions.sample import PictureRef
-
-__all__ = ["Picture", "check_file", "check_header", "load_picture", "read_bytes"]
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.bytes import open_regular, read_bytes
+from llm2clip.data.sample import PictureRef
 
 Picture = PictureRef | str | Path | bytes | Image.Image
 MAX_PIXELS = 2 * 89_478_485
@@ -34,19 +32,10 @@ DECODE_ERRORS = (
 )
 """What decoders raise on damaged bytes."""
 ORIENTATION = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what turns the picture upright."""
+"""The EXIF tag that says how a picture is to be turned."""
 
 
-def load_picture(picture: Picture, *, min_size: int | None = None) -> Image.Image:
+def load_image(picture: Picture, *, min_size: int | None = None) -> Image.Image:
     """The picture decoded: mode RGB, first frame, upright, transparency on white, 16-bit values scaled to 8.
 
     Args:
@@ -60,7 +49,7 @@ def load_picture(picture: Picture, *, min_size: int | None = None) -> Image.Imag
             decompression bomb.
 
     Example:
-        >>> load_picture(Image.new("LA", (4, 2), (0, 0))).getpixel((0, 0))
+        >>> load_image(Image.new("LA", (4, 2), (0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
     if isinstance(picture, Image.Image):
@@ -148,10 +137,10 @@ def _damage(error: BaseException, name: str) -> BadPicture:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        turned = image.getexif().get(ORIENTATION, 1) != 1  # most are not, and need no copy
+        return ImageOps.exif_transpose(image) if turned else image
     except DECODE_ERRORS:  # damaged EXIF says nothing about the pixels: the picture stands as it is
         return image
-    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

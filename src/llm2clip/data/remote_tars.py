@@ -1,70 +1,57 @@
-"""A tar open for reading: a local one by random access, one behind a URL as a stream from front to end."""
+"""Tars behind URLs: each read once from front to end, and an index of what went by kept on this machine.
+
+The next stage, or the same command after a stop, reads the index instead of the tar. Indexes are keyed by the URL and
+by what its server says of the file's state, and only whole tars get one.
+"""
 
 from __future__ import annotations
 
-import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.members import MAX_TEXT_BYTES, is_text, may_be_picture
-from llm2clip.captions.parts import Reading
-from llm2clip.captions.pictures import check_header
-from llm2clip.captions.reading import MAX_PICTURE_BYTES, filesystem_of, open_regular, read_at, url_errors
-from llm2clip.captions.sample import PictureRef
-from llm2clip.captions.tar_index import TarIndex
-from llm2clip.captions.tars import Member, Read, TarDamage, scan, split_name
+from llm2clip.artifacts import fingerprint
+from llm2clip.data.bad import BadPicture, logger
+from llm2clip.data.bytes import MAX_PICTURE_BYTES
+from llm2clip.data.files import MAX_TEXT_BYTES, is_text, may_be_picture
+from llm2clip.data.sample import Reading
+from llm2clip.data.spec import File
+from llm2clip.data.tars import Member, Tar, TarDamage, TarPart, scan, split_name
+from llm2clip.data.urls import filesystem_of, is_url, url_errors
 from llm2clip.errors import SourceError
 
 STREAM_BLOCK_BYTES = 8 << 20
 """Read ahead in a tar behind a URL."""
+FOLDER_VARIABLE = "LLM2CLIP_INDEX_CACHE"
+"""Environment variable with the folder of the indexes."""
+STATE = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "blob_id", "xet_hash", "lfs")
+"""Facts of a remote file that change when its content does; file systems give some of them."""
 
 
-class Tar:
-    """A tar on this machine, open for random access."""
+def tar_part(file: File, reading: Reading) -> TarPart:
+    """A tar of samples, here or behind a URL."""
+    return (RemoteTarPart if is_url(file.path) else TarPart)(file, reading)
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._descriptor = open_regular(path)
-        self.size = os.fstat(self._descriptor).st_size
 
-    def __enter__(self) -> Tar:
-        return self
+class RemoteTarPart(TarPart):
+    """A tar of samples behind a URL."""
 
-    def __exit__(self, *error: object) -> None:
-        os.close(self._descriptor)
+    def check(self) -> None:
+        """Nothing: opening it is the stream's business."""
 
-    def read(self, length: int, offset: int) -> bytes:
-        """`length` bytes at `offset`, fewer where the tar ends."""
+    def opened(self) -> Tar:
+        """It, at its beginning."""
         try:
-            return read_at(self._descriptor, length, offset)
-        except OSError as error:
-            raise SourceError(f"{self.path} cannot be read: {error.strerror}") from None
-
-    def members(self) -> Iterator[Member]:
-        """Its regular files."""
-        return scan(self.read, self.size)
-
-    def text(self, member: Member) -> bytes:
-        """The content of a text member."""
-        if member.size > MAX_TEXT_BYTES:
-            raise BadPicture("text too large", f"{self.path}: {member.name} has {member.size} bytes")
-        return self.read(member.size, member.offset)
-
-    def locate(self, member: Member) -> PictureRef:
-        """Where a member's bytes lie."""
-        return PictureRef(self.path, member.offset, member.size)
-
-    def check_picture(self, member: Member) -> None:
-        """Look at a picture's header."""
-        view = io.BufferedReader(_Range(self.read, member.offset, member.size), 4096)
-        check_header(view, f"{self.path}: {member.name}")
+            return RemoteTar(self.path, self.reading)
+        except url_errors() as error:
+            raise SourceError(f"{self.path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-class StreamedTar(Tar):
-    """A tar behind a URL, read once from front to end; texts are kept and pictures looked at on the way."""
+class RemoteTar(Tar):
+    """A tar behind a URL; texts are kept and pictures looked at as they go by."""
 
     def __init__(self, url: str, reading: Reading) -> None:
         self.path, self.reading = url, reading
@@ -75,10 +62,7 @@ class StreamedTar(Tar):
         self._index = TarIndex(url, info, pictures=reading.pictures)
         self._file: Any = None
         self._position = 0
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self.read = self._read
 
     def members(self) -> Iterator[Member]:
         """Its regular files, with the content of texts and, if pictures matter, what is wrong with pictures."""
@@ -87,20 +71,39 @@ class StreamedTar(Tar):
             yield from members
             return
         members = []
-        for member in scan(self.read, self.size):
-            members.append(self._look(member))
-            yield members[-1]
+        try:
+            for member in scan(self.read, self.size):
+                members.append(self._look(member))
+                yield members[-1]
+        finally:
+            if self._file is not None:
+                self._file.close()
         self._index.save(members)
 
+    def text(self, member: Member) -> bytes:
+        """The content of a text member, kept while the tar went by."""
+        return super().text(member) if member.content is None else member.content
+
+    def check_picture(self, member: Member) -> None:
+        """What the picture's header showed while the tar went by."""
+        if member.defect is not None:
+            raise member.defect
+
     def _look(self, member: Member) -> Member:
-        ending = (split_name(member.name) or ("", "pyd"))[1]
+        ending, end = (split_name(member.name) or ("", "pyd"))[1], member.offset + member.size
         if is_text(ending) and member.size <= MAX_TEXT_BYTES:
-            return replace(member, content=self._whole(member))
-        if self.reading.pictures and may_be_picture(ending) and 0 < member.size <= MAX_PICTURE_BYTES:
-            return replace(member, defect=self._defect(member))
+            member = replace(member, content=self.read(member.size, member.offset))
+        elif self.reading.pictures and may_be_picture(ending) and 0 < member.size <= MAX_PICTURE_BYTES:
+            try:
+                super().check_picture(member)
+            except BadPicture as error:
+                member = replace(member, defect=error)
+        self.read(0, end)
+        if self._position < end:
+            raise TarDamage("truncated tar", f"ends at byte {self._position}, within {member.name!r}", member.name)
         return member
 
-    def read(self, length: int, offset: int) -> bytes:
+    def _read(self, length: int, offset: int) -> bytes:
         """`length` bytes at `offset`, which never lies before the last ones read; fewer where the tar ends."""
         try:
             if self._file is None:
@@ -114,7 +117,7 @@ class StreamedTar(Tar):
                 data += more
         except url_errors() as error:
             raise self._broken(str(error)) from None
-        if len(data) < length and self._knows_size and self._position < self.size:
+        if self._position < offset + length and self._knows_size and self._position < self.size:
             raise self._broken(f"{self.size} bytes were expected")
         return data
 
@@ -128,52 +131,54 @@ class StreamedTar(Tar):
             f"{self.path} broke off at byte {self._position} ({why}); the same command goes on where it stopped"
         )
 
-    def _whole(self, member: Member) -> bytes:
-        content = self.read(member.size, member.offset)
-        if len(content) < member.size:
-            raise TarDamage("truncated tar", f"ends at byte {self._position}, within {member.name!r}", member.name)
-        return content
 
-    def _defect(self, member: Member) -> BadPicture | None:
+class TarIndex:
+    """The index of one tar, if there is one.
+
+    Args:
+        url: where the tar lies.
+        info: what its file system says of it.
+        pictures: whether pictures are looked at; what they showed is part of the index.
+    """
+
+    def __init__(self, url: str, info: Mapping[str, Any], *, pictures: bool) -> None:
+        state = {name: str(info[name]) for name in STATE if info.get(name) is not None}
+        self.path = index_folder() / f"{fingerprint([url, state, pictures])}.json" if state else None
+
+    def load(self) -> list[Member] | None:
+        """The tar's members; None if there is no index, or it is damaged."""
+        if self.path is None or not self.path.exists():
+            return None
         try:
-            check_header(io.BytesIO(self._whole(member)), f"{self.path}: {member.name}")
-        except BadPicture as error:
-            return error
-        return None
+            return [_member(*row) for row in json.loads(self.path.read_bytes())]
+        except (OSError, ValueError, TypeError):  # written anew when the tar has gone by
+            return None
 
-    def text(self, member: Member) -> bytes:
-        """The content of a text member, kept while the tar went by."""
-        return super().text(member) if member.content is None else member.content
+    def save(self, members: Sequence[Member]) -> None:
+        """Keep the index; without room or right to do so the tar is just read again next time."""
+        if self.path is None:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}")  # several may write
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps([_row(member) for member in members]), encoding="ascii")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            logger.warning("no index of remote tars is kept: %s; set %s to another folder", error, FOLDER_VARIABLE)
 
-    def check_picture(self, member: Member) -> None:
-        """What the picture's header showed while the tar went by."""
-        if member.defect is not None:
-            raise member.defect
+
+def index_folder() -> Path:
+    """Where indexes lie: `$LLM2CLIP_INDEX_CACHE`, otherwise in the user's cache."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip" / "tar-indexes"
 
 
-class _Range(io.RawIOBase):
-    """A range of a file as a file of its own."""
+def _row(member: Member) -> list[Any]:
+    text = None if member.content is None else member.content.decode("utf-8", "surrogateescape")
+    return [member.name, member.offset, member.size, text, member.defect and member.defect.args]
 
-    def __init__(self, read: Read, offset: int, size: int) -> None:
-        self._read, self._offset, self._size, self._position = read, offset, size, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(start + offset, 0)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(min(len(buffer), self._size - self._position), 0)
-        data = self._read(length, self._offset + self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+def _member(name: str, offset: int, size: int, text: str | None, defect: list[str] | None) -> Member:
+    content = None if text is None else text.encode("utf-8", "surrogateescape")
+    return Member(name, offset, size, content, BadPicture(*defect) if defect else None)

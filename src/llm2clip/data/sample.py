@@ -1,9 +1,12 @@
-"""A sample: where one picture lies, and its captions by kind."""
+"""A sample: where one picture lies, and its captions by kind; and the parts of a source that give samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llm2clip.data.bad import BadSamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +42,44 @@ class Sample:
     id: str
     picture: PictureRef
     captions: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a source is read.
+
+    Attributes:
+        captions: kind -> column (or several joined by commas); empty: the usual names.
+        image: the picture's column or extension; None: the usual names.
+        allow_outside: whether a table may name pictures outside its folder.
+        pictures: whether pictures are needed; if not, they are neither looked for nor checked.
+        flag: what errors call the source.
+    """
+
+    captions: Mapping[str, str] = field(default_factory=dict)
+    image: str | None = None
+    allow_outside: bool = False
+    pictures: bool = True
+    flag: str = "--data"
+
+
+class Part(Protocol):
+    """One file or folder of a source."""
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+
+    @property
+    def name(self) -> str:
+        """What its samples are called by: its path, unless it has a better name."""
+
+    @property
+    def size(self) -> int | str:
+        """What changes when its content does: the bytes of a file, a digest of a folder."""
+
+    def check(self) -> None:
+        """Look at its beginning, so that a wrong column (UsageError) or file (SourceError) is told at once."""
+
+    def samples(self, bad: BadSamples) -> Iterator[Sample]:
+        """Its good samples, the same order every time; bad ones are counted."""

@@ -1,44 +1,41 @@
-"""Opens the sources that `--data` names, and reads them one after another as samples in a fixed order.
-
-parts   specs.py folders.py hub.py   what a spec stands for: tars, tables, folders
-read    shards.py tables.py folders.py
-bytes   reading.py cells.py          of a picture, whenever they are needed
-"""
+"""Opens the sources that `--data` names, and reads them one after another as samples in a fixed order."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from llm2clip.artifacts import fingerprint
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.folders import FolderPart, files_in
-from llm2clip.captions.hub import hub_parts, is_hub_id
-from llm2clip.captions.parts import Part, Reading
-from llm2clip.captions.reading import is_url
-from llm2clip.captions.sample import Sample
-from llm2clip.captions.shards import TarPart
-from llm2clip.captions.specs import File, find_files
-from llm2clip.captions.tables import TablePart
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.files import FolderPart, files_in
+from llm2clip.data.remote_tars import tar_part
+from llm2clip.data.sample import Part, Reading, Sample
+from llm2clip.data.spec import File, find_files, local_file
+from llm2clip.data.tables import TABLES, TablePart
+from llm2clip.data.urls import is_url
 from llm2clip.errors import SourceError, UsageError
 
+READERS: dict[str, Callable[[File, Reading], Part]] = {"tar": tar_part, **dict.fromkeys(TABLES, TablePart)}
+"""File name ending -> what reads such files; a further format is a row here, or in `tables.TABLES`."""
+COMPRESSED = ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
 NUM_PARTS_CHECKED = 64
 """Files whose beginnings are looked at before a run; all of ten thousand would take minutes on a network disk."""
 
 
-def open_source(config: SourceConfig, *, pictures: bool = True) -> Source:
+def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "data") -> Source:
     """The source that `config.data` names; its files are found and their beginnings checked, nothing more is read.
 
     Args:
         config: the shared flags of every stage.
         pictures: whether pictures are needed. Without, a table needs no picture column, no picture is looked for, and
             a sample's `picture` may be empty: enough for training a teacher.
+        setting: the name of the setting that the user gave as `config.data`, for errors.
 
     Raises:
-        UsageError: if nothing is there, a column is missing, or a picture lies outside a table's folder.
+        UsageError: if nothing is there, a column is missing, or all pictures lie outside their table's folder.
         SourceError: if a file cannot be read.
 
     Example:
@@ -46,38 +43,51 @@ def open_source(config: SourceConfig, *, pictures: bool = True) -> Source:
         >>> next(iter(source)).captions                                  # doctest: +SKIP
         {'short': ('a dog',), 'long': ('a brown dog runs over a meadow ...',)}
     """
+    flag = f"--{setting.replace('_', '-')}"
     if not config.data:
-        raise UsageError("no source is given; name one or several, for example --data captions.csv")
+        raise UsageError(f"no source is given; name one or several, for example {flag} captions.csv")
     reading = Reading(
-        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures
+        captions=config.captions,
+        image=config.image,
+        allow_outside=config.allow_outside,
+        pictures=pictures,
+        flag=flag,
     )
-    parts: list[Part] = []
-    for spec in config.data:
-        if is_hub_id(spec):
-            parts += hub_parts(spec, reading, revision=config.revision)
-        else:
-            parts += [part for file in find_files(spec) for part in _parts_of(file, reading)]
-    _refuse_repeated(parts)
+    files = [file for spec in config.data for file in find_files(spec, flag=flag, revision=config.revision)]
+    parts = [part for file in files for part in _parts_of(file, reading)]
+    seen = set()
+    for part in parts:
+        if part.path in seen:
+            raise UsageError(f"{flag} names {part.path} twice; name it once")
+        seen.add(part.path)
     for part in parts[:NUM_PARTS_CHECKED]:
-        part.check()
+        with _naming(part):
+            part.check()
     return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
 
 
 def _parts_of(file: File, reading: Reading) -> list[Part]:
-    if file.kind == "tar":
-        return [TarPart(file, reading)]
-    if file.kind != "folder":
-        return [TablePart(file, reading)]
-    files = [found for path in files_in(Path(file.path)) for found in find_files(str(path))]
-    return [part for found in files for part in _parts_of(found, reading)] or [FolderPart(file.path, reading)]
+    if file.kind == "folder":
+        inside = [local_file(path, flag=reading.flag) for path in files_in(file.path, flag=reading.flag)]
+        parts = [part for found in inside for part in _parts_of(found, reading)]
+        return parts or [FolderPart(file.path, reading)]
+    if file.kind in COMPRESSED:
+        raise UsageError(
+            f"{reading.flag} {file.path} is compressed; unpack it first, pictures are read by random access"
+        )
+    if file.kind not in READERS:
+        ending = f".{file.kind}" if file.kind else ""
+        known = ", ".join(["URL/*.tar" if is_url(file.path) else "a folder, hf:org/name", *(f".{k}" for k in READERS)])
+        raise UsageError(f"{reading.flag} {file.path}: unknown ending {ending!r}; give {known}")
+    return [READERS[file.kind](file, reading)]
 
 
-def _refuse_repeated(parts: Sequence[Part]) -> None:
-    seen = set()
-    for part in parts:
-        if part.path in seen:
-            raise UsageError(f"--data names {part.path} twice; name it once")
-        seen.add(part.path)
+@contextlib.contextmanager
+def _naming(part: Part) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{part.path} cannot be read: {error.strerror or error}") from None
 
 
 class Source:
@@ -90,10 +100,9 @@ class Source:
     """
 
     def __init__(self, parts: Sequence[Part], *, reading: Reading, max_bad_fraction: float) -> None:
-        self._parts = list(parts)
-        self._names = part_names(parts)
-        self.num_parts = len(parts)
-        self.bad: BadSamples = _CountedBad(max_bad_fraction)
+        self._parts, self.num_parts = list(parts), len(parts)
+        self._names = part_names([part.name for part in parts])
+        self.bad = _CountedBad(max_bad_fraction)
         sizes = [[name, part.size] for name, part in zip(self._names, parts, strict=True)]
         self.fingerprint = fingerprint([sizes, dict(reading.captions), reading.image])
 
@@ -105,13 +114,10 @@ class Source:
             SourceError: if there are no samples at all, or a file cannot be read any further.
         """
         self.bad.clear()
-        num_good = 0
         for i in range(self.num_parts):
-            for sample in self.part(i):
-                num_good += 1
-                yield sample
-        self.bad.check(num_good + self.bad.num_bad)
-        if not num_good:
+            yield from self.part(i)
+        self.bad.check(self.bad.num_good + self.bad.num_bad)
+        if not self.bad.num_good:
             raise SourceError(f"no usable samples in {', '.join(self._names[:5])}")
 
     def part(self, number: int) -> Iterator[Sample]:
@@ -121,24 +127,19 @@ class Source:
         """
         part = self._parts[number]
         prefix = f"{self._names[number]}/" if self.num_parts > 1 else ""
-        try:
+        with _naming(part):
             for sample in part.samples(self.bad):
-                if isinstance(self.bad, _CountedBad):
-                    self.bad.num_good += 1
+                self.bad.num_good += 1
                 name = prefix + sample.id
                 if not name.isascii():  # a file name that is no UTF-8 shows its odd bytes as \xe9
                     name = name.encode("utf-8", "backslashreplace").decode()
                 yield sample if name == sample.id else replace(sample, id=name)
-        except OSError as error:
-            raise SourceError(f"{part.path} cannot be read: {error}") from None
 
 
 class _CountedBad(BadSamples):
     """Knows how many were good too, so that a hopeless run stops after a thousand samples, not at its end."""
 
-    def __init__(self, max_fraction: float) -> None:
-        super().__init__(max_fraction)
-        self.num_good = 0
+    num_good = 0
 
     def add(self, sample_id: str, cause: str, detail: str = "") -> None:
         super().add(sample_id, cause, detail)
@@ -149,14 +150,13 @@ class _CountedBad(BadSamples):
         self.num_good = 0
 
 
-def part_names(parts: Sequence[Part]) -> list[str]:
-    """Each part's path relative to the folder common to all, without its ending where that stays unique.
+def part_names(paths: list[str]) -> list[str]:
+    """Each path relative to the folder common to all, without its ending where that stays unique.
 
     Names do not change when the files move together.
     """
-    paths = [getattr(part, "name", None) or part.path for part in parts]
     for urls in (True, False):
-        group = [path for path in paths if is_url(path) == urls and os.path.isabs(path) != urls]
+        group = {path for path in paths if is_url(path) == urls and os.path.isabs(path) != urls}
         root = os.path.commonpath([os.path.dirname(path) for path in group]) if group else ""
         paths = [os.path.relpath(path, root) if path in group else path for path in paths]
     stems = [os.path.splitext(path)[0] for path in paths]

@@ -5,28 +5,266 @@ Rows that name the same picture are one sample with the captions of all of them,
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+import json
+import os
+import posixpath
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
 
 import numpy as np
+import pyarrow as pa
 
-from llm2clip.captions.bad import BadPicture, BadSamples, logger
-from llm2clip.captions.cells import cell_bytes
-from llm2clip.captions.columnar import ColumnTable
-from llm2clip.captions.columns import Layout, find_layout, read_captions, require
-from llm2clip.captions.parts import Reading
-from llm2clip.captions.pictures import check_file, check_header
-from llm2clip.captions.places import Places
-from llm2clip.captions.reading import is_url
-from llm2clip.captions.rows import CsvTable, JsonTable
-from llm2clip.captions.sample import PictureRef, Sample
-from llm2clip.captions.specs import File
+from llm2clip.data.bad import BadPicture, BadSamples, logger
+from llm2clip.data.bytes import TABLE_ERRORS, cell_bytes, open_arrow, open_parquet, open_regular
+from llm2clip.data.columns import Layout, find_layout, read_captions, require
+from llm2clip.data.images import check_file, check_header
+from llm2clip.data.sample import PictureRef, Reading, Sample
+from llm2clip.data.spec import File
+from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
+from llm2clip.errors import SourceError, UsageError
 
-NUM_ROWS_CHECKED = 20
+NUM_ROWS_PEEKED = 100
+"""Rows of a JSON table whose keys are taken for its columns."""
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+TEXT_BATCH_ROWS, PICTURE_BATCH_ROWS = 4096, 64
 Captions = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read, and why."""
+
+    detail: str
+
+
+class Table(Protocol):
+    """A table, read row by row as often as wanted.
+
+    Attributes:
+        columns: their names.
+        images: columns whose type says that they hold pictures.
+        embedded: columns that hold bytes.
+    """
+
+    columns: list[str]
+    images: Collection[str]
+    embedded: Collection[str]
+
+    def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
+        """Every row, with the `wanted` columns at least."""
+
+
+class CsvTable:
+    """A CSV or TSV file with a header line; blank lines are passed over.
+
+    The separator is the one of comma, tab and semicolon that the header has most of (for .tsv always the tab). Read by
+    Python's `csv`, as pyarrow's reader makes one good row of all that lies between two stray quotes.
+    """
+
+    images = embedded = frozenset[str]()
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open_text(path) as file:
+            header = file.readline()
+        if not header.strip():
+            raise SourceError(f"{path} is empty; its first line must name the columns")
+        self.separator = "\t" if suffix(path) == ".tsv" else max(",\t;", key=header.count)
+        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=self.separator))]
+
+    def rows(self, wanted: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+        """The rows below the header. A quote never closed swallows lines: they are taken again one by one."""
+        with open_text(self.path) as file:
+            next(file)
+            taken: list[str] = []
+            reader = csv.reader(_noting(file, taken), delimiter=self.separator, strict=True)
+            while True:
+                taken.clear()
+                try:
+                    fields = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    yield from filter(None, map(self._single, taken))
+                    continue
+                if len(fields) > len(self.columns):
+                    yield BadRow(f"{len(fields)} fields where the header has {len(self.columns)}")
+                elif fields:
+                    yield dict(zip(self.columns, fields, strict=False))
+
+    def _single(self, line: str) -> dict[str, Any] | BadRow | None:
+        try:
+            fields = next(csv.reader([line], delimiter=self.separator), [])
+        except csv.Error as error:
+            return BadRow(str(error))
+        if fields and len(fields) != len(self.columns):
+            wanted = len(self.columns)
+            return BadRow(f"{len(fields)} fields where the header has {wanted}, or a quote that is not closed")
+        return dict(zip(self.columns, fields, strict=False))
+
+
+def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    """`lines`, each added to `taken` as it is read."""
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+class JsonTable:
+    """A file of JSON objects: one a line, or one list of them; blank lines are passed over."""
+
+    images = embedded = frozenset[str]()
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        first = [row for row in itertools.islice(self.rows(), NUM_ROWS_PEEKED) if isinstance(row, dict)]
+        if not first:
+            raise SourceError(f"{path} holds no JSON objects; expected one in each line, or a list of them")
+        self.columns = list(dict.fromkeys(key for row in first for key in row))
+
+    def rows(self, wanted: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+        """The objects with all keys."""
+        with open_text(self.path) as file:
+            first = next((line for line in file if not line.isspace()), "")
+            if not first.lstrip().startswith("["):
+                lines = itertools.chain([first], file)
+                yield from (_object(line) for line in lines if line.strip())
+                return
+            try:
+                values = json.loads(first + file.read())
+            except (ValueError, RecursionError) as error:
+                raise SourceError(f"{self.path} is damaged JSON ({error}); fetch or write it again") from None
+            yield from map(_is_object, values)
+
+
+def _object(line: str) -> dict[str, Any] | BadRow:
+    try:
+        return _is_object(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"no JSON: {error}")
+
+
+def _is_object(value: Any) -> dict[str, Any] | BadRow:
+    return value if isinstance(value, dict) else BadRow(f"{str(value)[:40]!r} is no JSON object")
+
+
+class ColumnTable:
+    """A Parquet or Arrow file."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._is_parquet = path, suffix(path) == ".parquet"
+        try:
+            schema = open_parquet(path).schema_arrow if self._is_parquet else open_arrow(path).schema
+        except TABLE_ERRORS as error:
+            kind = suffix(path)[1:]
+            raise SourceError(f"{path} is damaged or no {kind} file ({error}); fetch or write it again") from None
+        self.columns: list[str] = schema.names
+        self.images = [field.name for field in schema if _is_image(field.type)]
+        self.embedded = {*self.images, *(field.name for field in schema if _is_binary(field.type))}
+
+    def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
+        """Every row, with the `wanted` columns."""
+        columns = [name for name in self.columns if name in wanted]
+        num_rows = PICTURE_BATCH_ROWS if self.embedded & set(columns) else TEXT_BATCH_ROWS
+        try:
+            if self._is_parquet:
+                batches = open_parquet(self.path).iter_batches(batch_size=num_rows, columns=columns)
+            else:
+                batches = open_arrow(self.path).select(columns).to_batches(max_chunksize=num_rows)
+            for batch in batches:
+                yield from batch.to_pylist()
+        except TABLE_ERRORS as error:
+            raise SourceError(f"{self.path} is damaged ({error}); fetch or write it again") from None
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    """Whether a column is what `datasets` makes of its Image feature: a struct of bytes and path."""
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+TABLES: dict[str, Any] = {
+    "csv": CsvTable,
+    "tsv": CsvTable,
+    "parquet": ColumnTable,
+    "arrow": ColumnTable,
+    **dict.fromkeys(("jsonl", "jsonlines", "ndjson", "json"), JsonTable),
+}
+"""File name ending -> reader of such a `Table`."""
+
+
+def open_text(path: str) -> TextIO:
+    """A table as text: UTF-8 with or without a byte order mark, or UTF-16 with one; bytes that are no UTF-8 survive."""
+    try:
+        if is_url(path):
+            filesystem, inner = filesystem_of(path)
+            binary = io.BufferedReader(filesystem.open(inner, "rb"))
+        else:
+            binary = open(open_regular(path), "rb")  # noqa: SIM115 (the text file returned closes it)
+        if binary.peek(2)[:2] in UTF16_MARKS:
+            return io.TextIOWrapper(binary, encoding="utf-16", errors="replace", newline="")
+        return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except url_errors() as error:
+        raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+class Places:
+    """Where the pictures that a table names lie: inside the table's own folder, unless others are allowed.
+
+    Args:
+        table: absolute path or URL of the table; relative pictures lie beside it.
+        allow_outside: whether pictures may lie outside the table's folder.
+
+    Example:
+        >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
+        '/data/a/1.jpg'
+    """
+
+    def __init__(self, table: str, *, allow_outside: bool) -> None:
+        self.table, self.allow_outside = table, allow_outside
+        self.folder = posixpath.dirname(table)
+        if not is_url(table):
+            # the Hub cache keeps files as links to blobs: beside the table's target lie its pictures' targets
+            self._roots = {os.path.realpath(self.folder), os.path.dirname(os.path.realpath(table))}
+            self._real_folder = functools.lru_cache(maxsize=4096)(os.path.realpath)
+
+    def resolve(self, name: str) -> PictureRef:
+        """Where the picture called `name` in the table lies; BadPicture if outside, by name or through a link."""
+        path = self._join(name)
+        inside = self._inside_url if is_url(self.folder) else self._inside_folder
+        if not self.allow_outside and not inside(path):
+            raise BadPicture(
+                "outside the table's folder (--allow-outside allows it)",
+                f"{self.table}: picture {name!r} lies outside the table's folder; move it or add --allow-outside",
+            )
+        return PictureRef(path)
+
+    def _join(self, name: str) -> str:
+        if is_url(name):
+            return name
+        if is_url(self.folder):
+            scheme, _, rest = self.folder.rpartition("://")
+            return f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
+        return os.path.normpath(os.path.join(self.folder, name))
+
+    def _inside_url(self, path: str) -> bool:
+        return path.startswith(self.folder + "/") and "/../" not in path
+
+    def _inside_folder(self, path: str) -> bool:
+        if is_url(path):
+            return False
+        if "\0" in path:  # no file has such a name: it will be reported as missing
+            return True
+        real = os.path.realpath(path) if os.path.islink(path) else self._real_folder(os.path.dirname(path)) + "/"
+        return any(real.startswith(root.rstrip("/") + "/") for root in self._roots)
 
 
 class TablePart:
@@ -35,30 +273,41 @@ class TablePart:
     Args:
         file: where it lies.
         reading: which columns hold what.
-        name: what it is called, if not by its path.
     """
 
-    def __init__(self, file: File, reading: Reading, *, name: str | None = None) -> None:
-        self.file, self.reading, self.name = file, reading, name
-        self.path, self.size = file.path, file.size
+    def __init__(self, file: File, reading: Reading) -> None:
+        self.path, self.size, self.reading = file.path, file.size, reading
+        self.name = file.label or file.path
         self._places = Places(file.path, allow_outside=reading.allow_outside)
 
     def check(self) -> None:
-        """Check its columns, and that its first pictures lie where they may."""
+        """Check its columns, and that not all of its pictures lie outside its folder."""
         table, layout = self._open()
-        if self.reading.pictures and _is_embedded(table, layout.picture) and self.file.kind == "parquet":
+        if not self.reading.pictures or layout.picture is None:
+            return
+        if layout.picture in table.embedded and suffix(self.path) == ".parquet":
             _tell_of_slow_parquet()
-        elif self.reading.pictures:
-            for name in itertools.islice(_picture_names(table, layout.picture), NUM_ROWS_CHECKED):
-                self._places.resolve(name)
+        outside: list[BadPicture] = []
+        for row in table.rows([layout.picture]):
+            value = None if isinstance(row, BadRow) else row.get(layout.picture)
+            name = _name_in(value)
+            if name is None and not value:
+                continue
+            try:
+                if name is None or self._places.resolve(name):
+                    return
+            except BadPicture as error:
+                outside = outside or [error]
+        if outside:
+            raise UsageError(outside[0].detail)
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the table; of several rows the last counts."""
         table, layout = self._open()
         together = _SamePicture(_picture_names(table, layout.picture))
         for number, row in enumerate(table.rows(layout.columns)):
-            if isinstance(row, str):
-                bad.add(f"row {number}", "damaged row", f"{self.path}: {row}")
+            if isinstance(row, BadRow):
+                bad.add(f"row {number}", "damaged row", f"{self.path}: {row.detail}")
                 continue
             value = row.get(layout.picture) if layout.picture else None
             name = value.strip() if isinstance(value, str) else ""
@@ -66,54 +315,35 @@ class TablePart:
             captions: Captions | None = read_captions(row, layout, sample_id=key, bad=bad)
             if name and (captions := together.add(name, captions or {})) is None:
                 continue
-            if sample := self._finish(key, number, value, captions or {}, layout, bad):
-                yield sample
+            if not captions:
+                bad.add(key, "no caption", f"{self.path} row {number}")
+                continue
+            try:
+                yield Sample(key, self._picture(number, value, layout.picture or ""), captions)
+            except BadPicture as error:
+                bad.add(key, error.cause, error.detail)
 
-    def _open(self) -> tuple[CsvTable | JsonTable | ColumnTable, Layout]:
-        table = open_table(self.file)
-        images = table.images if isinstance(table, ColumnTable) else []
+    def _open(self) -> tuple[Table, Layout]:
+        table: Table = TABLES[suffix(self.path)[1:]](self.path)
         named, image = self.reading.captions, self.reading.image
-        layout = find_layout(table.columns, captions=named, image=image, images=images)
+        layout = find_layout(table.columns, captions=named, image=image, images=list(table.images))
         require(layout, table.columns, self.path, captions=named, image=image, picture=self.reading.pictures)
-        if not self.reading.pictures and _is_embedded(table, layout.picture):
+        if not self.reading.pictures and layout.picture in table.embedded:
             layout = Layout(None, layout.captions)  # spare the reading of what is not needed
         return table, layout
 
-    def _finish(
-        self, key: str, number: int, value: Any, captions: Captions, layout: Layout, bad: BadSamples
-    ) -> Sample | None:
-        if not captions:
-            bad.add(key, "no caption", f"{self.path} row {number}")
-            return None
-        if not self.reading.pictures:
-            return Sample(key, PictureRef(""), captions)
-        try:
-            return Sample(key, self._picture(number, value, layout.picture or ""), captions)
-        except BadPicture as error:
-            bad.add(key, error.cause, error.detail)
-            return None
-
     def _picture(self, number: int, value: Any, column: str) -> PictureRef:
         """Where a row's picture lies, after a look at its header; one behind a URL is taken on trust."""
-        where = f"{self.path} row {number}, column {column}"
+        if not self.reading.pictures:
+            return PictureRef("")
         if name := _name_in(value):
             ref = self._places.resolve(name)
             if not is_url(ref.path):
                 check_file(ref.path)
             return ref
+        where = f"{self.path} row {number}, column {column}"
         check_header(io.BytesIO(cell_bytes(value, where=where)), where)
         return PictureRef(self.path, offset=number, column=column)
-
-
-def open_table(file: File) -> CsvTable | JsonTable | ColumnTable:
-    """The table in a file.
-
-    Raises:
-        SourceError: if it cannot be read.
-    """
-    if file.kind == "csv":
-        return CsvTable(file.path)
-    return JsonTable(file.path) if file.kind == "json" else ColumnTable(file.path, file.kind)
 
 
 @functools.lru_cache
@@ -150,17 +380,13 @@ class _SamePicture:
         return self._waiting.pop(name) if self._left[key] == 0 else None
 
 
-def _picture_names(table: CsvTable | JsonTable | ColumnTable, picture: str | None) -> Iterator[str]:
+def _picture_names(table: Table, picture: str | None) -> Iterator[str]:
     """The pictures that rows name, one a row; none where the pictures themselves are in the table."""
-    if picture is None or _is_embedded(table, picture):
+    if picture is None or picture in table.embedded:
         return
     for row in table.rows([picture]):
         if isinstance(row, dict) and (name := _name_in(row.get(picture))):
             yield name
-
-
-def _is_embedded(table: CsvTable | JsonTable | ColumnTable, picture: str | None) -> bool:
-    return isinstance(table, ColumnTable) and picture in table.embedded
 
 
 def _name_in(value: Any) -> str | None:

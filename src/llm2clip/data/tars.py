@@ -1,26 +1,42 @@
-"""The tar format: the members of a tar and where they lie, by a scan of its headers alone, nothing extracted.
+"""Samples of webdataset tars as img2dataset writes them, by a scan of their headers alone, nothing extracted.
 
 A scan reads 512 bytes a member and skips the rest. Only regular files are told of; links, devices and folders are
-passed over, so a member can never lead out of the tar.
+passed over, so a member can never lead out of the tar. A tar that is cut off or damaged gives the samples before the
+damage, and is counted and named.
 """
 
 from __future__ import annotations
 
+import functools
+import io
+import itertools
+import os
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llm2clip.captions.bad import BadPicture
+from llm2clip.data.bad import BadPicture, BadSamples, logger
+from llm2clip.data.bytes import MAX_PICTURE_BYTES, OpenFile, read_at
+from llm2clip.data.files import MAX_TEXT_BYTES, Assembler, check_columns
+from llm2clip.data.images import check_header
+from llm2clip.data.sample import PictureRef, Reading, Sample
+from llm2clip.data.spec import File
+from llm2clip.errors import SourceError
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
-REGULAR = b"0\0" + b"7"
-"""Type flags of regular files."""
-EXTENDED = b"xgL"
-"""Type flags of headers that speak of the member after them: PAX, PAX for all, GNU long name."""
+REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
+"""Headers that speak of the member after them: PAX, PAX for all, GNU long name."""
 MAX_EXTENDED_BYTES = 1 << 20
 """Longer extended headers are damage."""
-
+HEAD_BYTES = 1 << 14
+"""What nearly every picture has its size in."""
+NUM_MEMBERS_CHECKED = 60
+"""Members whose columns are looked at before a run begins."""
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
+"""First bytes of gzip, bzip2, xz and zstd files."""
 Read = Callable[[int, int], bytes]
 """(length, offset) -> bytes, fewer where the file ends."""
 
@@ -54,6 +70,9 @@ class TarDamage(Exception):
 def scan(read: Read, size: int) -> Iterator[Member]:
     """The regular files of a tar, in order; long names of GNU tar and PAX included.
 
+    `tarfile` parses each header. It does not walk over them: it takes a damaged one for the end, and the versions of
+    it that are in use follow negative sizes for ever, read a name of any length and pass over damaged PAX records.
+
     Args:
         read: gives bytes at an offset; the offsets asked for only grow.
         size: bytes of the tar.
@@ -66,50 +85,40 @@ def scan(read: Read, size: int) -> Iterator[Member]:
     while (header := read(BLOCK, position)) != ZEROS:
         if len(header) < BLOCK:
             raise TarDamage("truncated tar", f"ends at byte {position + len(header)} without an end mark")
-        name, length, kind = parse_header(header, position)
-        name, length = extended.get("path", name), extended.get("size", length)
+        info = parse_header(header, position)
+        name, length = extended.get("path", info.name), extended.get("size", info.size)
         start = position + BLOCK
         if start + length > size:
-            raise TarDamage("truncated tar", f"ends at byte {size}, within {name!r}", name if kind in REGULAR else "")
-        if kind in EXTENDED:
-            extended |= _extended_header(read, kind, start, length)
+            cut_off = name if info.type in REGULAR else ""
+            raise TarDamage("truncated tar", f"ends at byte {size}, within {name!r}", cut_off)
+        if info.type in EXTENDED:
+            extended |= _extended_header(read, info.type, start, length)
         else:
             extended = {}
-            if kind in REGULAR:
+            if info.type in REGULAR:
                 yield Member(name, start, length)
         position = start + -(-length // BLOCK) * BLOCK
 
 
-def parse_header(header: bytes, position: int = 0) -> tuple[str, int, int]:
-    """Name, size and type flag in a header block.
-
-    Raises:
-        TarDamage: if its checksum is wrong.
-    """
+def parse_header(header: bytes, position: int = 0) -> tarfile.TarInfo:
+    """What a header block says; TarDamage if its checksum is wrong."""
     try:
-        stored = int(header[148:156].strip(b" \0"), 8)
-        if header[124] & 0x80:  # GNU: binary, for files above 8 GiB
-            length = int.from_bytes(header[125:136], "big")
-        else:
-            length = int(header[124:136].strip(b" \0") or b"0", 8)
-    except ValueError:
-        stored, length = -1, 0
-    if stored != sum(header) - sum(header[148:156]) + 8 * ord(" ") or length < 0:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        info = None
+    if info is None or info.size < 0:
         raise TarDamage("damaged tar", f"has no member header at byte {position}")
-    name = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape"), length, header[156]
+    return info
 
 
-def _extended_header(read: Read, kind: int, offset: int, length: int) -> dict[str, Any]:
+def _extended_header(read: Read, kind: bytes, offset: int, length: int) -> dict[str, Any]:
     """What an extra header says of the member after it: `path` and `size`."""
     if length > MAX_EXTENDED_BYTES:
         raise TarDamage("damaged tar", f"has an extended header of {length} bytes at byte {offset}")
     data = read(length, offset)
-    if kind == ord("L"):
+    if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    if kind == ord("g"):  # nothing it may say of all members concerns us
+    if kind == tarfile.XGLTYPE:  # nothing it may say of all members concerns us
         return {}
     try:
         return dict(_pax_records(data))
@@ -140,3 +149,108 @@ def split_name(name: str) -> tuple[str, str] | None:
     folder, slash, file = name.removeprefix("./").rpartition("/")
     key, _, ending = file.partition(".")
     return (folder + slash + key, ending.lower()) if key else None
+
+
+def group(members: Iterator[Member]) -> tuple[dict[str, dict[str, Member]], list[str], TarDamage | None]:
+    """Members by key, then by ending, in the order of the tar; names that came again; and the damage met, if any.
+
+    The sample that a damage cut off is left out.
+    """
+    groups: dict[str, dict[str, Member]] = {}
+    repeated: list[str] = []
+    try:
+        for member in members:
+            key, ending = split_name(member.name) or ("", "")
+            if key and ending not in groups.setdefault(key, {}):
+                groups[key][ending] = member
+            elif key:
+                repeated.append(member.name)
+    except TarDamage as damage:
+        groups.pop((split_name(damage.member) or ("",))[0], None)
+        return groups, repeated, damage
+    return groups, repeated, None
+
+
+class Tar:
+    """A tar on this machine, open for random access."""
+
+    def __init__(self, path: str) -> None:
+        self.path, file = path, OpenFile(path)
+        self.size = os.fstat(file.descriptor).st_size
+        self.read: Read = functools.partial(_read_file, file)
+
+    def members(self) -> Iterator[Member]:
+        """Its regular files."""
+        return scan(self.read, self.size)
+
+    def text(self, member: Member) -> bytes:
+        """The content of a text member."""
+        if member.size > MAX_TEXT_BYTES:
+            raise BadPicture("text too large", f"{self.path}: {member.name} has {member.size} bytes")
+        return self.read(member.size, member.offset)
+
+    def locate(self, member: Member) -> PictureRef:
+        """Where a member's bytes lie."""
+        return PictureRef(self.path, member.offset, member.size)
+
+    def check_picture(self, member: Member) -> None:
+        """Look at a picture's header: in its first bytes, and if they do not have it, in all."""
+        name = f"{self.path}: {member.name}"
+        head = self.read(min(member.size, HEAD_BYTES), member.offset)
+        try:
+            check_header(io.BytesIO(head), name)
+        except BadPicture:
+            if not len(head) < member.size <= MAX_PICTURE_BYTES:
+                raise
+            rest = self.read(member.size - len(head), member.offset + len(head))
+            check_header(io.BytesIO(head + rest), name)
+
+
+def _read_file(file: OpenFile, length: int, offset: int) -> bytes:
+    return read_at(file.descriptor, length, offset)
+
+
+class TarPart:
+    """A tar of samples.
+
+    Args:
+        file: where it lies.
+        reading: how its members are understood.
+    """
+
+    def __init__(self, file: File, reading: Reading) -> None:
+        self.path = self.name = file.path
+        self.size, self.reading = file.size, reading
+
+    def opened(self) -> Tar:
+        """It, open for reading."""
+        return Tar(self.path)
+
+    def check(self) -> None:
+        """Check that it is a tar, and that its first samples have what is asked for."""
+        if self.size == 0:
+            raise SourceError(f"{self.path} is empty (0 bytes); fetch or write it again")
+        tar = self.opened()
+        start = tar.read(BLOCK, 0)
+        packed = "but compressed; unpack it" if start.startswith(PACKED) else "or its start is damaged; fetch it again"
+        try:
+            parse_header(start.ljust(BLOCK, b"\0"))
+        except TarDamage:
+            if start != ZEROS:
+                raise SourceError(f"{self.path} is no tar {packed}") from None
+        groups, _, damage = group(itertools.islice(tar.members(), NUM_MEMBERS_CHECKED))
+        if damage is None:
+            check_columns(self.path, list(groups.values()), self.reading, tar)
+
+    def samples(self, bad: BadSamples) -> Iterator[Sample]:
+        """Its good samples in the order of the tar; members of a sample need not lie side by side."""
+        tar = self.opened()
+        groups, repeated, damage = group(tar.members())
+        for name in repeated:
+            bad.note(name, "member twice in tar", self.path)
+        if damage is not None:
+            cut_off = (split_name(damage.member) or ("",))[0]
+            bad.add(cut_off or os.path.basename(self.path), damage.cause, f"{self.path} {damage.detail}")
+            logger.warning("%s %s; %d samples before that are kept", self.path, damage.detail, len(groups))
+        assembler = Assembler(self.reading, bad, tar)
+        yield from filter(None, itertools.starmap(assembler.assemble, groups.items()))

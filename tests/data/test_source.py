@@ -135,3 +135,11 @@ def test_a_file_that_vanishes_is_one_line(shards: Path, source_of: Open) -> None
 def test_impossible_settings(settings: dict[str, object], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         open_source(SourceConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_errors_name_the_setting_that_was_given(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.md").touch()
+    for spec, complaint in (("no.csv", "no such file"), ("empty", "is an empty folder"), ("a.md", "unknown ending")):
+        with pytest.raises(UsageError, match=rf"^--eval-data {tmp_path}/{spec}:? {complaint}"):
+            open_source(SourceConfig(data=(str(tmp_path / spec),)), setting="eval_data")

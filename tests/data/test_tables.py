@@ -161,7 +161,7 @@ def test_random_cells_of_many_row_groups(tmp_path: Path) -> None:
     cells = ParquetCells(str(tmp_path / "t.parquet"))
     for row in range(100):
         cells.cell(row, "image")
-    assert len(cells._groups) == 2
+    assert len(cells._groups._files) == 2
 
 
 def test_few_tables_stay_open(tmp_path: Path) -> None:
@@ -238,3 +238,24 @@ def test_a_table_behind_a_url(folder: Path, source_of: Open) -> None:
     write(folder / "u.csv", [{"image": "../x.jpg", "caption": "a"}])
     with pytest.raises(UsageError, match="lies outside"):
         source_of(f"file://{folder}/u.csv")
+
+
+def test_pictures_outside_the_folder_among_others_are_bad_samples(folder: Path, source_of: Open) -> None:
+    names = ["../x.jpg", "0.jpg", "/etc/passwd", "1.jpg"]
+    table = write(folder / "t.csv", [{"image": name, "caption": f"c{i}"} for i, name in enumerate(names)])
+    source = source_of(table)
+    assert [sample.id for sample in source] == ["0.jpg", "1.jpg"]
+    assert source.bad.num_bad == 2
+    ((cause, count),) = source.bad.counts.items()
+    assert count == 2 and "--allow-outside" in cause
+    assert "picture '../x.jpg' lies outside the table's folder" in source.bad.examples[cause][0]
+    with pytest.raises(TooManyBadSamples, match=r"2 of 4 samples are bad.*--allow-outside"):
+        list(source_of(table, max_bad_fraction=0.1))
+
+
+def test_all_pictures_outside_the_folder_are_that_error_however_many(folder: Path, source_of: Open) -> None:
+    rows = [{"image": f"../{i}.jpg", "caption": "x"} for i in range(100)]
+    with pytest.raises(UsageError, match=r"picture '\.\./0\.jpg' lies outside .* add --allow-outside"):
+        source_of(write(folder / "t.csv", rows))
+    source = source_of(write(folder / "t.csv", [*rows, {"image": "0.jpg", "caption": "x"}]))
+    assert len(list(source)) == 1 and source.bad.num_bad == 100

@@ -19,9 +19,8 @@ EARLY_SAMPLES = 1000
 class BadPicture(LLM2CLIPError):
     """One picture that cannot be used.
 
-    Attributes:
-        cause: a short class of defects, for counting ("truncated picture").
-        detail: the file and what the decoder said.
+    Its `cause` is a short class of defects, for counting ("truncated picture"), its `detail` the file and what the
+    decoder said.
     """
 
     def __init__(self, cause: str, detail: str) -> None:
@@ -37,9 +36,7 @@ class BadSamples:
 
     A sample without a usable picture or caption is bad; one that only lost a caption is not, but is counted too.
 
-    Args:
-        max_fraction: share of bad samples among all above which `check` raises.
-        quiet: whether to leave out the warning at the first of each cause.
+    The first of each cause is warned of, unless `quiet`.
 
     Example:
         >>> bad = BadSamples(0.5)
@@ -51,6 +48,10 @@ class BadSamples:
 
     def __init__(self, max_fraction: float, *, quiet: bool = False) -> None:
         self.max_fraction, self.quiet = max_fraction, quiet
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self.num_bad = 0
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[str]] = {}
@@ -71,12 +72,6 @@ class BadSamples:
         if len(examples) < MAX_EXAMPLES:
             examples.append(f"{sample_id}: {detail}" if detail else sample_id)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.num_bad = 0
-        self.counts.clear()
-        self.examples.clear()
-
     def merge(self, other: BadSamples | Mapping[str, Any]) -> None:
         """Add the counts of another (or of its `to_json`)."""
         data = other.to_json() if isinstance(other, BadSamples) else other
@@ -93,14 +88,9 @@ class BadSamples:
         )
 
     def check(self, total: int, *, final: bool = True) -> None:
-        """Stop the run if the share of bad samples is above the limit.
+        """Raise TooManyBadSamples if the share of bad ones among `total`, good and bad, is above the limit.
 
-        Args:
-            total: samples seen so far, good and bad.
-            final: whether all were seen; before that, only a share among at least 1000 counts.
-
-        Raises:
-            TooManyBadSamples: naming the share, the commonest causes and one example.
+        Unless all were seen (`final`), only a share among at least 1000 counts.
         """
         if total <= 0 or (not final and total < EARLY_SAMPLES) or self.num_bad <= self.max_fraction * total:
             return

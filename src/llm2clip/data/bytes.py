@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import itertools
 import os
 import stat
 import threading
@@ -32,6 +33,7 @@ MAX_PICTURE_BYTES = 1 << 29
 """Longer encoded pictures (512 MiB) are refused before they are read."""
 TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError)
 """What pyarrow raises for a damaged or missing file."""
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -110,35 +112,33 @@ class OpenFile:
             os.close(self.descriptor)
 
 
-class Kept(Generic[T]):
-    """What was opened last, by path; safe for threads, and a forked child opens its own.
+class Kept(Generic[K, T]):
+    """What was opened last, at most `limit`; safe for threads, and a forked child opens its own.
 
-    Args:
-        opened: opens a path.
-        limit: how many are kept; one that a thread is reading stays open until it is done.
+    One that a thread is reading stays open until it is done.
     """
 
-    def __init__(self, opened: Callable[[str], T], limit: int) -> None:
+    def __init__(self, opened: Callable[[K], T], limit: int) -> None:
         self.opened, self.limit = opened, limit
         self._start()
 
     def _start(self) -> None:
         self._pid, self._lock = os.getpid(), threading.Lock()
-        self._files: OrderedDict[str, T] = OrderedDict()
+        self._files: OrderedDict[K, T] = OrderedDict()
 
-    def get(self, path: str) -> T:
-        """`path`, open for reading."""
+    def get(self, path: K) -> T:
+        """What `path` opens."""
         if self._pid != os.getpid():  # another thread of the parent may have held the lock
             self._start()
         with self._lock:
-            file = self._files.pop(path, None) or self.opened(path)
+            file = self._files.pop(path) if path in self._files else self.opened(path)
             self._files[path] = file
             if len(self._files) > self.limit:
                 self._files.popitem(last=False)
         return file
 
 
-class KeptByThread(Kept[T], threading.local):
+class KeptByThread(Kept[K, T], threading.local):
     """Likewise, but each thread opens its own."""
 
 
@@ -148,20 +148,18 @@ class ParquetCells:
     def __init__(self, path: str) -> None:
         self.file = open_parquet(path)
         sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.num_rows = sum(sizes)
-        self._groups: OrderedDict[tuple[int, str], Any] = OrderedDict()
+        self.starts = list(itertools.accumulate(sizes, initial=0))
+        self.num_rows = self.starts[-1]
+        self._groups: Kept[tuple[int, str], Any] = Kept(self._read_group, MAX_ROW_GROUPS)
+
+    def _read_group(self, key: tuple[int, str]) -> Any:
+        group, column = key
+        return self.file.read_row_group(group, columns=[column], use_threads=False).column(column)
 
     def cell(self, row: int, column: str) -> Any:
-        """The value at `row` of `column`; reads its row group unless it is at hand."""
+        """The value at `row` of `column`."""
         group = bisect.bisect_right(self.starts, row) - 1
-        key = (group, column)
-        if key not in self._groups:
-            self._groups[key] = self.file.read_row_group(group, columns=[column], use_threads=False).column(column)
-            if len(self._groups) > MAX_ROW_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key][row - self.starts[group]].as_py()
+        return self._groups.get((group, column))[row - self.starts[group]].as_py()
 
 
 class ArrowCells:
@@ -199,11 +197,10 @@ def open_cells(path: str) -> ParquetCells | ArrowCells:
 
 
 _open_files = Kept(OpenFile, MAX_OPEN_FILES)
-_open_tables: KeptByThread[ParquetCells | ArrowCells] = KeptByThread(open_cells, MAX_OPEN_TABLES)
+_open_tables = KeptByThread(open_cells, MAX_OPEN_TABLES)
 
 
 def _read_cell(ref: PictureRef) -> bytes:
-    """The bytes of an embedded picture."""
     if not is_url(ref.path) and not Path(ref.path).is_file():
         raise BadPicture("missing file", ref.path)
     try:

@@ -37,12 +37,7 @@ STEM = "captions?|texts?|descriptions?"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns of a table that matter.
-
-    Attributes:
-        picture: the picture's column; None if there is none.
-        captions: kind -> its columns.
-    """
+    """The columns of a table that matter: the picture's, if there is one, and those of each kind of caption."""
 
     picture: str | None
     captions: Mapping[str, tuple[str, ...]]
@@ -63,8 +58,7 @@ def find_layout(
 
     Args:
         columns: all columns there are.
-        captions: kind -> column, or several joined by commas; empty: usual names.
-        image: the picture's column, or None for a usual name.
+        captions, image: as the user named them, or empty.
         images: columns whose type says that they hold pictures; taken before any name.
 
     Example:

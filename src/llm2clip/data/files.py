@@ -73,13 +73,7 @@ def choose_picture(endings: Mapping[str, Any], image: str | None) -> str | None:
 
 
 class Assembler:
-    """Makes samples of members that share a key.
-
-    Args:
-        reading: which columns hold what; JSON keys, `txt`, and `short` for `{key}.short.txt` are columns.
-        bad: counts what is wrong.
-        store: where the members lie.
-    """
+    """Makes samples of members that share a key; JSON keys, `txt`, and `short` for `{key}.short.txt` are columns."""
 
     def __init__(self, reading: Reading, bad: BadSamples, store: Store[Any]) -> None:
         self.reading, self.bad, self.store = reading, bad, store
@@ -200,12 +194,7 @@ def _by_ending(folder: str, names: Sequence[str], ending: str) -> list[str]:
 
 
 class FolderPart:
-    """Pictures in a folder and its subfolders; `a.jpg` has its captions in `a.txt`, `a.short.txt` or `a.json`.
-
-    Args:
-        path: the folder.
-        reading: how its files are understood.
-    """
+    """Pictures in a folder and its subfolders; `a.jpg` has its captions in `a.txt`, `a.short.txt` or `a.json`."""
 
     def __init__(self, path: str, reading: Reading) -> None:
         self.path = self.name = path

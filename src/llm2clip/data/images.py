@@ -63,11 +63,7 @@ def load_image(picture: Picture, *, min_size: int | None = None) -> Image.Image:
 
 
 def check_header(file: IO[bytes], name: str) -> tuple[int, int]:
-    """Width and height of a picture from its first bytes, nothing decoded.
-
-    Args:
-        file: seekable, at the picture's first byte.
-        name: what an error calls it.
+    """Width and height of a picture, called `name` in errors, from its first bytes, nothing decoded.
 
     Raises:
         BadPicture: if it is no picture or too large; a picture damaged further on is not noticed.
@@ -76,11 +72,7 @@ def check_header(file: IO[bytes], name: str) -> tuple[int, int]:
 
 
 def check_file(path: str) -> tuple[int, int]:
-    """Width and height of a picture file from its header.
-
-    Raises:
-        BadPicture: if the file is missing, empty or no picture.
-    """
+    """Width and height of a picture file from its header; BadPicture if it is missing, empty or no picture."""
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:

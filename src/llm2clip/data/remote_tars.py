@@ -133,12 +133,9 @@ class RemoteTar(Tar):
 
 
 class TarIndex:
-    """The index of one tar, if there is one.
+    """The index of one tar, if there is one; `info` is what its file system says of it.
 
-    Args:
-        url: where the tar lies.
-        info: what its file system says of it.
-        pictures: whether pictures are looked at; what they showed is part of the index.
+    Whether `pictures` were looked at matters: what they showed is part of the index.
     """
 
     def __init__(self, url: str, info: Mapping[str, Any], *, pictures: bool) -> None:

@@ -15,7 +15,7 @@ from llm2clip.data.remote_tars import tar_part
 from llm2clip.data.sample import Part, Reading, Sample
 from llm2clip.data.spec import File, find_files, local_file
 from llm2clip.data.tables import TABLES, TablePart
-from llm2clip.data.urls import is_url
+from llm2clip.data.urls import is_url, suffix
 from llm2clip.errors import SourceError, UsageError
 
 READERS: dict[str, Callable[[File, Reading], Part]] = {"tar": tar_part, **dict.fromkeys(TABLES, TablePart)}
@@ -47,11 +47,7 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
     if not config.data:
         raise UsageError(f"no source is given; name one or several, for example {flag} captions.csv")
     reading = Reading(
-        captions=config.captions,
-        image=config.image,
-        allow_outside=config.allow_outside,
-        pictures=pictures,
-        flag=flag,
+        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures, flag=flag
     )
     files = [file for spec in config.data for file in find_files(spec, flag=flag, revision=config.revision)]
     parts = [part for file in files for part in _parts_of(file, reading)]
@@ -71,15 +67,15 @@ def _parts_of(file: File, reading: Reading) -> list[Part]:
         inside = [local_file(path, flag=reading.flag) for path in files_in(file.path, flag=reading.flag)]
         parts = [part for found in inside for part in _parts_of(found, reading)]
         return parts or [FolderPart(file.path, reading)]
+    if file.kind in READERS:
+        return [READERS[file.kind](file, reading)]
+    what = f"{reading.flag} {file.path}"
     if file.kind in COMPRESSED:
-        raise UsageError(
-            f"{reading.flag} {file.path} is compressed; unpack it first, pictures are read by random access"
-        )
-    if file.kind not in READERS:
-        ending = f".{file.kind}" if file.kind else ""
-        known = ", ".join(["URL/*.tar" if is_url(file.path) else "a folder, hf:org/name", *(f".{k}" for k in READERS)])
-        raise UsageError(f"{reading.flag} {file.path}: unknown ending {ending!r}; give {known}")
-    return [READERS[file.kind](file, reading)]
+        raise UsageError(f"{what} is compressed; unpack it first, pictures are read by random access")
+    known = ", ".join(
+        ["URL/*.tar" if is_url(file.path) else "a folder, hf:org/name", *(f".{kind}" for kind in READERS)]
+    )
+    raise UsageError(f"{what}: unknown ending {suffix(file.path)!r}; give {known}")
 
 
 @contextlib.contextmanager
@@ -93,10 +89,8 @@ def _naming(part: Part) -> Iterator[None]:
 class Source:
     """Samples of several parts, one part after another; iterating again gives the same.
 
-    Attributes:
-        fingerprint: of the parts' names and sizes and the named columns; the same wherever the files lie.
-        bad: what was wrong in the present or last iteration.
-        num_parts: files and folders it is made of.
+    Its `fingerprint` is of the parts' names and sizes and the named columns, the same wherever the files lie; `bad` is
+    what was wrong in the present or last iteration.
     """
 
     def __init__(self, parts: Sequence[Part], *, reading: Reading, max_bad_fraction: float) -> None:
@@ -151,10 +145,7 @@ class _CountedBad(BadSamples):
 
 
 def part_names(paths: list[str]) -> list[str]:
-    """Each path relative to the folder common to all, without its ending where that stays unique.
-
-    Names do not change when the files move together.
-    """
+    """Each path relative to the folder common to all, so that all may move; without ending where that stays unique."""
     for urls in (True, False):
         group = {path for path in paths if is_url(path) == urls and os.path.isabs(path) != urls}
         root = os.path.commonpath([os.path.dirname(path) for path in group]) if group else ""

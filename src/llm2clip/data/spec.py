@@ -25,17 +25,12 @@ HUB_ID = re.compile(r"hf:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file or folder of a source.
-
-    Attributes:
-        path: absolute path, or a URL.
-        size: bytes; 0 for a folder.
-        label: what its samples are called by, if not by its path.
-    """
+    """A file or folder (of size 0) of a source, by its absolute path or URL."""
 
     path: str
     size: int
     label: str = ""
+    """What its samples are called by, if not by its path."""
 
     @property
     def kind(self) -> str:
@@ -46,12 +41,8 @@ class File:
 def find_files(spec: str, *, flag: str = "--data", revision: str | None = None) -> list[File]:
     """The files and folders that `spec` stands for, sorted.
 
-    Args:
-        flag: what errors call it.
-        revision: commit, branch or tag of a Hub id.
-
     Raises:
-        UsageError: if there are none, or one of a brace range is missing.
+        UsageError: if there are none, or one of a brace range is missing; errors call the source by its `flag`.
         SourceError: if a remote place cannot be listed, or a Hub dataset not be fetched.
     """
     if spec.startswith("hf:") and not spec.startswith("hf://"):
@@ -139,14 +130,16 @@ def _find_hub(spec: str, flag: str, revision: str | None) -> list[File]:
     if form is None:
         raise UsageError(f"{flag} {spec} is no Hub dataset; write hf:org/name or hf:org/name:split")
     dataset = _load_dataset(f"{flag} {spec}", form["id"], form["config"], revision)
-    splits = list(dataset)
-    split = form["split"] or ("train" if "train" in splits or len(splits) != 1 else splits[0])
-    if split not in splits and not form["split"]:
-        raise UsageError(f"{flag} {spec} has the splits {', '.join(splits)}; name one, as {spec}:{splits[0]}")
+    splits, listed = list(dataset), ", ".join(dataset)
+    split = form["split"] or (splits[0] if len(splits) == 1 else "train")
     if split not in splits:
-        raise UsageError(f"{flag} {spec} has no split {split!r}; it has {', '.join(splits)}")
+        raise UsageError(
+            f"{flag} {spec} has no split {split!r}; it has {listed}"
+            if form["split"]
+            else f"{flag} {spec} has the splits {listed}; name one, as {spec}:{splits[0]}"
+        )
     if not form["split"] and len(splits) > 1:
-        logger.info("%s: taking the split train of %s", spec, ", ".join(splits))
+        logger.info("%s: taking the split train of %s", spec, listed)
     label = f"{form['id']}{'/' + form['config'] if form['config'] else ''}:{split}"
     paths = [cached["filename"] for cached in dataset[split].cache_files]
     return [local_file(path, flag=flag, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]

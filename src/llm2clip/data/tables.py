@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import posixpath
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
@@ -43,17 +43,13 @@ class BadRow:
 
 
 class Table(Protocol):
-    """A table, read row by row as often as wanted.
-
-    Attributes:
-        columns: their names.
-        images: columns whose type says that they hold pictures.
-        embedded: columns that hold bytes.
-    """
+    """A table, read row by row as often as wanted."""
 
     columns: list[str]
     images: Collection[str]
+    """Columns whose type says that they hold pictures."""
     embedded: Collection[str]
+    """Columns that hold bytes."""
 
     def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
         """Every row, with the `wanted` columns at least."""
@@ -191,13 +187,8 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-TABLES: dict[str, Any] = {
-    "csv": CsvTable,
-    "tsv": CsvTable,
-    "parquet": ColumnTable,
-    "arrow": ColumnTable,
-    **dict.fromkeys(("jsonl", "jsonlines", "ndjson", "json"), JsonTable),
-}
+TABLES: dict[str, Callable[[str], Table]] = {"csv": CsvTable, "tsv": CsvTable, "parquet": ColumnTable}
+TABLES |= {"arrow": ColumnTable, **dict.fromkeys(("jsonl", "jsonlines", "ndjson", "json"), JsonTable)}
 """File name ending -> reader of such a `Table`."""
 
 
@@ -217,15 +208,10 @@ def open_text(path: str) -> TextIO:
 
 
 class Places:
-    """Where the pictures that a table names lie: inside the table's own folder, unless others are allowed.
+    """Where the pictures that a table names lie: inside the table's own folder, unless it is allowed otherwise.
 
-    Args:
-        table: absolute path or URL of the table; relative pictures lie beside it.
-        allow_outside: whether pictures may lie outside the table's folder.
-
-    Example:
-        >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
-        '/data/a/1.jpg'
+    >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
+    '/data/a/1.jpg'
     """
 
     def __init__(self, table: str, *, allow_outside: bool) -> None:
@@ -239,8 +225,7 @@ class Places:
     def resolve(self, name: str) -> PictureRef:
         """Where the picture called `name` in the table lies; BadPicture if outside, by name or through a link."""
         path = self._join(name)
-        inside = self._inside_url if is_url(self.folder) else self._inside_folder
-        if not self.allow_outside and not inside(path):
+        if not (self.allow_outside or self._is_inside(path)):
             raise BadPicture(
                 "outside the table's folder (--allow-outside allows it)",
                 f"{self.table}: picture {name!r} lies outside the table's folder; move it or add --allow-outside",
@@ -255,25 +240,17 @@ class Places:
             return f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
         return os.path.normpath(os.path.join(self.folder, name))
 
-    def _inside_url(self, path: str) -> bool:
-        return path.startswith(self.folder + "/") and "/../" not in path
-
-    def _inside_folder(self, path: str) -> bool:
-        if is_url(path):
-            return False
-        if "\0" in path:  # no file has such a name: it will be reported as missing
-            return True
+    def _is_inside(self, path: str) -> bool:
+        if is_url(self.folder):
+            return path.startswith(self.folder + "/") and "/../" not in path
+        if is_url(path) or "\0" in path:  # no file has such a name: it will be reported as missing
+            return not is_url(path)
         real = os.path.realpath(path) if os.path.islink(path) else self._real_folder(os.path.dirname(path)) + "/"
         return any(real.startswith(root.rstrip("/") + "/") for root in self._roots)
 
 
 class TablePart:
-    """A table of samples.
-
-    Args:
-        file: where it lies.
-        reading: which columns hold what.
-    """
+    """A table of samples."""
 
     def __init__(self, file: File, reading: Reading) -> None:
         self.path, self.size, self.reading = file.path, file.size, reading
@@ -324,7 +301,7 @@ class TablePart:
                 bad.add(key, error.cause, error.detail)
 
     def _open(self) -> tuple[Table, Layout]:
-        table: Table = TABLES[suffix(self.path)[1:]](self.path)
+        table = TABLES[suffix(self.path)[1:]](self.path)
         named, image = self.reading.captions, self.reading.image
         layout = find_layout(table.columns, captions=named, image=image, images=list(table.images))
         require(layout, table.columns, self.path, captions=named, image=image, picture=self.reading.pictures)
@@ -355,12 +332,9 @@ def _tell_of_slow_parquet() -> None:
 
 
 class _SamePicture:
-    """Brings together the captions of rows that name the same picture.
+    """Brings together the captions of rows that name the same picture; told before of the `names` in all rows.
 
     Only the names' hashes are held, and captions of repeated ones between their first and last row.
-
-    Args:
-        names: the picture of every row that names one.
     """
 
     def __init__(self, names: Iterator[str]) -> None:

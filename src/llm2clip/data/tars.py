@@ -43,20 +43,15 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar.
-
-    Attributes:
-        offset: its first byte in the tar.
-        size: its bytes.
-        content: its text, kept only where the tar cannot be read twice.
-        defect: what its first bytes showed, likewise.
-    """
+    """A regular file in a tar, and where its bytes lie there."""
 
     name: str
     offset: int
     size: int
     content: bytes | None = None
+    """Its text, kept only where the tar cannot be read twice."""
     defect: BadPicture | None = None
+    """What its first bytes showed, likewise."""
 
 
 class TarDamage(Exception):
@@ -68,14 +63,10 @@ class TarDamage(Exception):
 
 
 def scan(read: Read, size: int) -> Iterator[Member]:
-    """The regular files of a tar, in order; long names of GNU tar and PAX included.
+    """The regular files of a tar of `size` bytes, in order; long names of GNU tar and PAX included.
 
-    `tarfile` parses each header. It does not walk over them: it takes a damaged one for the end, and the versions of
-    it that are in use follow negative sizes for ever, read a name of any length and pass over damaged PAX records.
-
-    Args:
-        read: gives bytes at an offset; the offsets asked for only grow.
-        size: bytes of the tar.
+    The offsets that `read` is asked for only grow. `tarfile` parses each header, but does not walk over them: it takes
+    a damaged one for the end, and versions in use follow negative sizes for ever and pass over damaged PAX records.
 
     Raises:
         TarDamage: after the last whole member, if there is no proper end.
@@ -152,7 +143,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def group(members: Iterator[Member]) -> tuple[dict[str, dict[str, Member]], list[str], TarDamage | None]:
-    """Members by key, then by ending, in the order of the tar; names that came again; and the damage met, if any.
+    """Members by key, then by ending, in the tar's order; names that came again; and the damage met, if any.
 
     The sample that a damage cut off is left out.
     """
@@ -211,12 +202,7 @@ def _read_file(file: OpenFile, length: int, offset: int) -> bytes:
 
 
 class TarPart:
-    """A tar of samples.
-
-    Args:
-        file: where it lies.
-        reading: how its members are understood.
-    """
+    """A tar of samples."""
 
     def __init__(self, file: File, reading: Reading) -> None:
         self.path = self.name = file.path

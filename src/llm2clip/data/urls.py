@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
+import pkgutil
 import re
 from typing import Any
 
@@ -31,12 +31,7 @@ def suffix(path: str) -> str:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system for a URL, and the path in it.
-
-    Raises:
-        SourceError: if the protocol's package is not installed.
-        ValueError: if fsspec does not know the protocol.
-    """
+    """The fsspec file system for a URL, and the path in it; SourceError if a package for it is not installed."""
     import fsspec
 
     try:
@@ -50,13 +45,9 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 def url_errors() -> tuple[type[Exception], ...]:
     """What a file behind a URL raises: the usual ones, and those of the HTTP, Hub and S3 clients that are installed."""
     errors: set[type] = {OSError, ValueError}
-    for module, name in (
-        ("aiohttp", "ClientError"),
-        ("huggingface_hub.errors", "HfHubHTTPError"),
-        ("botocore.exceptions", "BotoCoreError"),
-    ):
+    for name in ("aiohttp:ClientError", "huggingface_hub.errors:HfHubHTTPError", "botocore.exceptions:BotoCoreError"):
         with contextlib.suppress(ImportError):
-            error = getattr(importlib.import_module(module), name)
+            error = pkgutil.resolve_name(name)
             # a Hub error's bases are those of its HTTP client's errors, httpx or another as versions go
             errors |= {base for base in error.__mro__ if issubclass(base, Exception) and base is not Exception}
     return tuple(errors)

@@ -37,8 +37,8 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-def read_bytes(ref: PictureRef) -> bytes:
-    """The encoded bytes of a picture.
+def read_bytes(ref: PictureRef, *, limit: int | None = None) -> bytes:
+    """The encoded bytes of a picture; with a `limit` only so many of a local one.
 
     Raises:
         BadPicture: if it is missing, cut off or no file; the cause says which.
@@ -50,28 +50,28 @@ def read_bytes(ref: PictureRef) -> bytes:
     if ref.length > MAX_PICTURE_BYTES:
         raise BadPicture("picture too large", f"{ref.path} at {ref.offset}: {ref.length} bytes")
     try:
-        data = _read_url(ref) if is_url(ref.path) else _read_local(ref)
+        data = _read_url(ref) if is_url(ref.path) else _read_local(ref, limit)
     except FileNotFoundError:
         raise BadPicture("missing file", ref.path) from None
     except url_errors() as error:
         raise BadPicture("unreadable file", f"{ref.path}: {getattr(error, 'strerror', None) or error}") from None
     if 0 <= ref.length < len(data):
         raise BadPicture("unreadable file", f"{ref.path}: the server gives whole files only; fetch it to a local disk")
-    if missing := max(ref.length - len(data), 0):
+    if len(data) < (ref.length if limit is None else min(ref.length, limit)):
+        missing = ref.length - len(data)
         raise BadPicture("truncated file", f"{ref.path} ends {missing} bytes before the picture at {ref.offset} does")
     if not data:
         raise BadPicture("empty picture", f"{ref.path} has 0 bytes")
     return data
 
 
-def _read_local(ref: PictureRef) -> bytes:
-    if ref.length >= 0:
-        file = _open_files.get(ref.path)  # held while it is read, as another thread may put it out of those kept
-        return read_at(file.descriptor, ref.length, ref.offset)
-    file = OpenFile(ref.path)
-    if (size := os.fstat(file.descriptor).st_size) > MAX_PICTURE_BYTES:
-        raise BadPicture("picture too large", f"{ref.path} has {size} bytes")
-    return read_at(file.descriptor, size, ref.offset)
+def _read_local(ref: PictureRef, limit: int | None) -> bytes:
+    # held while it is read, as another thread may put it out of those kept
+    file = _open_files.get(ref.path) if ref.length >= 0 else OpenFile(ref.path)
+    length = ref.length if ref.length >= 0 else os.fstat(file.descriptor).st_size
+    if length > MAX_PICTURE_BYTES:
+        raise BadPicture("picture too large", f"{ref.path} has {length} bytes")
+    return read_at(file.descriptor, length if limit is None else min(length, limit), ref.offset)
 
 
 def _read_url(ref: PictureRef) -> bytes:

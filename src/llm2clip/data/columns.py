@@ -19,11 +19,9 @@ PICTURE_COLUMNS = (
 RAW_COLUMNS = "caption captions text texts raw title titles description descriptions sentence sentences alt alt_text"
 RAW_RANKS = {name: rank for rank, name in enumerate(RAW_COLUMNS.split())} | {"txt": 99}
 """Usual names of a plain caption; the first present counts, and beside it always a tar's `.txt`."""
-KINDS = {
-    **{"short": ("short", 0), "shortsv": ("short", 1), "shortlla": ("short", 2), "shortib": ("short", 3)},
-    **{"long": ("long", 0), "longsv": ("long", 1), "longlla": ("long", 2), "longib": ("long", 3)},
-    **{"dense": ("long", 4), "detailed": ("long", 5), "raw": ("raw", 0)},
-}
+MAKERS = ("", "sv", "lla", "ib")
+KINDS = {f"{kind}{maker}": (kind, rank) for kind in ("short", "long") for rank, maker in enumerate(MAKERS)}
+KINDS |= {"dense": ("long", 4), "detailed": ("long", 5), "raw": ("raw", 0)}
 """`{name}_caption` and the like -> kind, rank among the columns of that kind. DreamLIP's captions come from
 ShareGPT4V (SV), LLaVA (LLA) and InstructBLIP (IB); the official LLM2CLIP trains on the SV ones."""
 LANGUAGES = frozenset(

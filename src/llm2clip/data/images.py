@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llm2clip.data.bad import BadPicture
-from llm2clip.data.bytes import open_regular, read_bytes
+from llm2clip.data.bytes import read_bytes
 from llm2clip.data.sample import PictureRef
 
 Picture = PictureRef | str | Path | bytes | Image.Image
@@ -31,6 +30,8 @@ DECODE_ERRORS = (
     *(NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 """What decoders raise on damaged bytes."""
+HEAD_BYTES = 1 << 14
+"""What nearly every picture has its size in."""
 ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is to be turned."""
 
@@ -73,16 +74,18 @@ def check_header(file: IO[bytes], name: str) -> tuple[int, int]:
 
 def check_file(path: str) -> tuple[int, int]:
     """Width and height of a picture file from its header; BadPicture if it is missing, empty or no picture."""
+    return check_place(PictureRef(path), path)
+
+
+def check_place(ref: PictureRef, name: str) -> tuple[int, int]:
+    """Width and height of a picture, called `name` in errors, from its first bytes; if they do not do, from all."""
+    head = read_bytes(ref, limit=HEAD_BYTES)
     try:
-        descriptor = open_regular(path)
-    except FileNotFoundError:
-        raise BadPicture("missing file", path) from None
-    except OSError as error:
-        raise BadPicture("unreadable file", f"{path}: {error.strerror}") from None
-    with open(descriptor, "rb", buffering=4096) as file:
-        if os.fstat(descriptor).st_size == 0:
-            raise BadPicture("empty picture", f"{path} has 0 bytes")
-        return check_header(file, path)
+        return check_header(io.BytesIO(head), name)
+    except BadPicture:
+        if len(head) < HEAD_BYTES:
+            raise
+    return check_header(io.BytesIO(read_bytes(ref)), name)
 
 
 @functools.lru_cache
@@ -129,10 +132,15 @@ def _damage(error: BaseException, name: str) -> BadPicture:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1  # most are not, and need no copy
-        return ImageOps.exif_transpose(image) if turned else image
+        orientation = image.getexif().get(ORIENTATION, 1)
     except DECODE_ERRORS:  # damaged EXIF says nothing about the pixels: the picture stands as it is
         return image
+    if orientation == 1:
+        return image
+    bare = image.copy()
+    bare.info.pop("exif", None)  # which Pillow would write anew, and fail where other tags are damaged
+    bare.getexif()[ORIENTATION] = orientation
+    return ImageOps.exif_transpose(bare)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ by what its server says of the file's state, and only whole tars get one.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from llm2clip.artifacts import fingerprint
 from llm2clip.data.bad import BadPicture, logger
 from llm2clip.data.bytes import MAX_PICTURE_BYTES
 from llm2clip.data.files import MAX_TEXT_BYTES, is_text, may_be_picture
+from llm2clip.data.images import check_header
 from llm2clip.data.sample import Reading
 from llm2clip.data.spec import File
 from llm2clip.data.tars import Member, Tar, TarDamage, TarPart, scan, split_name
@@ -60,9 +62,8 @@ class RemoteTar(Tar):
         self._knows_size = info.get("size") is not None  # some servers do not tell
         self.size = info["size"] if self._knows_size else 1 << 62
         self._index = TarIndex(url, info, pictures=reading.pictures)
-        self._file: Any = None
+        self._stream: Any = None
         self._position = 0
-        self.read = self._read
 
     def members(self) -> Iterator[Member]:
         """Its regular files, with the content of texts and, if pictures matter, what is wrong with pictures."""
@@ -76,8 +77,8 @@ class RemoteTar(Tar):
                 members.append(self._look(member))
                 yield members[-1]
         finally:
-            if self._file is not None:
-                self._file.close()
+            if self._stream is not None:
+                self._stream.close()
         self._index.save(members)
 
     def text(self, member: Member) -> bytes:
@@ -95,7 +96,7 @@ class RemoteTar(Tar):
             member = replace(member, content=self.read(member.size, member.offset))
         elif self.reading.pictures and may_be_picture(ending) and 0 < member.size <= MAX_PICTURE_BYTES:
             try:
-                super().check_picture(member)
+                check_header(io.BytesIO(self.read(member.size, member.offset)), f"{self.path}: {member.name}")
             except BadPicture as error:
                 member = replace(member, defect=error)
         self.read(0, end)
@@ -103,11 +104,11 @@ class RemoteTar(Tar):
             raise TarDamage("truncated tar", f"ends at byte {self._position}, within {member.name!r}", member.name)
         return member
 
-    def _read(self, length: int, offset: int) -> bytes:
+    def read(self, length: int, offset: int) -> bytes:
         """`length` bytes at `offset`, which never lies before the last ones read; fewer where the tar ends."""
         try:
-            if self._file is None:
-                self._file = self._filesystem.open(
+            if self._stream is None:
+                self._stream = self._filesystem.open(
                     self._inner, "rb", block_size=STREAM_BLOCK_BYTES, cache_type="readahead"
                 )
             while self._position < offset and self._take(min(offset - self._position, STREAM_BLOCK_BYTES)):
@@ -122,7 +123,7 @@ class RemoteTar(Tar):
         return data
 
     def _take(self, length: int) -> bytes:
-        data: bytes = self._file.read(length)
+        data: bytes = self._stream.read(length)
         self._position += len(data)
         return data
 

@@ -72,9 +72,8 @@ def _parts_of(file: File, reading: Reading) -> list[Part]:
     what = f"{reading.flag} {file.path}"
     if file.kind in COMPRESSED:
         raise UsageError(f"{what} is compressed; unpack it first, pictures are read by random access")
-    known = ", ".join(
-        ["URL/*.tar" if is_url(file.path) else "a folder, hf:org/name", *(f".{kind}" for kind in READERS)]
-    )
+    other = "URL/*.tar" if is_url(file.path) else "a folder, hf:org/name"
+    known = ", ".join([other, *(f".{kind}" for kind in READERS)])
     raise UsageError(f"{what}: unknown ending {suffix(file.path)!r}; give {known}")
 
 

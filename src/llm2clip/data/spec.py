@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -57,10 +58,7 @@ def expand_braces(text: str, *, flag: str = "--data") -> Iterator[str]:
     ['a/09.tar', 'a/10.tar', 'b/08.tar']
     """
     choices = [list(_choices(piece, flag)) for piece in re.split(r"(\{[^{}]*\})", text)]
-    total = 1
-    for choice in choices:
-        total *= len(choice)
-    if total > MAX_EXPANSION:
+    if (total := math.prod(map(len, choices))) > MAX_EXPANSION:
         raise UsageError(f"{flag} {text} stands for {total} files; name at most {MAX_EXPANSION}")
     return map("".join, itertools.product(*choices))
 

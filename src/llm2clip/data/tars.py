@@ -7,8 +7,6 @@ damage, and is counted and named.
 
 from __future__ import annotations
 
-import functools
-import io
 import itertools
 import os
 import tarfile
@@ -17,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.data.bad import BadPicture, BadSamples, logger
-from llm2clip.data.bytes import MAX_PICTURE_BYTES, OpenFile, read_at
+from llm2clip.data.bytes import OpenFile, read_at
 from llm2clip.data.files import MAX_TEXT_BYTES, Assembler, check_columns
-from llm2clip.data.images import check_header
+from llm2clip.data.images import check_place
 from llm2clip.data.sample import PictureRef, Reading, Sample
 from llm2clip.data.spec import File
 from llm2clip.errors import SourceError
@@ -31,8 +29,6 @@ EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 """Headers that speak of the member after them: PAX, PAX for all, GNU long name."""
 MAX_EXTENDED_BYTES = 1 << 20
 """Longer extended headers are damage."""
-HEAD_BYTES = 1 << 14
-"""What nearly every picture has its size in."""
 NUM_MEMBERS_CHECKED = 60
 """Members whose columns are looked at before a run begins."""
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
@@ -166,9 +162,12 @@ class Tar:
     """A tar on this machine, open for random access."""
 
     def __init__(self, path: str) -> None:
-        self.path, file = path, OpenFile(path)
-        self.size = os.fstat(file.descriptor).st_size
-        self.read: Read = functools.partial(_read_file, file)
+        self.path, self._file = path, OpenFile(path)
+        self.size = os.fstat(self._file.descriptor).st_size
+
+    def read(self, length: int, offset: int) -> bytes:
+        """`length` bytes at `offset`, fewer where the tar ends."""
+        return read_at(self._file.descriptor, length, offset)
 
     def members(self) -> Iterator[Member]:
         """Its regular files."""
@@ -185,20 +184,8 @@ class Tar:
         return PictureRef(self.path, member.offset, member.size)
 
     def check_picture(self, member: Member) -> None:
-        """Look at a picture's header: in its first bytes, and if they do not have it, in all."""
-        name = f"{self.path}: {member.name}"
-        head = self.read(min(member.size, HEAD_BYTES), member.offset)
-        try:
-            check_header(io.BytesIO(head), name)
-        except BadPicture:
-            if not len(head) < member.size <= MAX_PICTURE_BYTES:
-                raise
-            rest = self.read(member.size - len(head), member.offset + len(head))
-            check_header(io.BytesIO(head + rest), name)
-
-
-def _read_file(file: OpenFile, length: int, offset: int) -> bytes:
-    return read_at(file.descriptor, length, offset)
+        """Look at a picture's header."""
+        check_place(self.locate(member), f"{self.path}: {member.name}")
 
 
 class TarPart:

@@ -162,18 +162,6 @@ class ParquetCells:
         return self._groups.get((group, column))[row - self.starts[group]].as_py()
 
 
-class ArrowCells:
-    """Cells of an Arrow file as `datasets` writes it: memory-mapped, nothing is read before it is asked for."""
-
-    def __init__(self, path: str) -> None:
-        self.table = open_arrow(path)
-        self.num_rows = self.table.num_rows
-
-    def cell(self, row: int, column: str) -> Any:
-        """The value at `row` of `column`."""
-        return self.table.column(column)[row].as_py()
-
-
 def open_parquet(path: str) -> pq.ParquetFile:
     """A Parquet file, local or behind a URL; any error is pyarrow's or the file system's (`TABLE_ERRORS`)."""
     if is_url(path):
@@ -191,9 +179,9 @@ def open_arrow(path: str) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
-def open_cells(path: str) -> ParquetCells | ArrowCells:
-    """A table whose cells can be read one by one."""
-    return ParquetCells(path) if suffix(path) == ".parquet" else ArrowCells(path)
+def open_cells(path: str) -> ParquetCells | pa.Table:
+    """A table whose cells can be read one by one; of an Arrow file none is before it is asked for."""
+    return ParquetCells(path) if suffix(path) == ".parquet" else open_arrow(path)
 
 
 _open_files = Kept(OpenFile, MAX_OPEN_FILES)
@@ -207,7 +195,10 @@ def _read_cell(ref: PictureRef) -> bytes:
         table = _open_tables.get(ref.path)
         if ref.offset >= table.num_rows:
             raise BadPicture("truncated file", f"{ref.path} has {table.num_rows} rows, row {ref.offset} is asked for")
-        value = table.cell(ref.offset, ref.column)
+        if isinstance(table, ParquetCells):
+            value = table.cell(ref.offset, ref.column)
+        else:
+            value = table.column(ref.column)[ref.offset].as_py()
     except TABLE_ERRORS as error:
         raise BadPicture("unreadable file", f"{ref.path}: {error}") from None
     return cell_bytes(value, where=f"{ref.path} row {ref.offset}, column {ref.column}")

@@ -48,7 +48,7 @@ class Layout:
 
 
 def find_layout(
-    columns: Collection[str], *, captions: Mapping[str, str], image: str | None, images: Sequence[str] = ()
+    columns: Collection[str], *, captions: Mapping[str, str], image: str | None, images: Collection[str] = ()
 ) -> Layout:
     """The picture's and the captions' columns: as the user named them, otherwise by their usual names.
 

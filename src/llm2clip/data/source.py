@@ -14,7 +14,7 @@ from llm2clip.data.files import FolderPart, files_in
 from llm2clip.data.remote_tars import tar_part
 from llm2clip.data.sample import Part, Reading, Sample
 from llm2clip.data.spec import File, find_files, local_file
-from llm2clip.data.tables import TABLES, TablePart
+from llm2clip.data.tables import OUTSIDE, TABLES, TablePart
 from llm2clip.data.urls import is_url, suffix
 from llm2clip.errors import SourceError, UsageError
 
@@ -109,6 +109,8 @@ class Source:
         self.bad.clear()
         for i in range(self.num_parts):
             yield from self.part(i)
+        if not self.bad.num_good and 0 < self.bad.num_bad == self.bad.counts.get(OUTSIDE, 0):
+            raise UsageError(self.bad.examples[OUTSIDE][0])
         self.bad.check(self.bad.num_good + self.bad.num_bad)
         if not self.bad.num_good:
             raise SourceError(f"no usable samples in {', '.join(self._names[:5])}")

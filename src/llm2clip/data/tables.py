@@ -30,6 +30,7 @@ from llm2clip.errors import SourceError, UsageError
 
 NUM_ROWS_PEEKED = 100
 """Rows of a JSON table whose keys are taken for its columns."""
+OUTSIDE = "outside the table's folder (--allow-outside allows it)"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 TEXT_BATCH_ROWS, PICTURE_BATCH_ROWS = 4096, 64
 Captions = Mapping[str, tuple[str, ...]]
@@ -62,7 +63,8 @@ class CsvTable:
     Python's `csv`, as pyarrow's reader makes one good row of all that lies between two stray quotes.
     """
 
-    images = embedded = frozenset[str]()
+    images: Collection[str] = ()
+    embedded: Collection[str] = ()
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -114,7 +116,8 @@ def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
 class JsonTable:
     """A file of JSON objects: one a line, or one list of them; blank lines are passed over."""
 
-    images = embedded = frozenset[str]()
+    images: Collection[str] = ()
+    embedded: Collection[str] = ()
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -160,13 +163,13 @@ class ColumnTable:
             kind = suffix(path)[1:]
             raise SourceError(f"{path} is damaged or no {kind} file ({error}); fetch or write it again") from None
         self.columns: list[str] = schema.names
-        self.images = [field.name for field in schema if _is_image(field.type)]
-        self.embedded = {*self.images, *(field.name for field in schema if _is_binary(field.type))}
+        self.images: Collection[str] = [field.name for field in schema if _is_image(field.type)]
+        self.embedded: Collection[str] = {*self.images, *(field.name for field in schema if _is_binary(field.type))}
 
     def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
         """Every row, with the `wanted` columns."""
         columns = [name for name in self.columns if name in wanted]
-        num_rows = PICTURE_BATCH_ROWS if self.embedded & set(columns) else TEXT_BATCH_ROWS
+        num_rows = PICTURE_BATCH_ROWS if any(name in self.embedded for name in columns) else TEXT_BATCH_ROWS
         try:
             if self._is_parquet:
                 batches = open_parquet(self.path).iter_batches(batch_size=num_rows, columns=columns)
@@ -227,7 +230,7 @@ class Places:
         path = self._join(name)
         if not (self.allow_outside or self._is_inside(path)):
             raise BadPicture(
-                "outside the table's folder (--allow-outside allows it)",
+                OUTSIDE,
                 f"{self.table}: picture {name!r} lies outside the table's folder; move it or add --allow-outside",
             )
         return PictureRef(path)
@@ -260,23 +263,19 @@ class TablePart:
     def check(self) -> None:
         """Check its columns, and that not all of its pictures lie outside its folder."""
         table, layout = self._open()
-        if not self.reading.pictures or layout.picture is None:
+        if not self.reading.pictures:
             return
         if layout.picture in table.embedded and suffix(self.path) == ".parquet":
             _tell_of_slow_parquet()
-        outside: list[BadPicture] = []
-        for row in table.rows([layout.picture]):
-            value = None if isinstance(row, BadRow) else row.get(layout.picture)
-            name = _name_in(value)
-            if name is None and not value:
-                continue
+        outside = ""
+        for name in _picture_names(table, layout.picture):
             try:
-                if name is None or self._places.resolve(name):
-                    return
+                self._places.resolve(name)
+                return
             except BadPicture as error:
-                outside = outside or [error]
+                outside = outside or error.detail
         if outside:
-            raise UsageError(outside[0].detail)
+            raise UsageError(outside)
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the table; of several rows the last counts."""
@@ -303,7 +302,7 @@ class TablePart:
     def _open(self) -> tuple[Table, Layout]:
         table = TABLES[suffix(self.path)[1:]](self.path)
         named, image = self.reading.captions, self.reading.image
-        layout = find_layout(table.columns, captions=named, image=image, images=list(table.images))
+        layout = find_layout(table.columns, captions=named, image=image, images=table.images)
         require(layout, table.columns, self.path, captions=named, image=image, picture=self.reading.pictures)
         if not self.reading.pictures and layout.picture in table.embedded:
             layout = Layout(None, layout.captions)  # spare the reading of what is not needed

@@ -23,9 +23,10 @@ import torch
 from llm2clip.bank.build import Plan, write_bank
 from llm2clip.bank.collect import Intake
 from llm2clip.bank.encoder import CaptionEncoder
-from llm2clip.bank.load import TeacherFacts, load_for_encoding, pick_device, pick_precision
+from llm2clip.bank.load import TeacherFacts, load_for_encoding
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.hub import pick_device, pick_precision
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
 LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}

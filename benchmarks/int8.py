@@ -13,6 +13,7 @@ from statistics import mean
 import torch
 from torch.nn.functional import normalize
 
+from demo.write import columns
 from llm2clip import LLM2CLIP
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
@@ -20,7 +21,6 @@ from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadSamples
 from llm2clip.eval.encode import Captions, encode_pictures
 from llm2clip.eval.scores import caption_scores, retrieval_scores
-from llm2clip.scenes.write import columns
 
 
 def main() -> None:

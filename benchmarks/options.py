@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from demo import arms
+from demo.config import BUDGETS
+from demo.run import SHIPPED
+from demo.write import TEST_KINDS, columns, write_csv
 from llm2clip.artifacts import is_complete, write_json
-from llm2clip.scenes import arms
-from llm2clip.scenes.config import BUDGETS
-from llm2clip.scenes.demo import SHIPPED
-from llm2clip.scenes.write import TEST_KINDS, columns, write_csv
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

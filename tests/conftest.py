@@ -162,3 +162,29 @@ def write_student(tower: Path, folder: Path, **facts: object) -> Path:
     ImageTransform.from_pretrained(tower).save(folder)
     write_manifest(folder, "student", config={"tower": "a/tower", "batch_size": 8}, steps=3, **facts)
     return folder
+
+
+@pytest.fixture
+def renames(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """What was renamed, by its new name: those of its files whose bytes had not been flushed to the disk before."""
+    flushed: set[tuple[int, int, int]] = set()
+    seen: dict[str, list[str]] = {}
+    fsync, replace = os.fsync, os.replace
+
+    def state(facts: os.stat_result) -> tuple[int, int, int]:
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns  # a file that is written to later is another
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(state(os.fstat(descriptor)))
+
+    def rename(source: Path, target: Path) -> None:
+        files = (
+            [path for path in Path(source).rglob("*") if path.is_file()] if Path(source).is_dir() else [Path(source)]
+        )
+        seen[Path(target).name] = sorted(file.name for file in files if state(file.stat()) not in flushed)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    return seen

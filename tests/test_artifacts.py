@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -146,9 +147,10 @@ def test_read_manifest_says_what_is_wrong(tmp_path: Path) -> None:
     artifacts.write_manifest(tmp_path, "student", config={})
     with pytest.raises(UsageError, match="holds a student, not a bank"):
         artifacts.read_manifest(tmp_path, "bank")
-    (tmp_path / artifacts.MANIFEST).write_text("{")
-    with pytest.raises(ArtifactError, match="damaged"):
-        artifacts.read_manifest(tmp_path, "bank")
+    for damage in (b"{", b'"\xff"'):
+        (tmp_path / artifacts.MANIFEST).write_bytes(damage)
+        with pytest.raises(ArtifactError, match="damaged"):
+            artifacts.read_manifest(tmp_path, "bank")
     newer = {"format": "llm2clip/bank", "format_version": artifacts.FORMAT_VERSION + 1}
     (tmp_path / artifacts.MANIFEST).write_text(json.dumps(newer))
     with pytest.raises(ArtifactError, match="has format 2"):
@@ -186,3 +188,60 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "x" / "run.json").exists(), "another, unseen, may be at work"
     fail_in(tmp_path / "x")
     assert not list((tmp_path / "x").iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 2**21 + 7])
+def test_the_digest_is_of_the_whole_file(tmp_path: Path, size: int) -> None:
+    data = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "x").write_bytes(data)
+    assert artifacts.file_digest(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_fingerprint_by_hand() -> None:
+    by_hand = hashlib.sha256('{"a":[1,"圆"],"b":null}'.encode()).hexdigest()[:16]
+    assert artifacts.fingerprint({"b": None, "a": (1, "圆")}) == artifacts.fingerprint({"a": [1, "圆"], "b": None})
+    assert artifacts.fingerprint({"b": None, "a": [1, "圆"]}) == by_hand
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, renames: dict[str, list[str]]) -> None:
+    artifacts.write_json(tmp_path / "a.json", [1])
+    artifacts.write_manifest(tmp_path, "bank", config={})
+    assert renames == {"a.json": [], "manifest.json": []}
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}):
+        assert artifacts.read_json(tmp_path / "x" / "run.json") == {"kind": "bank", "config": {"seed": 1}}
+
+
+def test_of_two_that_begin_at_once_the_second_must_have_the_settings_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = artifacts._begin_run
+
+    def late(folder: Path, run: Any) -> None:
+        begin(folder, {"kind": "bank", "config": {"seed": 1}})  # another process, a moment before
+        begin(folder, run)
+
+    monkeypatch.setattr(artifacts, "_begin_run", late)
+    with (
+        pytest.raises(UsageError, match="seed was 1, now 2"),
+        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2}, shared=True),
+    ):
+        pass
+    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}, shared=True) as began:
+        assert began
+
+
+def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
+    with artifacts.open_output(tmp_path / "x", "bank", config={"old": 3, "seed": 1}):
+        pass
+    with (
+        pytest.raises(UsageError, match="old was 3, now None"),
+        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}),
+    ):
+        pass

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.metadata
+import inspect
 import io
+import itertools
 import json
+import logging
+import os
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +26,8 @@ import torch
 from llm2clip import cli
 from llm2clip.config import Columns, Texts, Weights, to_dict
 from llm2clip.errors import ArtifactError, UsageError
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +52,19 @@ class ToyConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}; it must be above 0")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command sets logging up for its process; what other tests see of it is put back."""
+    logger = logging.getLogger("llm2clip")
+    before = logger.handlers[:], logger.level, logger.propagate
+    for name in ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that it is put back
+        monkeypatch.delenv(name)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture
@@ -95,18 +120,23 @@ def test_wrong_use_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "line"),
     [
-        (ArtifactError("broken"), 1),
-        (OSError(28, "No space left on device", "x"), 1),
-        (MemoryError(), 1),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."), 1),
-        (KeyboardInterrupt(), 130),
+        (ArtifactError("broken"), 1, "broken"),
+        (OSError(28, "No space left on device", "x"), 1, "[Errno 28] No space left on device: 'x'"),
+        (MemoryError(), 1, "out of memory (of this machine); give a smaller batch"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
+            1,
+            "out of memory (CUDA out of memory); give a smaller batch",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it stopped"),
     ],
 )
 def test_a_failed_run_is_one_line(
     error: BaseException,
     code: int,
+    line: str,
     seen: list[ToyConfig],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -116,7 +146,7 @@ def test_a_failed_run_is_one_line(
 
     monkeypatch.setattr(sys.modules["toy_verb"], "run", fail)
     assert cli.run(["toy", "--data", "a"]) == code
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == f"llm2clip: error: {line}\n"
 
 
 def test_config_of_an_earlier_run_is_the_default_and_flags_win(seen: list[ToyConfig], tmp_path: Path) -> None:
@@ -135,12 +165,97 @@ def test_unknown_field_in_a_config_file_names_the_nearest(
     assert "did you mean 'batch_size'" in capsys.readouterr().err
 
 
+def field_texts(cls: type) -> dict[str, str]:
+    """What the source says under each field of a config, its base classes' fields included, by the field's name."""
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, below in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                said = below.value if isinstance(below, ast.Expr) else None
+                texts[field.target.id] = str(said.value) if isinstance(said, ast.Constant) else ""
+    return texts
+
+
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
-def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_every_flag_with_its_text(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
         cli.run([*verb.split(), "--help"])
     assert stop.value.code == 0
-    assert "--config FILE" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--config FILE" in out
+    shown = " ".join(out.replace("│", " ").split())
+    cls = cli._load(cli.VERBS[verb].config)
+    texts = field_texts(cls)
+    for field in dataclasses.fields(cls):
+        positional = "Positional" in str(field.type)
+        assert re.search(rf"(?<![\w-])--{field.name.replace('_', '-')}(?![\w-])", out) or positional, field.name
+        assert len(texts[field.name].split()) > 1, f"{field.name} has no text"
+        assert " ".join(texts[field.name].split()) in shown, f"{field.name}: its text is not in the help"
+
+
+COMMANDS = re.compile(r"^(?:\$ )?(llm2clip [a-z][^#\n]*)", flags=re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """The whole commands that README and docs show in blocks of shell code."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [
+        b for page in pages for b in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text("utf-8"), re.S)
+    ]
+    found = [command.strip() for block in blocks for command in COMMANDS.findall(block.replace("\\\n", " "))]
+    return [command for command in dict.fromkeys(found) if not re.search(r"[|&<>$]|\.\.\.|VERB|--help", command)]
+
+
+def test_the_commands_of_the_docs_are_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(commands()) >= 5
+    wrong = {}
+    for command in commands():
+        try:
+            verb, rest = cli.find_verb(shlex.split(command)[1:])
+            cli.parse(verb, rest)
+        except UsageError as error:
+            wrong[command] = str(error)
+    assert not wrong
+
+
+def test_what_a_run_made_is_printed_by_the_main_process_alone(
+    seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["toy_verb"], "run", lambda config: Path("made/here"))
+    for rank, printed in (("0", "made/here\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.run(["toy", "--data", "a"]) == 0
+        assert capsys.readouterr().out == printed
+
+
+def test_other_processes_log_warnings_alone(
+    seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def speak(config: ToyConfig) -> None:
+        logging.getLogger("llm2clip").info("news")
+        logging.getLogger("llm2clip").warning("a warning")
+
+    monkeypatch.setattr(sys.modules["toy_verb"], "run", speak)
+    for rank, said in (("0", "news\na warning\n"), ("1", "a warning\n")):
+        monkeypatch.setenv("RANK", rank)
+        cli.run(["toy", "--data", "a"])
+        assert capsys.readouterr().err == said
+
+
+def test_bars_of_other_libraries_stay_out_of_a_log(seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        cli.run(["toy", "--data", "a"])
+        assert os.environ.get("TQDM_DISABLE") == (None if terminal else "1")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"llm2clip {importlib.metadata.version('llm2clip')}\n"
 
 
 @pytest.mark.parametrize(("words", "code"), [("bank --help", 0), ("bank -h", 0), ("bank", 2)])
@@ -175,3 +290,16 @@ def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> No
         cli.main(["--help"])
     sys.stdout.flush()
     assert stop.value.code == 0 and written.getvalue() == b"\\u2588 \\u5706\n"
+
+
+def test_the_demo_is_found_in_a_checkout_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "demo").is_dir()])
+    for name in [name for name in sys.modules if name == "demo" or name.startswith("demo.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.run(["demo", "--seeds", "0", "--out", str(tmp_path / "demo")]) == 2
+    assert "--seeds is 0" in capsys.readouterr().err  # its own settings were read
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "llm2clip" / "cli.py"))
+    assert cli.run(["demo", "--out", str(tmp_path / "demo")]) == 2
+    assert "the demo comes with the repository of llm2clip only: clone it" in capsys.readouterr().err

@@ -52,6 +52,7 @@ def test_ranks_by_hand() -> None:
 def test_tiled_ranks_equal_dense_ones(monkeypatch: pytest.MonkeyPatch, seed: int, tile: tuple[int, int]) -> None:
     monkeypatch.setattr(metrics, "TILE_ROWS", tile[0])
     monkeypatch.setattr(metrics, "TILE_COLUMNS", tile[1])
+    monkeypatch.setattr(metrics, "PAIRS_AT_ONCE", tile[1])
     image, text, owner = random_case(seed)
     scores, right = unit(image) @ unit(text).T, np.arange(len(image))[:, None] == owner
     forward, backward = match_ranks(image, text, np.arange(len(image)), owner)
@@ -130,6 +131,16 @@ def test_cra_by_hand() -> None:
     assert caption_retrieval_accuracy(vectors, owner, "second") == 1 / 2
 
 
+def test_first_captions_seek_among_second_ones_and_not_the_reverse() -> None:
+    angle = np.radians([0, 30, 40, 45, 200, 100])
+    vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    owner = ["a", "a", "b", "b", "c", "c"]
+    # 0 -> 30, 40 -> 45, 200 -> 100: all right; of the reverse, 30 -> 40 and 100 -> 40 are wrong
+    assert caption_retrieval_accuracy(vectors, owner, "second") == 1
+    swapped = vectors[[1, 0, 3, 2, 5, 4]]
+    assert caption_retrieval_accuracy(swapped, owner, "second") == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("tile", [1024, 3])
 def test_cra_equals_a_dense_route(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     monkeypatch.setattr(metrics, "TILE_ROWS", tile)
@@ -161,13 +172,49 @@ def test_similarity_profile_by_hand() -> None:
     assert (profile["positive_mean"], profile["negative_mean"]) == (1, 0)
 
 
+def test_alignment_and_means_by_hand() -> None:
+    angle = np.radians([0, 60, 90, 180])  # pictures a a b b
+    profile = similarity_profile(np.stack([np.cos(angle), np.sin(angle)], axis=1), ["a", "a", "b", "b"], bins=4)
+    cosines = {"positive": [0.5, 0.0], "negative": [0.0, -1.0, math.cos(math.pi / 6), -0.5]}
+    for name, expected in cosines.items():
+        assert profile[f"{name}_mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert profile["alignment"] == pytest.approx(((2 - 2 * 0.5) + 2) / 2)  # squared distances 1 and 2
+    squared = [2 - 2 * c for c in [*cosines["positive"], *cosines["negative"]]]
+    assert profile["uniformity"] == pytest.approx(math.log(np.mean(np.exp(-2 * np.array(squared)))), abs=1e-5)
+
+
+@pytest.mark.parametrize("tile", [1, 7])
+def test_tiles_of_a_similarity_profile_make_no_difference(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    _, text, owner = random_case(4, pictures=20)
+    whole = similarity_profile(text, owner)
+    monkeypatch.setattr(metrics, "TILE_ROWS", tile)
+    tiled = similarity_profile(text, owner)
+    assert tiled == {key: value if isinstance(value, list) else pytest.approx(value) for key, value in whole.items()}
+
+
 def test_similarity_profile_of_a_large_set_draws_whole_pictures() -> None:
     _, text, owner = random_case(3, pictures=100)
     profile = similarity_profile(text, owner, max_captions=60)
     pairs = sum(profile["positive"]) + sum(profile["negative"])
     assert 50 < profile["captions"] <= 60
     assert pairs == profile["captions"] * (profile["captions"] - 1) / 2
-    assert profile == similarity_profile(text, owner, max_captions=60)
+    order = np.random.default_rng(5).permutation(100)  # numbers of pictures, as `owner` meets them
+    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(owner.tolist()))}
+    codes = np.array([numbers[picture] for picture in owner.tolist()])
+    room, kept = 60, []
+    for picture in order:
+        count = int((codes == picture).sum())
+        if count > room:
+            break
+        room -= count
+        kept.append(picture)
+    drawn = np.isin(codes, kept)
+    assert similarity_profile(text, owner, max_captions=60, seed=5) == similarity_profile(text[drawn], owner[drawn])
+    assert similarity_profile(text, owner, max_captions=60, seed=5) != profile
+
+
+def test_a_set_of_exactly_the_limit_is_full() -> None:
+    assert similarity_profile(np.eye(6), range(6), max_captions=4)["captions"] == 4
 
 
 def test_precision_set_for_training_is_put_back() -> None:

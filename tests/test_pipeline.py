@@ -14,6 +14,7 @@ from PIL import Image
 from llm2clip import LLM2CLIP
 from llm2clip.data.bad import BadPicture
 from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.export.bundle import save_bundle
 from llm2clip.pipeline import Teacher
 from llm2clip.protocols import ImageEncoder, ImageTextEncoder, TextEncoder
 from llm2clip.student.model import Student
@@ -139,11 +140,78 @@ def test_the_prompt_of_the_bank_is_put_before_texts(
 ) -> None:
     prompted = copy_with(finished_student, tmp_path / "prompted", prompt="the picture ")
     again = LLM2CLIP.from_pretrained(prompted, teacher=finished_teacher, device="cpu")
-    expected = model.encode_text([f"the picture {text}" for text in TEXTS])
+    # the teacher's own encode puts it there; its own tokens are not pooled in this teacher
+    vectors = torch.tensor(load_teacher(finished_teacher, device="cpu").encode(TEXTS, prompt="the picture "))
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.student.get_text_features(vectors), dim=-1).numpy()
     found = again.encode_text(TEXTS)
-    # a prompt's own tokens are not pooled in this teacher: close to, but not the whole text's vector
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(found - model.encode_text(TEXTS)).max() > 1e-3
-    assert ((found * expected).sum(1) > 0.5).all()
+
+
+@pytest.mark.parametrize("prompt", ["the picture ", "", None])
+def test_an_exported_folder_puts_the_same_prompt_before_texts(
+    prompt: str | None, finished_student: Path, finished_teacher: Path, tmp_path: Path
+) -> None:
+    """The bank's, if there was one; "" is the bank's word for none, whatever the teacher's own default."""
+    teacher = load_teacher(finished_teacher, device="cpu")
+    teacher.prompts, teacher.default_prompt_name = {"query": "this shows "}, "query"
+    plain = LLM2CLIP.from_pretrained(finished_student, device="cpu")
+    model = LLM2CLIP(plain.student, plain.transform, teacher, prompt=prompt)
+    save_bundle(model, tmp_path)
+    vectors = torch.tensor(teacher.encode(TEXTS, prompt="this shows " if prompt is None else prompt))
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(plain.student.get_text_features(vectors), dim=-1).numpy()
+    alone = LLM2CLIP.from_pretrained(tmp_path, device="cpu")
+    np.testing.assert_allclose(model.encode_text(TEXTS), expected, atol=1e-6)
+    np.testing.assert_allclose(alone.encode_text(TEXTS), expected, atol=1e-5)
+    half = LLM2CLIP.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+    assert {p.dtype for part in (half.student, half.teacher) for p in part.parameters()} == {torch.bfloat16}
+
+
+def test_more_texts_than_fit_at_once(model: LLM2CLIP) -> None:
+    texts = [f"{word} {shape}" for word in ("a", "the", "one", "two") for shape in ("disc", "square", "shape")]
+    np.testing.assert_allclose(model.encode_text(texts, batch_size=1), model.encode_text(texts), atol=1e-6)
+
+
+def test_options_reach_student_and_teacher(
+    finished_student: Path, finished_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from llm2clip.teacher import model as teacher_module
+
+    asked: list[tuple[object, ...]] = []
+
+    def snapshot(name: str, *, revision: str | None = None, **options: object) -> str:
+        asked.append((name, revision))
+        return str(finished_student)
+
+    def load(name: str, **options: object) -> object:
+        asked.append((name, options))
+        return load_teacher(finished_teacher, device="cpu")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(teacher_module, "load_teacher", load)
+    model = LLM2CLIP.from_pretrained(
+        "org/student",
+        "org/teacher",
+        device="cpu",
+        dtype="bfloat16",
+        revision="s1",
+        teacher_revision="t1",
+        trust_remote_code=True,
+    )
+    options = {"revision": "t1", "device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": True}
+    assert asked == [("org/student", "s1"), ("org/teacher", options)]
+    assert model.student.dtype == torch.bfloat16
+    manifest = json.loads((finished_student / "manifest.json").read_text())
+    assert model.origin == {
+        "teacher_fingerprint": manifest["teacher_fingerprint"],
+        "tower": "a/tower",
+        "steps": 3,
+        "batch_size": 8,
+    }
 
 
 def test_lower_precision_gives_float32_close_to_the_full_one(

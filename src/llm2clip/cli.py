@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llm2clip.errors import LLM2CLIPError, UsageError
@@ -22,11 +23,16 @@ from llm2clip.errors import LLM2CLIPError, UsageError
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: what it does, and where its config and its function live ("module:name")."""
+    """One verb: what it does, and where its config and its function live ("module:name").
+
+    Attributes:
+        memory: the flags to give, or to give lower numbers, where memory runs out; the mildest first.
+    """
 
     summary: str
     config: str
     function: str
+    memory: tuple[str, ...] = ()
 
 
 VERBS = {
@@ -34,6 +40,7 @@ VERBS = {
         "turn an LLM into a caption encoder (stage 1)",
         "llm2clip.teacher.config:TeacherConfig",
         "llm2clip.teacher.train:train_teacher",
+        memory=("--micro-batch-size", "--gradient-checkpointing", "--precision bf16"),
     ),
     "join-teachers": Verb(
         "one teacher of several, such as an LLM and a CLIP's own text half",
@@ -44,17 +51,20 @@ VERBS = {
         "encode every caption once with the teacher",
         "llm2clip.bank.config:BankConfig",
         "llm2clip.bank.build:build_bank",
+        memory=("--batch-tokens", "--precision bf16", "--device cpu"),
     ),
     "bank info": Verb("what a bank holds", "llm2clip.bank.config:BankInfoConfig", "llm2clip.bank.info:bank_info"),
     "bank verify": Verb(
         "read every checksum, encode a sample again and compare",
         "llm2clip.bank.config:BankVerifyConfig",
         "llm2clip.bank.verify:verify_bank",
+        memory=("--device cpu",),
     ),
     "bank add": Verb(
         "add captions or a kind, encoding only what is new",
         "llm2clip.bank.config:BankAddConfig",
         "llm2clip.bank.merge:add_to_bank",
+        memory=("--batch-tokens", "--device cpu"),
     ),
     "bank merge": Verb(
         "one bank out of several", "llm2clip.bank.config:BankMergeConfig", "llm2clip.bank.merge:merge_banks"
@@ -68,21 +78,24 @@ VERBS = {
         "fine-tune a vision tower on pictures and a bank (stage 2)",
         "llm2clip.student.config:StudentConfig",
         "llm2clip.student.train:train_student",
+        memory=("--micro-batch-size", "--gradient-checkpointing", "--batch-size"),
     ),
     "evaluate": Verb(
         "score retrieval and caption retrieval; writes report.json, .md, .html",
         "llm2clip.eval.config:EvaluateConfig",
         "llm2clip.eval.run:evaluate",
+        memory=("--batch-size", "--precision bf16", "--device cpu"),
     ),
     "export": Verb(
         "write a folder for transformers, sentence-transformers, or the plain tower",
         "llm2clip.export.config:ExportConfig",
         "llm2clip.export.run:export_model",
+        memory=("--device cpu",),
     ),
     "demo": Verb(
-        "the whole pipeline on generated pictures with mini models, in minutes",
-        "llm2clip.scenes.config:DemoConfig",
-        "llm2clip.scenes.demo:run_demo",
+        "the whole pipeline on generated pictures with mini models, in minutes (in a checkout of the repository)",
+        "demo.config:DemoConfig",
+        "demo.run:run_demo",
     ),
 }
 
@@ -107,6 +120,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(f"llm2clip {__version__}\n")
         return 0
     _start_logging()
+    verb = config = None
     try:
         verb, rest = find_verb(arguments)
         config = parse(verb, rest)
@@ -118,7 +132,8 @@ def run(arguments: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's; not imported
             raise
-        return _fail(f"out of memory ({str(error).split('. ')[0] or 'of this machine'}); give a smaller batch", 1)
+        found = str(error).split(". GPU ")[0].rstrip(".") or "of this machine"  # torch goes on for many sentences
+        return _fail(f"out of memory ({found}); {_what_needs_less(verb, config)}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped", 130)
     if _is_main_process() and isinstance(result, os.PathLike):
@@ -237,7 +252,35 @@ def _group_of_tools(arguments: list[str]) -> str | None:
 
 def _load(place: str) -> Any:
     module, _, name = place.partition(":")
+    if module.startswith("demo."):
+        _find_demo()
     return getattr(importlib.import_module(module), name)
+
+
+def _what_needs_less(verb: str | None, config: Any) -> str:
+    """What to type where memory ran out; what is asked for already is left out."""
+    advice = []
+    for flag in VERBS[verb].memory if verb is not None else ():
+        name, _, value = flag.partition(" ")
+        now = getattr(config, name.removeprefix("--").replace("-", "_"))
+        if value or isinstance(now, bool):
+            advice += [flag] if now not in (True, value) else []
+        else:
+            advice.append(f"a small {flag}" if now is None else f"a smaller {flag} (now {now})")
+    return f"give {' or '.join(advice)}" if advice else "it takes a machine that has more"
+
+
+def _find_demo() -> None:
+    """Let the demo be imported, which lies beside the package in its repository and is not installed.
+
+    Raises:
+        UsageError: if this package runs from elsewhere.
+    """
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "demo" / "run.py").exists():
+        raise UsageError("the demo comes with the repository of llm2clip only: clone it and run scripts/demo there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
 
 
 def _fail(message: str, code: int) -> int:

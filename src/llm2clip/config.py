@@ -19,6 +19,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from llm2clip.errors import UsageError
 
 Config = TypeVar("Config")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+"""What a `precision` can be; auto is what the machine computes fast, see `llm2clip.hub.pick_precision`."""
 
 
 def _parse_columns(words: list[str]) -> dict[str, str]:

@@ -34,3 +34,13 @@ class TooManyBadSamples(LLM2CLIPError):
 
 class ArtifactError(LLM2CLIPError):
     """A folder written by an earlier stage is unfinished, damaged or of another kind."""
+
+
+def one_line(error: BaseException) -> str:
+    r"""What an exception says, in one line: its first that is not blank.
+
+    >>> one_line(ValueError("\n  no such file\nsee the docs"))
+    'no such file'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

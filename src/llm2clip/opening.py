@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from llm2clip.artifacts import MANIFEST, RUN, read_json
-from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.errors import ArtifactError, UsageError, one_line
+from llm2clip.hub import cast
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -122,22 +123,7 @@ def find_folder(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{name} is no folder here, and no Hub id that can be fetched: {_first_line(error)}") from None
-
-
-def pick_device(device: str | torch.device | None = None) -> str:
-    """`device`, if it is there; by default a GPU if there is one.
-
-    Raises:
-        UsageError: if there is no such device.
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device} cannot be used ({_first_line(error)}); write cpu, cuda or cuda:1") from None
-    return str(device)
+        raise UsageError(f"{name} is no folder here, and no Hub id that can be fetched: {one_line(error)}") from None
 
 
 def is_bundle(folder: Path) -> bool:
@@ -161,7 +147,7 @@ def student_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_student(
-    folder: Path, *, device: str | torch.device, dtype: torch.dtype | None = None
+    folder: Path, *, device: torch.device, dtype: torch.dtype | str | None = None
 ) -> tuple[Student, ImageTransform, dict[str, Any]]:
     """A student in evaluation mode, how its pictures are prepared, and its manifest (empty if there is none).
 
@@ -177,7 +163,7 @@ def open_student(
     try:
         loaded: Any = Student.from_pretrained(folder, **options)
     except LOAD_ERRORS as error:
-        raise ArtifactError(f"{folder} cannot be loaded as a student: {_first_line(error)}") from None
+        raise ArtifactError(f"{folder} cannot be loaded as a student: {one_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         raise ArtifactError(f"{folder} lacks weights of the student, such as {sorted(report['missing_keys'])[0]}")
@@ -186,11 +172,11 @@ def open_student(
         raise ArtifactError(
             f"{folder}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
         )
-    return model.to(device=device, dtype=dtype).eval(), ImageTransform.from_pretrained(folder), manifest
+    return cast(model, device, dtype).eval(), ImageTransform.from_pretrained(folder), manifest
 
 
 def open_bundle(
-    folder: Path, *, device: str | torch.device, dtype: torch.dtype | None = None
+    folder: Path, *, device: torch.device, dtype: torch.dtype | str | None = None
 ) -> tuple[Student, ImageTransform, SentenceTransformer, dict[str, Any]]:
     """The student and teacher in an exported folder, put together without running the code files in it.
 
@@ -209,10 +195,10 @@ def open_bundle(
     except LOAD_ERRORS as error:
         if isinstance(error, UsageError):
             raise
-        raise ArtifactError(f"{folder} cannot be loaded: {_first_line(error)}; export it again") from None
+        raise ArtifactError(f"{folder} cannot be loaded: {one_line(error)}; export it again") from None
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     transform = ImageTransform.from_pretrained(folder / parts["tower"])
-    student, teacher = (model.to(device=device, dtype=dtype).eval() for model in (student, teacher))
+    student, teacher = (cast(model, device, dtype).eval() for model in (student, teacher))
     return student, transform, teacher, manifest
 
 
@@ -278,8 +264,3 @@ def _load_module(folder: Path, kind: str, place: str) -> Any:
         )
     module: Any = import_from_string(kind)
     return module.load(str(folder), subfolder=place)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -22,7 +22,8 @@ from torch.nn.functional import normalize
 
 from llm2clip.data.images import Picture, load_image
 from llm2clip.errors import UsageError
-from llm2clip.opening import check_match, find_folder, is_bundle, open_bundle, open_student, origin_of, pick_device
+from llm2clip.hub import pick_device
+from llm2clip.opening import check_match, find_folder, is_bundle, open_bundle, open_student, origin_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -82,8 +83,9 @@ class LLM2CLIP:
         Args:
             student: the model.
             teacher: the teacher whose vectors it was trained on; may be left out if only pictures will be encoded.
-            device: "cpu", "cuda", ...; by default a GPU if there is one.
-            dtype: of all weights ("bfloat16", ...); by default each as saved. What comes out is always float32.
+            device: "cpu", "cuda", "mps", ...; by default a GPU if there is one.
+            dtype: of all weights ("bfloat16", ...); "auto" for each as saved. By default as saved too, but float32
+                where this CPU would emulate a half precision. What comes out is always float32.
             revision: branch, tag or commit of a Hub `student`.
             teacher_revision: the same of a Hub `teacher`.
             trust_remote_code: run Python code that comes with the teacher.
@@ -94,7 +96,6 @@ class LLM2CLIP:
         from llm2clip.teacher.model import load_teacher
 
         folder, device = find_folder(student, revision=revision), pick_device(device)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if is_bundle(folder):
             if teacher is not None:
                 raise UsageError(f"{student} holds its own teacher; leave the teacher {teacher} out")

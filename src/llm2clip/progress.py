@@ -19,14 +19,16 @@ EARLY_SECONDS = (1.0, 4.0)
 
 
 class Progress:
-    """Counts work done; call `advance`. On a terminal a bar, otherwise a log line every 15 seconds and at the end.
+    """Counts work done; call `advance`.
+
+    On a terminal a bar; otherwise log lines: one at the start, two as soon as there is a rate, then one every
+    15 seconds and one at the end.
 
     Args:
         total: units in all, or None if unknown.
         description: what is being done ("encode").
         unit: what is counted ("captions").
         initial: units done by an earlier run; they do not count for the rate.
-        early: two lines more in the log, as soon as there is a rate, for a job whose time left decides what is done.
         unit_bytes: bytes that a unit takes on the disk; the size so far and in all is shown.
 
     Example:
@@ -41,14 +43,13 @@ class Progress:
         description: str,
         unit: str,
         initial: int = 0,
-        early: bool = False,
         unit_bytes: int | None = None,
     ) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done = self._initial = initial
         self._unit_bytes, self._work = unit_bytes, 0.0
         self._start = self._last_line = time.monotonic()
-        self._waits = [*(EARLY_SECONDS if early else ()), LOG_EVERY_SECONDS]
+        self._waits = [*EARLY_SECONDS, LOG_EVERY_SECONDS]
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True)
@@ -73,11 +74,11 @@ class Progress:
 
     def _line(self, note: str = "") -> None:
         self._last_line = time.monotonic()
-        rate = (self.done - self._initial) / max(self._last_line - self._start, 1e-9)
+        count = self.done - self._initial
         of = f"/{self.total:,}" if self.total is not None else ""
         parts = [
             f"{self.description}: {self.done:,}{of} {self.unit}",
-            f"{rate:.4g}/s",
+            f"{count / max(self._last_line - self._start, 1e-9):.4g}/s" if count else "",
             self._size(),
             self._left(),
             note,
@@ -97,6 +98,8 @@ class Progress:
         return f"{human_bytes(self.done * self._unit_bytes)} of {human_bytes(self.total * self._unit_bytes)}"
 
     def __enter__(self) -> Progress:
+        if self._bar is None:
+            self._line()
         return self
 
     def __exit__(

@@ -26,6 +26,7 @@ from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankAddConfig, BankConfig
 from llm2clip.bank.merge import add_to_bank
 from llm2clip.bank.reader import Bank
+from llm2clip.bank.reuse import teacher_of
 from llm2clip.bank.verify import cosines
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.teacher.model import load_teacher
@@ -235,13 +236,16 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
 
 def test_size_and_time_left_are_said_before_and_while_it_is_built(captions_csv, build, tmp_path, said) -> None:
     build(captions_csv, tmp_path / "bank", batch_tokens=100)
-    collected, size, full, *encoded = said()
-    assert collected.startswith("collect: 60 samples")
+    lines = said()
+    collected = [line for line in lines if line.startswith("collect: ")]
+    assert collected[0] == "collect: 0 samples" and collected[-1].startswith("collect: 60 samples")
+    size, full, *encoded = lines[len(collected) :]
     assert size == (
         "120 captions of 60 samples, 120 distinct: 7.68 kB vectors of 32 x float16, 64 B each; 5 kB free on the disk"
     )
     assert full == "the disk will be full before the bank is whole: free 2.68 kB more"
     assert [re.sub(r"[\d.e+-]+/s|\d+ s left", "_", line) for line in encoded] == [
+        "encode: 0/120 captions, 0 B of 7.68 kB",
         "encode: 6/120 captions, _, 384 B of 7.68 kB, _",  # six long ones of 16 tokens are a batch
         "encode: 8/120 captions, _, 512 B of 7.68 kB, _",
         "encode: 120/120 captions, _, 7.68 kB of 7.68 kB",
@@ -310,3 +314,75 @@ def test_the_manifest_says_what_a_reader_needs(bank: Bank) -> None:
     assert len(manifest["shards"]) == 8 and len(manifest["shards"][0]["files"]["vectors"]["sha256"]) == 64
     assert manifest["num_tokens"] == int(bank.tokens(range(120)).sum())
     assert {"out", "device", "shard"}.isdisjoint(manifest["config"])
+
+
+def test_the_fingerprint_is_of_teacher_prompt_kinds_and_every_array(bank: Bank, tmp_path: Path) -> None:
+    def fingerprint(*, facts=None, shards=None, **teacher: str) -> str:
+        table = types.SimpleNamespace(folder=bank.folder, facts={**bank.table.facts, **(facts or {})})
+        settings = {"teacher": dataclasses.replace(teacher_of(bank), **teacher), "dtype": bank.dtype, "shard_rows": 16}
+        plan = build_module.Plan(out=tmp_path, settings={}, encoder=None, intake=lambda: None, **settings)
+        build_module.write_bank_manifest(plan, table, shards or bank.manifest["shards"])
+        return json.loads((tmp_path / "manifest.json").read_text())["fingerprint"]
+
+    assert fingerprint() == fingerprint(name="elsewhere") == bank.fingerprint
+    kinds = bank.table.facts["kinds"]
+    found = [bank.fingerprint, fingerprint(prompt="this is "), fingerprint(fingerprint="0" * 16)]
+    found.append(fingerprint(facts={"kinds": {"brief": kinds["short"], "long": kinds["long"]}}))
+    for name in bank.table.facts["files"]:
+        found.append(fingerprint(facts={"files": {**bank.table.facts["files"], name: {"sha256": "0" * 64}}}))
+    for number, part in ((0, "vectors"), (7, "vectors"), (3, "tokens")):
+        shards = json.loads(json.dumps(bank.manifest["shards"]))
+        shards[number]["files"][part]["sha256"] = "0" * 64
+        found.append(fingerprint(shards=shards))
+    assert len(set(found)) == len(found) == 4 + 15 - 1 + 3
+
+
+def test_a_vector_that_overflows_stops_the_build(captions_csv, build, tmp_path, monkeypatch) -> None:
+    forward = encoder.CaptionEncoder._forward
+    monkeypatch.setattr(encoder.CaptionEncoder, "_forward", lambda self, features: forward(self, features) * 1e6)
+    with pytest.raises(LLM2CLIPError, match=r"the vector of caption '.*' overflows float16"):
+        build(captions_csv, tmp_path / "bank")
+    assert not list((tmp_path / "bank" / "vectors").glob("*.json"))
+
+
+def test_settings_of_the_teacher_are_handed_on(captions_csv, tiny_llm, tmp_path, monkeypatch) -> None:
+    asked, compiled = [], []
+
+    def load(name, **options):
+        asked.append((name, options))
+        teacher = load_teacher(tiny_llm, device="cpu")
+        teacher.prompts = {"query": "this is "}
+        return teacher
+
+    monkeypatch.setattr(build_module, "load_for_encoding", load)
+    monkeypatch.setattr(encoder.CaptionEncoder, "_compile", lambda self: compiled.append(self))
+    settings = {"teacher": "org/name", "teacher_revision": "v1", "precision": "fp32", "device": "cpu"}
+    config = BankConfig(
+        data=(str(captions_csv),),
+        out=tmp_path / "bank",
+        prompt_name="query",
+        compile=True,
+        batch_tokens=77,
+        trust_remote_code=True,
+        **settings,
+    )
+    made, facts = build_module.load_encoder(
+        config, config.teacher, config.teacher_revision, config.out, config.dtype, prompt_name=config.prompt_name
+    )
+    assert (made.prompt, made.batch_tokens, facts.prompt, compiled) == ("this is ", 77, "this is ", [made])
+    ((name, options),) = asked
+    assert (name, options.pop("device").type) == ("org/name", "cpu")
+    assert options == {"revision": "v1", "precision": "fp32", "trust_remote_code": True}
+    compiled.clear()
+    assert Bank.open(build_bank(config)).manifest["teacher"]["prompt"] == "this is " and len(compiled) == 1
+
+
+def test_a_bank_begun_on_other_hardware_goes_on_in_its_precision(captions_csv, build, tmp_path, monkeypatch) -> None:
+    from llm2clip.bank import load
+
+    monkeypatch.setattr(load, "cpu_has_bf16", lambda: False)
+    config = {"precision": "auto", "out": tmp_path / "bank", "shard_rows": 64}
+    with pytest.raises(LLM2CLIPError, match="is unfinished"):
+        build(captions_csv, shard="0/2", **config)
+    monkeypatch.setattr(load, "cpu_has_bf16", lambda: True)
+    assert build(captions_csv, shard="1/2", **config).manifest["teacher"]["precision"] == "fp32"

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset, load_from_disk
+from PIL import Image
 
-from llm2clip.bank.config import BankExportConfig
+from llm2clip.artifacts import write_json
+from llm2clip.bank.build import build_bank
+from llm2clip.bank.config import BankConfig, BankExportConfig
 from llm2clip.bank.export import export_bank
 from llm2clip.bank.reader import Bank
 from llm2clip.errors import UsageError
+
+BUFFER = io.BytesIO()
+Image.new("L", (1, 1)).save(BUFFER, "PNG")
+PNG = BUFFER.getvalue()
 
 
 def check_rows(dataset, bank: Bank, kinds: list[str]) -> None:
@@ -94,3 +106,57 @@ def test_a_file_name_that_is_no_utf8(to: str, tmp_path: Path, build, write_capti
     out = export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", to=to))
     dataset = load_from_disk(str(out)) if to == "datasets" else load_dataset("parquet", data_dir=str(out))["train"]
     assert dataset[0]["path"] == str(tmp_path / "b\\xe9.jpg")
+
+
+@pytest.mark.parametrize("to", ["parquet", "datasets"])
+def test_where_pictures_lie_is_told(to: str, tmp_path: Path, tiny_llm: Path) -> None:
+    """A range of a tar, by Python's own tarfile, and a cell of a table; captions that samples share."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("a.jpg", PNG), ("a.txt", b"a red disc"), ("b.jpg", PNG), ("b.txt", b"a red disc")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    cells = [{"image": PNG, "caption": "a blue square"}, {"image": PNG, "caption": "a red disc"}]
+    pq.write_table(pa.Table.from_pylist(cells), tmp_path / "t.parquet")
+    data = (str(tmp_path / "0.tar"), str(tmp_path / "t.parquet"))
+    settings = {"precision": "fp32", "device": "cpu", "teacher": str(tiny_llm)}
+    bank = Bank.open(build_bank(BankConfig(data=data, out=tmp_path / "bank", **settings)))
+    exported = export_bank(BankExportConfig(bank=bank.folder, out=tmp_path / "out", to=to, rows_per_file=3))
+    dataset = load_from_disk(str(exported)) if to == "datasets" else load_dataset("parquet", data_dir=str(exported))
+    rows = list(dataset if to == "datasets" else dataset["train"])
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        offsets = {member.name: member.offset_data for member in tar}
+    places = [(row["path"], row["offset"], row["length"], row["column"]) for row in rows]
+    assert places == [
+        (data[0], offsets["a.jpg"], len(PNG), ""),
+        (data[0], offsets["b.jpg"], len(PNG), ""),
+        (data[1], 0, -1, "image"),
+        (data[1], 1, -1, "image"),
+    ]
+    assert [row["caption"] for row in rows] == ["a red disc", "a red disc", "a blue square", "a red disc"]
+    assert rows[0]["vector"] == rows[3]["vector"] != rows[2]["vector"]
+
+
+def test_files_are_as_many_as_needed(bank: Bank, tmp_path: Path) -> None:
+    for rows, count in ((60, 2), (59, 3), (120, 1), (121, 1)):
+        config = BankExportConfig(bank=bank.folder, out=tmp_path / str(rows), rows_per_file=rows)
+        assert len(list(export_bank(config).rglob("*.parquet"))) == count
+
+
+def test_several_kinds_and_their_fingerprints(bank: Bank, tmp_path: Path) -> None:
+    prints = set()
+    for kinds, count in (((), 120), (("short",), 60), (("long", "short"), 120)):
+        config = BankExportConfig(bank=bank.folder, out=tmp_path / str(len(prints)), to="datasets", kinds=kinds)
+        dataset = load_from_disk(str(export_bank(config)))
+        assert len(dataset) == count
+        prints.add(dataset._fingerprint)
+    assert len(prints) == 3
+
+
+def test_a_bank_made_anew_is_not_taken_for_exported(bank: Bank, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    config = BankExportConfig(bank=copy, out=tmp_path / "out")
+    export_bank(config)
+    write_json(copy / "manifest.json", {**bank.manifest, "fingerprint": "0" * 16})
+    with pytest.raises(UsageError, match="bank_fingerprint was "):
+        export_bank(config)

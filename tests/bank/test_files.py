@@ -58,9 +58,10 @@ def test_write_array_returns_the_checksum_of_the_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_and_leaves_nothing(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with (
@@ -74,3 +75,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_other_errors_of_the_disk_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), files.one_line_disk_errors(tmp_path):
         files.write_array(tmp_path / "absent" / "a.npy", np.zeros(3))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, renames: dict[str, list[str]]) -> None:
+    files.write_array(tmp_path / "a.npy", np.zeros(3))
+    files.write_facts(tmp_path / "b.json", {})
+    (tmp_path / "folder").mkdir()
+    texts = files.GrowingTexts(tmp_path / "folder", "text")
+    texts.append([b"a"])
+    for array in texts.arrays:
+        array.close()
+    os.replace(tmp_path / "folder", tmp_path / "table")
+    assert renames == {"a.npy": [], "b.json": [], "table": []}

@@ -16,25 +16,6 @@ from llm2clip.errors import UsageError
 from llm2clip.teacher.model import load_teacher
 
 
-def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(load, "cpu_has_bf16", lambda has=has: has)
-        assert load.pick_precision("auto", cpu) == expected
-    assert load.pick_precision("fp16", cpu) == "fp16"
-    assert load.pick_precision("auto", torch.device("mps")) == "fp32"
-
-
-def test_devices() -> None:
-    assert load.pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device is 'gpu'"):
-        load.pick_device("gpu")
-    if not torch.cuda.is_available():
-        assert load.pick_device(None) == torch.device("cpu")
-        with pytest.raises(UsageError, match="no GPU that torch can use"):
-            load.pick_device("cuda")
-
-
 def test_every_module_is_in_one_dtype(tiny_llm: Path, tmp_path: Path) -> None:
     transformer = Transformer(str(tiny_llm))
     model = SentenceTransformer(modules=[transformer, Pooling(32), Dense(32, 8)], device="cpu")
@@ -87,6 +68,16 @@ def test_flash_attention_that_fails_is_left_alone(tiny_llm: Path, monkeypatch: p
     assert not load.use_flash_attention(teacher)
 
 
-def test_without_flash_attn_nothing_changes(tiny_llm: Path) -> None:
-    if importlib.util.find_spec("flash_attn") is None:
-        assert not load.use_flash_attention(load_teacher(tiny_llm, device="cpu"))
+def test_without_flash_attn_nothing_changes(tiny_llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(tiny_llm, device="cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(teacher[0].model, "set_attn_implementation", lambda name: pytest.fail(f"{name} was tried"))
+    assert not load.use_flash_attention(teacher)
+
+
+def test_flash_attention_that_attends_the_same_is_taken(tiny_llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(tiny_llm, device="cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    tried: list[str] = []
+    monkeypatch.setattr(teacher[0].model, "set_attn_implementation", tried.append)
+    assert load.use_flash_attention(teacher) and tried == ["flash_attention_2"]

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip.bank.config import BankAddConfig, BankMergeConfig
+from llm2clip.artifacts import fingerprint, is_complete, write_json
+from llm2clip.bank.config import BankAddConfig, BankMergeConfig, BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.merge import add_to_bank, merge_banks
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.verify import check_files, check_table, cosines
+from llm2clip.bank.verify import check_files, check_table, cosines, verify_bank
 from llm2clip.errors import UsageError
 
 
@@ -135,3 +136,54 @@ def test_adding_with_another_teacher_is_refused(bank: Bank, captions_csv: Path, 
             )
         )
     assert bank.teacher_fingerprint in str(error.value)
+
+
+def test_three_banks_are_merged_and_all_are_checked(folder: Path, build, write_captions) -> None:
+    zh = write_captions(folder / "zh.csv", 4, columns={"caption_zh": 5}, first=8)
+    names = {"a": folder / "short.csv", "b": folder / "long.csv", "c": zh}
+    banks = [build(data, folder / name) for name, data in names.items()]
+    config = BankMergeConfig(banks=tuple(bank.folder for bank in banks), out=folder / "merged")
+    merged = Bank.open(merge_banks(config))
+    assert (merged.num_samples, merged.num_rows, merged.kinds) == (15, 24, ["short", "long", "zh"])
+    for bank in banks:
+        same_as(merged, bank)
+    assert set(merged.sample(8).captions) == {"short", "long", "zh"}
+    assert merged.manifest["source_fingerprint"] == fingerprint([bank.fingerprint for bank in banks])
+    assert merged.manifest["shard_rows"] == 16
+    prompted = build(zh, folder / "prompted", prompt="this is ")
+    with pytest.raises(UsageError, match="built with the prompt 'this is '"):
+        merge_banks(BankMergeConfig(banks=(*config.banks[:2], prompted.folder), out=folder / "x"))
+    wrong = {**prompted.manifest, "teacher": banks[0].manifest["teacher"], "dtype": "int8"}
+    write_json(prompted.folder / "manifest.json", wrong)
+    with pytest.raises(UsageError, match="holds int8 vectors, which cannot become float16"):
+        merge_banks(BankMergeConfig(banks=(*config.banks[:2], prompted.folder), out=folder / "y"))
+
+
+def test_what_was_bad_is_summed_up(folder: Path, build) -> None:
+    def spoil(name: str, missing: int) -> Path:
+        data = folder / f"{name}.csv"
+        data.write_text(data.read_text() + "".join(f"gone{name}{i}.jpg,a red disc\n" for i in range(missing)))
+        return data
+
+    banks = [build(spoil(name, n), folder / name, max_bad_fraction=0.5) for name, n in (("short", 1), ("long", 2))]
+    merged = Bank.open(merge_banks(BankMergeConfig(banks=tuple(b.folder for b in banks), out=folder / "merged")))
+    config = {"bank": banks[0].folder, "out": folder / "more", "device": "cpu", "max_bad_fraction": 0.5}
+    more = Bank.open(add_to_bank(BankAddConfig(data=(str(folder / "long.csv"),), **config)))
+    for bank in (merged, more):
+        assert bank.manifest["bad_samples"]["num_bad"] == 3
+        assert bank.manifest["bad_samples"]["counts"] == {"missing file": 3}
+
+
+def test_a_bank_that_grows_keeps_prompt_dtype_and_shard_rows(folder: Path, build) -> None:
+    """Also when it is made in two parts, by jobs that do not wait for each other."""
+    base = build(folder / "short.csv", folder / "a", prompt="this is ", dtype="int8", shard_rows=4)
+    data = {"data": (str(folder / "long.csv"),), "bank": base.folder, "device": "cpu"}
+    for part, whole in (("0/2", False), ("1/2", True)):
+        out = add_to_bank(BankAddConfig(out=folder / "more", shard=part, **data))
+        assert is_complete(out) == whole
+    more = Bank.open(out)
+    assert (more.manifest["teacher"], more.dtype) == (base.manifest["teacher"], "int8")
+    assert [len(more.shard_rows(shard)) for shard in range(more.num_shards)] == [4, 4, 2, 4, 4, 2]
+    assert verify_bank(BankVerifyConfig(bank=more.folder, device="cpu"))["min_cosine"] > 0.999
+    other = Bank.open(add_to_bank(BankAddConfig(out=folder / "other", captions={"x": "long_caption"}, **data)))
+    assert len({base.fingerprint, *(b.manifest["source_fingerprint"] for b in (base, more, other))}) == 4

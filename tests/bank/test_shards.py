@@ -61,6 +61,26 @@ def test_a_vector_that_is_no_number_stops_the_run(dtype: str, tmp_path: Path) ->
         buffer.check(lambda row: ["a", "the one", "b"][row])
 
 
+def test_the_caption_of_a_vector_that_is_no_number_is_found_in_a_later_shard(layout: Layout) -> None:
+    buffer = filled(layout, 2)
+    buffer.vectors[1, 2] = np.nan
+    with pytest.raises(LLM2CLIPError, match="the vector of caption 'row 9' overflows float16"):
+        buffer.check(lambda row: f"row {row}")
+
+
+def test_files_of_a_shard_are_on_the_disk_and_its_facts_come_last(
+    layout: Layout, bank: Bank, monkeypatch: pytest.MonkeyPatch, renames: dict[str, list[str]]
+) -> None:
+    filled(layout, 0).write()
+    assert set(renames) == {"00000.npy", "00000.tokens.npy", "00000.json"} and list(renames)[-1] == "00000.json"
+    assert not any(renames.values())
+    renames.clear()
+    monkeypatch.setattr(os, "link", _no_links)  # a copy is no less a file of this bank
+    (layout.folder / "copy" / "vectors").mkdir(parents=True)
+    link_shards(plan_layout(layout.folder / "copy", bank.num_rows, 16, "float16", 32, base=bank), bank)
+    assert len(renames) == 3 * 8 and not any(renames.values())
+
+
 def test_linked_shards_are_the_same_files(bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("linked", "copied"):
         (tmp_path / name / "vectors").mkdir(parents=True)

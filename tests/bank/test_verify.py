@@ -10,6 +10,7 @@ import pytest
 
 from llm2clip.artifacts import file_digest, read_json, write_json
 from llm2clip.bank.config import BankVerifyConfig
+from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.verify import check_table, verify_bank
 from llm2clip.errors import ArtifactError, UsageError
@@ -77,16 +78,104 @@ def test_another_teacher_is_refused_naming_both(bank: Bank, tiny_llm: Path, tmp_
     assert bank.teacher_fingerprint in str(error.value)
 
 
+def ends_early(starts: np.ndarray) -> np.ndarray:
+    return np.minimum(starts, starts[-1] - 1)
+
+
+def falls(starts: np.ndarray) -> np.ndarray:
+    return np.concatenate([starts[:3], starts[1:2], starts[4:]])
+
+
 @pytest.mark.parametrize(
     ("column", "change", "complaint"),
     [
-        ("caption_row", lambda a: np.where(a == 5, 500, a), "row does not exist"),
-        ("caption_kind", lambda a: a + 1, "kind does not exist"),
-        ("caption_start", lambda a: a[::-1].copy(), "caption_start does not"),
+        ("caption_row", lambda a: np.where(a == 5, 500, a), "a caption's row does not exist"),
+        ("caption_row", lambda a: np.where(a == 5, 120, a), "a caption's row does not exist"),
+        ("caption_row", lambda a: np.where(a == 5, -1, a), "a caption's row does not exist"),
+        ("caption_kind", lambda a: a + 1, "a caption's kind does not exist"),
+        ("caption_start", falls, "caption_start does not rise"),
+        ("caption_start", ends_early, "caption_start does not end with the captions"),
+        ("hash", lambda a: a[:-1], "hashes and texts differ in number"),
     ],
 )
-def test_a_broken_table_is_found(copy: Path, column: str, change, complaint: str) -> None:
+def test_a_broken_table_with_right_checksums_is_found(copy: Path, column: str, change, complaint: str) -> None:
     path = copy / "table" / f"{column}.npy"
     np.save(path, change(np.load(path)).astype(np.load(path).dtype))
-    with pytest.raises(ArtifactError, match=complaint):
+    with pytest.raises(ArtifactError, match=f"{complaint}; delete its table folder"):
         check_table(Bank.open(copy).table)
+    seal(copy, path)
+    with pytest.raises(ArtifactError, match=complaint):
+        verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
+
+
+def seal(folder: Path, path: Path) -> None:
+    """Give a changed file the checksum it has now, wherever one stands."""
+    manifest = read_json(folder / "manifest.json")
+    manifest["table"][f"table/{path.name}"]["sha256"] = file_digest(path)
+    write_json(folder / "manifest.json", manifest)
+
+
+def test_samples_without_captions_are_no_fault(bank: Bank, copy: Path) -> None:
+    starts = np.load(copy / "table" / "caption_start.npy")
+    np.save(copy / "table" / "caption_start.npy", np.concatenate([starts[:1], starts[:1], starts[2:]]))
+    check_table(Bank.open(copy).table)
+
+
+def test_a_caption_that_is_another_with_right_checksums_is_found(copy: Path) -> None:
+    path = copy / "table" / "text.npy"
+    texts = np.load(path)
+    texts[0] ^= 1
+    np.save(path, texts)
+    seal(copy, path)
+    with pytest.raises(ArtifactError, match=r"hash\.npy does not fit text\.npy"):
+        verify_bank(BankVerifyConfig(bank=copy, device="cpu", sample=120))
+
+
+def test_a_single_wrong_vector_is_named(copy: Path) -> None:
+    manifest = read_json(copy / "manifest.json")
+    shard = manifest["shards"][5]
+    entry = shard["files"]["vectors"]
+    vectors = np.load(copy / entry["file"])
+    norm = np.linalg.norm(vectors[7].astype(np.float32))
+    vectors[7] = np.roll(vectors[7], 1)
+    assert norm > 0
+    np.save(copy / entry["file"], vectors)
+    entry["sha256"] = file_digest(copy / entry["file"])
+    write_json(copy / "vectors" / "00005.json", shard)
+    write_json(copy / "manifest.json", manifest)
+    with pytest.raises(ArtifactError, match=r"the vector of row 87 .* below --min-cosine 0\.999"):
+        verify_bank(BankVerifyConfig(bank=copy, device="cpu", sample=120))
+    assert verify_bank(BankVerifyConfig(bank=copy, teacher="none"))["files"] == 31
+
+
+@pytest.mark.parametrize(("sample", "seed"), [(10, 0), (10, 1), (100, 1), (1000, 0)])
+def test_the_captions_drawn(sample: int, seed: int, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+    encode = CaptionEncoder.encode
+
+    def noted(self, texts):
+        drawn.append(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(CaptionEncoder, "encode", noted)
+    report = verify_bank(BankVerifyConfig(bank=bank.folder, device="cpu", sample=sample, seed=seed))
+    rows = np.sort(np.random.default_rng(seed).choice(120, min(sample, 120), replace=False))
+    assert drawn == [[bank.text(row) for row in rows]] and report["sample"] == len(rows)
+
+
+@pytest.mark.parametrize("settings", [{"prompt": "this is "}, {"precision": "bf16"}])
+def test_captions_are_encoded_again_as_they_were(settings, captions_csv, build, tmp_path: Path) -> None:
+    bank = build(captions_csv, tmp_path / "bank", dtype="float32", **settings)
+    report = verify_bank(BankVerifyConfig(bank=bank.folder, device="cpu", sample=20))
+    assert report["min_cosine"] > (0.99999 if "prompt" in settings else 0.9999)
+
+
+def test_what_is_said(bank: Bank, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = verify_bank(BankVerifyConfig(bank=bank.folder, teacher="none"))
+    arrays = list(bank.folder.rglob("*.npy"))
+    assert report["bytes"] == sum(path.stat().st_size for path in [*arrays, bank.folder / "table" / "facts.json"])
+    assert "captions encoded again" not in capsys.readouterr().out
+    for shard in range(6):
+        (copy / "vectors" / f"{shard:05d}.npy").unlink()
+    with pytest.raises(ArtifactError, match=r"damaged: vectors/00000\.npy, .*vectors/00004\.npy and 1 more; delete"):
+        verify_bank(BankVerifyConfig(bank=copy, teacher="none"))

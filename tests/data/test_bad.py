@@ -69,3 +69,24 @@ def test_a_limit_of_zero_allows_none_and_of_one_all() -> None:
 def test_bad_picture_survives_the_way_back_from_a_worker() -> None:
     error = pickle.loads(pickle.dumps(BadPicture("missing file", "a.jpg")))
     assert (error.cause, error.detail, str(error)) == ("missing file", "a.jpg", "missing file: a.jpg")
+
+
+def test_merged_examples_stay_few() -> None:
+    first, second = BadSamples(0.1, quiet=True), BadSamples(0.1, quiet=True)
+    for i in range(3):
+        first.add(f"a{i}", "missing file")
+    for i in range(4):
+        second.add(f"b{i}", "missing file")
+    first.merge(second)
+    first.merge(second)
+    assert (first.num_bad, first.counts) == (11, {"missing file": 11})
+    assert first.examples == {"missing file": ["a0", "a1", "a2", "b0", "b1"]}
+
+
+def test_the_commonest_cause_comes_first() -> None:
+    bad = BadSamples(0.0, quiet=True)
+    for cause, number in (("rare", 1), ("common", 3), ("usual", 2)):
+        for i in range(number):
+            bad.add(f"{cause}{i}", cause, "x")
+    with pytest.raises(TooManyBadSamples, match="3 common, 2 usual, 1 rare; for example common: common0: x"):
+        bad.check(10)

@@ -103,3 +103,29 @@ def test_reading_many_shards_keeps_the_limit(tmp_path: Path, monkeypatch: pytest
             bytes([i] * 2) for i in range(5)
         ]
     assert len(reading._open_files._files) == 2
+
+
+def test_a_system_that_reads_a_little_at_a_time(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 3), offset))
+    for ref in (PictureRef(file), PictureRef(file, 10, 50), PictureRef(file, 98, 2)):
+        first = ref.offset
+        assert read_bytes(ref) == bytes(range(first, 100 if ref.length < 0 else first + ref.length))
+    with pytest.raises(BadPicture, match="ends 5 bytes before the picture at 95 does"):
+        read_bytes(PictureRef(file, 95, 10))
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_the_largest_picture_is_read(file: str, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 50)
+    assert len(read_bytes(PictureRef(prefix + file, 10, 50))) == 50
+    with pytest.raises(BadPicture, match="51 bytes"):
+        read_bytes(PictureRef(prefix + file, 10, 51))
+
+
+def test_a_whole_file_that_is_too_large(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 100)
+    assert len(read_bytes(PictureRef(file))) == 100
+    monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 99)
+    with pytest.raises(BadPicture, match="has 100 bytes"):
+        read_bytes(PictureRef(file))

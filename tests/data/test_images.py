@@ -96,8 +96,9 @@ def test_a_colour_key_is_transparent_too() -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_16_bit_is_scaled_not_clipped(form: str) -> None:
-    values = np.full((4, 4), 257 * 100, np.uint16)
-    assert pixel(encode(Image.fromarray(values), form)) == (100, 100, 100)
+    for value in (1, 100, 200, 255):  # 257 x 200 / 256 would be 201
+        values = np.full((4, 4), 257 * value, np.uint16)
+        assert pixel(encode(Image.fromarray(values), form)) == (value, value, value)
 
 
 def test_dark_16_bit_stays_dark() -> None:
@@ -115,7 +116,10 @@ def png_chunk(chunk: tuple[bytes, bytes]) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(0.5, 128), (128.0, 128), (25700.0, 100), (float("nan"), 0)])
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(0.5, 128), (1.0, 255), (1.5, 2), (128.0, 128), (255.0, 255), (51400.0, 200), (float("nan"), 0), (-3.0, 0)],
+)
 def test_float_pictures(value: float, wanted: int) -> None:
     data = encode(Image.fromarray(np.full((2, 2), value, np.float32)), "TIFF")
     assert pixel(data) == (wanted,) * 3

@@ -38,3 +38,9 @@ def test_weights_choose_kinds_and_both_orders_come() -> None:
     only = {draw_pair(CAPTIONS, seed=0, sample_id=str(i), weights={("long", "short"): 1.0}) for i in range(50)}
     assert only == {("l1", "s1"), ("s1", "l1"), ("l1", "s2"), ("s2", "l1")}
     assert draw_pair(CAPTIONS, seed=0, sample_id="a", weights={("long", "long"): 1.0}) is None
+
+
+def test_each_part_of_the_key_changes_the_draw() -> None:
+    captions = {"raw": tuple(str(i) for i in range(100))}
+    keys = [{"seed": s, "epoch": e, "sample_id": i} for s in (0, 1) for e in (0, 1) for i in ("a", "b")]
+    assert len({draw_pair(captions, **key) for key in keys}) == 8  # type: ignore[arg-type]

@@ -149,3 +149,22 @@ def test_the_usual_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert index_folder() == tmp_path / ".cache" / "llm2clip" / "tar-indexes"
+
+
+def test_an_index_is_of_one_url_state_and_way_of_reading() -> None:
+    base = {"size": 9}
+    paths = {TarIndex(f"memory://{name}.tar", base, pictures=True).path for name in "ab"}
+    paths.add(TarIndex("memory://a.tar", base, pictures=False).path)
+    states = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "blob_id", "xet_hash", "lfs")
+    paths |= {TarIndex("memory://a.tar", {**base, name: 1}, pictures=True).path for name in states}
+    paths |= {TarIndex("memory://a.tar", {"size": 10}, pictures=True).path}
+    assert len(paths) == 3 + 9 + 1 and None not in paths
+    assert TarIndex("memory://a.tar", {"name": "a"}, pictures=True).path is None, "nothing tells when it changes"
+    assert TarIndex("memory://a.tar", {**base, "name": "a"}, pictures=True).path in paths
+
+
+def test_a_long_index_comes_back_whole() -> None:
+    members = [Member(f"{i}.txt", 512 * i, i, b"x" * i) for i in range(10)]
+    index = TarIndex("memory://long.tar", {"size": 1}, pictures=True)
+    index.save(members)
+    assert index.load() == members

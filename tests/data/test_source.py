@@ -50,6 +50,7 @@ def test_the_fingerprint_moves_with_the_files_and_changes_with_them(
     shutil.copytree(shards, tmp_path / "elsewhere")
     assert source_of(tmp_path / "elsewhere").fingerprint == source_of(shards / "*.tar").fingerprint == first
     assert source_of(shards, captions={"x": "txt"}).fingerprint != first
+    assert source_of(shards, image="jpg").fingerprint != first
     assert source_of(shards / "00001.tar", shards / "00000.tar", shards / "00002.tar").fingerprint != first
     with (tmp_path / "elsewhere" / "00001.tar").open("ab") as file:
         file.write(b"\0")

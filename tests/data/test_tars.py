@@ -224,16 +224,25 @@ def test_a_cut_tar_gives_what_comes_before(shard: Path, source_of: Open, caplog:
 def test_a_cut_anywhere_gives_whole_samples_or_one_clear_line(shard: Path, source_of: Open, tmp_path: Path) -> None:
     data = shard.read_bytes()
     whole = {sample.id: sample for sample in source_of(shard)}
-    path = tmp_path / "cut.tar"
+    with tarfile.open(shard) as tar:
+        texts = [m for m in tar if m.name.endswith(("txt", "json"))]  # a sample needs one of them beside its picture
+    path, given = tmp_path / "cut.tar", {}
     for cut in range(0, len(data), 331):
         path.write_bytes(data[:cut])
+        found = []
         try:
-            source = source_of(path)
-            for sample in source:
+            for sample in source_of(path):
                 assert load_image(sample.picture).size == (12, 8)
                 assert set(sample.captions) <= set(whole[sample.id].captions)
+                found.append(sample.id)
         except (SourceError, UsageError) as error:
             assert "\n" not in str(error)
+        assert found == list(whole)[: len(found)]
+        given[cut] = len(found)
+    ends = [max(m.offset_data + m.size for m in texts if m.name.startswith(key)) for key in whole]
+    for cut, number in given.items():
+        assert number >= sum(end <= cut for end in ends), f"a sample that lies whole before byte {cut} is lost"
+    assert set(given.values()) == {0, 1, 2, 3}
     start = whole["000000001"].picture.offset - 512
     path.write_bytes(data[:start] + b"?" * 700 + data[start + 700 :])
     source = source_of(path)

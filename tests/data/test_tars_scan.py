@@ -32,15 +32,50 @@ def test_same_members_as_tarfile(tmp_path: Path, make_tar: Callable[..., Path], 
         assert [(m.name, m.offset, m.size) for m in found] == [(m.name, m.offset_data, m.size) for m in tar]
 
 
-def test_only_regular_files_are_told_of() -> None:
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_only_regular_files_are_told_of(form: int) -> None:
+    """Links with long names have headers of their own before them, which say nothing of the file that follows."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            info = tarfile.TarInfo(f"{ord(kind):03d}.jpg")
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-        tar.addfile(tarfile.TarInfo("last.txt"))
-    assert [member.name for member in members_of(file.getvalue())] == ["last.txt"]
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+        for kind in kinds:
+            for name in (f"{ord(kind):03d}.jpg", "long" * 60 + f"/{ord(kind):03d}.jpg"):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, "/etc/" + "passwd" * 30
+                tar.addfile(info)
+                after = tarfile.TarInfo(f"after-{name[:3]}-{ord(kind)}.txt")
+                after.size = 3
+                tar.addfile(after, io.BytesIO(b"abc"))
+    data = file.getvalue()
+    found = members_of(data)
+    assert [member.name for member in found] == [
+        f"after-{n}-{ord(k)}.txt" for k in kinds for n in (f"0{ord(k)}", "lon")
+    ]
+    assert all(data[member.offset :][:3] == b"abc" and member.size == 3 for member in found)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"\0", b"7"])
+def test_every_type_flag_of_a_regular_file(kind: bytes) -> None:
+    info = tarfile.TarInfo("a.txt")
+    info.type = kind
+    assert [member.name for member in members_of(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))] == ["a.txt"]
+
+
+def test_a_tar_that_ends_with_a_member(tmp_path: Path, make_tar: Callable[..., Path]) -> None:
+    """Exactly at its last byte, or a byte before."""
+    data = make_tar(tmp_path / "a.tar", {"a.txt": b"x" * 512, "b.txt": b"y" * 512}).read_bytes()
+    end = 4 * 512
+    for cut, names, detail in (
+        (end, ["a.txt", "b.txt"], "without an end mark"),
+        (end - 1, ["a.txt"], "within 'b.txt'"),
+    ):
+        found: list[str] = []
+        with pytest.raises(TarDamage, match=detail):
+            found.extend(member.name for member in scan(lambda n, at, cut=cut: data[:cut][at : at + n], cut))
+        with pytest.raises(TarDamage):
+            for member in scan(lambda n, at, cut=cut: data[:cut][at : at + n], cut):
+                found.append(member.name)
+        assert found[-len(names) :] == names and set(found) == set(names)
 
 
 def test_sizes_above_8_gib_are_read_in_both_notations() -> None:

@@ -85,6 +85,30 @@ def test_captions_past_the_context_are_cut_and_counted(folders: dict[str, Path])
     assert tokens["attention_mask"][0].sum() == 4, "CLIP is not padded beyond the longest, and masked"
 
 
+def test_captions_of_clip_are_those_of_the_model_in_every_precision(folders: dict[str, Path]) -> None:
+    model = t.CLIPModel.from_pretrained(folders["clip"]).eval()
+    tokenizer = t.AutoTokenizer.from_pretrained(folders["clip"])
+    tokens = tokenizer(TEXTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        expected = unit(
+            model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        )
+    encoder = ClipEncoder.from_pretrained(folders["clip"])
+    assert encoder.model.dtype == torch.float32
+    np.testing.assert_allclose(encoder.encode_text(TEXTS), expected, atol=1e-6)
+    half = ClipEncoder.from_pretrained(folders["clip"], dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    assert (half.encode_text(TEXTS) * expected).sum(1).min() > 0.99
+
+
+def test_a_caption_that_just_fits_is_not_cut(folders: dict[str, Path]) -> None:
+    encoder = ClipEncoder.from_pretrained(folders["clip"])
+    encoder.tokens(["a " * 15, "a " * 16])  # and <s> before them: 16 and 17 of 16
+    assert encoder.num_cut == 1
+    encoder.tokenizer.model_max_length = 8
+    assert ClipEncoder(encoder.model, encoder.tokenizer, encoder.processor).context == 8
+
+
 def test_clip_as_a_baseline(folders: dict[str, Path], pictures_csv: Path, tmp_path: Path) -> None:
     report = evaluate(EvaluateConfig(model=str(folders["clip"]), data=(str(pictures_csv),), out=tmp_path / "report"))
     assert report["model"]["encoder"] == "CLIPModel"
@@ -107,6 +131,9 @@ def test_multimodal_sentence_transformer_as_a_baseline(
     pictures = [pictures_csv.parent / f"{i:03d}.jpg" for i in range(3)]
     expected = ClipEncoder.from_pretrained(folders["clip"]).encode_image(pictures)
     np.testing.assert_allclose(encoder.encode_image(pictures), expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_text(TEXTS[:2]), axis=1), 1, atol=1e-5)
+    half = SentenceTransformerEncoder.from_pretrained(tmp_path / "st", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     report = evaluate(EvaluateConfig(model=str(tmp_path / "st"), data=(str(pictures_csv),), out=tmp_path / "report"))
     assert "captions/long/t2i_r@10" in report["metrics"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,10 @@ import torch
 
 from llm2clip.data.bad import BadPicture, BadSamples
 from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.errors import TooManyBadSamples
 from llm2clip.eval.datasets import dataset_name, named_datasets
 from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
-from llm2clip.eval.report import histogram
+from llm2clip.eval.report import as_html, as_markdown, histogram
 from llm2clip.eval.scores import caption_scores, chance_of_hit, retrieval_scores
 
 
@@ -88,6 +91,62 @@ def test_chance_is_what_random_ranks_give() -> None:
     assert chance_of_hit([3], 4, 10) == 1
 
 
+def test_caption_scores_by_hand() -> None:
+    """Angles of the captions of two pictures, each with two short ones and a long one."""
+    captions = Captions.of([sample(0, short=("a", "b"), long=("A",)), sample(1, short=("c", "d", "c"), long=("C",))])
+    angle = np.radians([0, 50, 40, 60, 170, 160])  # of a b A c d C, the order in which they are met
+    assert captions.texts == ["a", "b", "A", "c", "d", "C"]
+    texts = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=1))
+    # nearest other: a -> A right; b -> A or c, a tie, which counts against it; A -> b right; c -> b wrong; d, C right
+    # first to second: a seeks among b (50) and d (170): right; c (60): b is nearer than d: wrong
+    # short alone: a -> b right; b -> c wrong; c -> b wrong; d -> c right; no picture has two long ones
+    expected = {"cra": 4 / 6, "cra_second": 1 / 2, "short/cra": 2 / 4}
+    assert caption_scores(texts, captions) == pytest.approx(expected)
+    alone = Captions.of([sample(0, short=("a", "b")), sample(1, short=("c", "d"))])
+    assert set(caption_scores(texts[[0, 1, 3, 4]], alone)) == {"cra", "cra_second"}, "one kind is all there is"
+
+
+def test_retrieval_scores_at_every_k_are_those_of_dense_ranks() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample(i, short=tuple(f"{i} {j}" for j in range(i % 3 + 1))) for i in range(20)]
+    captions = Captions.of(samples)
+    owners = np.array(captions.owners["short"])
+    images = torch.from_numpy(rng.normal(size=(20, 4)))
+    texts = images[owners] + torch.from_numpy(rng.normal(size=(len(owners), 4)))
+    scores, chance = retrieval_scores(images, texts, captions)
+    unit = [torch.nn.functional.normalize(v, dim=1).numpy() for v in (images, texts)]
+    cosines, right = unit[0] @ unit[1].T, np.arange(20)[:, None] == owners
+    for way, matrix, own in (("i2t", cosines, right), ("t2i", cosines.T, right.T)):
+        best = np.where(own, matrix, -2).max(1, keepdims=True)
+        ranks = 1 + ((matrix >= best) & ~own).sum(1)
+        assert [scores[f"short/{way}_r@{k}"] for k in (1, 5, 10)] == [(ranks <= k).mean() for k in (1, 5, 10)]
+    assert [chance[f"short/t2i_r@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
+    assert scores["short/i2t_r@5"] != scores["short/t2i_r@5"], "the directions are not told apart"
+
+
+def test_captions_keep_their_order_within_a_sample() -> None:
+    captions = Captions.of([sample(0, short=("b",), long=("a", "b")), sample(1, short=("a",))])
+    rows, owners = captions.distinct(["long", "short"])
+    assert [captions.texts[row] for row in rows] == ["a", "b", "a"] and owners.tolist() == [0, 0, 1]
+
+
+def test_hopeless_pictures_stop_the_run_after_a_thousand() -> None:
+    class AllBad(Numbers):
+        def prepare_image(self, picture: Any) -> float:
+            raise BadPicture("empty picture", picture.path)
+
+    taken: list[int] = []
+
+    def samples() -> Iterator[Sample]:
+        for i in range(5000):
+            taken.append(i)
+            yield sample(i, short=("a",))
+
+    with pytest.raises(TooManyBadSamples, match="1000 of 1000 samples are bad"):
+        encode_pictures(samples(), AllBad(), batch_size=8, bad=BadSamples(0.5, quiet=True), threads=1)
+    assert len(taken) <= 1010
+
+
 class Numbers:
     """An encoder of numbers: a picture's vector is its path's number."""
 
@@ -121,6 +180,103 @@ def test_pictures_come_in_order_without_the_bad_ones(count: int) -> None:
 def test_captions_come_back_in_their_order() -> None:
     texts = ["aaa", "a", "aaaa", "aa"]
     assert encode_captions(texts, Numbers(), batch_size=1)[:, 0].tolist() == [3, 1, 4, 2]
+
+
+def test_many_captions_go_through_the_encoder_in_parts_longest_first() -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    class Noting(Numbers):
+        def encode_text(self, texts: Any, *, batch_size: int = 32) -> np.ndarray:
+            seen.append((len(texts), len(texts[0]), batch_size))
+            return super().encode_text(texts)
+
+    lengths = np.random.default_rng(0).permutation(40) + 1
+    vectors = encode_captions(["a" * n for n in lengths], Noting(), batch_size=1)
+    assert vectors[:, 0].tolist() == lengths.tolist()
+    assert seen == [(16, 40, 1), (16, 24, 1), (8, 8, 1)]
+
+
+REPORT: dict[str, Any] = {
+    "config": {"model": "a|b <c>", "teacher": None, "precision": "auto"},
+    "model": {"encoder": "llm2clip", "dim": 24},
+    "metrics": {
+        **{
+            f"d/{kind}/{way}_r@{k}": v
+            for kind, way, k, v in (
+                ("short", "i2t", 1, 0.11),
+                ("short", "i2t", 5, 0.12),
+                ("short", "i2t", 10, 0.13),
+                ("short", "t2i", 1, 0.21),
+                ("short", "t2i", 5, 0.22),
+                ("short", "t2i", 10, 0.23),
+            )
+        },
+        "d/cra": 0.31,
+        "d/cra_second": 0.32,
+        "d/short/cra": 0.33,
+    },
+    "chance": {"d/short/i2t_r@1": 0.04, "d/short/t2i_r@1": 0.05},
+    "datasets": {
+        "d": {
+            "pictures": 1234,
+            "captions": {"short": 5678},
+            "bad": {"num_bad": 3, "counts": {"missing file": 2, "empty caption": 1}},
+            "captions_cut": 7,
+        }
+    },
+    "similarity": {
+        "d": {
+            "alignment": 0.4,
+            "uniformity": -1.5,
+            "positive_mean": 0.8,
+            "negative_mean": None,
+            "positive": [0, 0, 2, 6],
+            "negative": [4, 1, 0, 0],
+            "edges": [-1, -0.5, 0, 0.5, 1],
+        }
+    },
+}
+
+
+def test_a_page_by_hand() -> None:
+    page = as_markdown(REPORT)
+    for line in (
+        "# Scores of a|b <c>",
+        "| model | a\\|b <c> |",
+        "| dim | 24 |",
+        "Retrieval, % (1,234 pictures; captions: 5,678 short):",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| short | picture → text | 11.0 | 12.0 | 13.0 | 4.000 |",
+        "| short | text → picture | 21.0 | 22.0 | 23.0 | 5.000 |",
+        "| a caption finds another of its picture, among all | 31.0 |",
+        "| a picture's first caption finds its second, among all second ones | 32.0 |",
+        "| the same among short captions alone | 33.0 |",
+        "| alignment (squared distance of captions of one picture) | 0.400 |",
+        "| uniformity (lower: more spread out) | -1.500 |",
+        "| mean cosine, captions of one picture | 0.800 |",
+        "| captions longer than the model reads, cut | 7 |",
+        "Left out: 3 bad samples:",
+        "| missing file | 2 |",
+    ):
+        assert line in page.splitlines(), line
+    assert "different pictures" not in page, "there is no pair of them"
+    html = as_html(REPORT)
+    assert "<title>Scores of a|b &lt;c&gt;</title>" in html and "<td>a|b &lt;c&gt;</td>" in html
+    assert '<td>short</td><td>picture → text</td><td class="number">11.0</td>' in html
+    assert "<td>dim</td><td>24</td>" in html
+
+
+def test_bars_of_the_histogram_by_hand() -> None:
+    figure = histogram(REPORT["similarity"]["d"], width=400, height=208)
+    found = re.findall(r'class="(\w+)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', figure)
+    bars = [(name, *map(float, numbers)) for name, *numbers in found]
+    # 100 px a bin with a gap of 1; 100 px from the middle at 104 to the highest bar of either side
+    assert bars == [
+        ("positive", 200.5, pytest.approx(104 - 33.3, abs=0.1), 99.0, 33.3),
+        ("positive", 300.5, 4.0, 99.0, 100.0),
+        ("negative", 0.5, 104.0, 99.0, 100.0),
+        ("negative", 100.5, 104.0, 99.0, 25.0),
+    ]
 
 
 def test_histogram_has_a_bar_for_each_filled_bin() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llm2clip import LLM2CLIP
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
@@ -59,15 +61,116 @@ def test_report_json_is_as_documented(report_folder: Path) -> None:
 def test_scores_are_those_of_the_vectors(
     report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path
 ) -> None:
+    """Every figure from the cosines in numpy; ties count against the model."""
     model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
     rows = list(csv.DictReader(pictures_csv.read_text().splitlines()))
-    scores = model.encode_image([pictures_csv.parent / row["image"] for row in rows]) @ (
-        model.encode_text([row["long_caption"] for row in rows]).T
-    )
-    rank = (scores >= np.diag(scores)[:, None] - 1e-6).sum(1)
+    image = model.encode_image([pictures_csv.parent / row["image"] for row in rows])
+    text = {kind: model.encode_text([row[f"{kind}_caption"] for row in rows]) for kind in ("short", "long")}
+    expected = {}
+    for kind, vectors in text.items():
+        for way, scores in (("i2t", image @ vectors.T), ("t2i", vectors @ image.T)):
+            ranks = (scores >= np.diag(scores)[:, None] - 1e-6).sum(1)
+            expected |= {f"captions/{kind}/{way}_r@{k}": (ranks <= k).mean() for k in (1, 5, 10)}
+    both = np.concatenate([text["short"], text["long"]])
+    scores = both @ both.T
+    own = np.take_along_axis(scores, np.roll(np.arange(48), 24)[:, None], 1)
+    rivals = np.where(np.eye(48, dtype=bool) | (np.roll(np.eye(48, dtype=bool), 24, 1)), -2, scores)
+    expected["captions/cra"] = (rivals.max(1) < own[:, 0] - 1e-6).mean()
+    second = text["short"] @ text["long"].T
+    expected["captions/cra_second"] = ((second >= np.diag(second)[:, None] - 1e-6).sum(1) == 1).mean()
     metrics = json.loads((report_folder / "report.json").read_text())["metrics"]
-    assert metrics["captions/long/i2t_r@5"] == pytest.approx((rank <= 5).mean())
-    assert metrics["captions/long/i2t_r@10"] == pytest.approx((rank <= 10).mean())
+    assert metrics == pytest.approx(expected)
+    assert len(set(expected.values())) > 4, "the figures are alike: nothing is shown"
+
+
+def test_every_setting_of_the_sources_reaches_each_dataset() -> None:
+    settings: dict[str, Any] = {
+        "captions": {"long": "dense"},
+        "image": "photo",
+        "allow_outside": True,
+        "max_bad_fraction": 0.5,
+        "revision": "v1",
+    }
+    parts = run.parts_of(EvaluateConfig(teacher="t", data=("a.csv", "b.csv"), out=Path("x"), **settings))
+    assert parts == {name: SourceConfig(data=(f"{name}.csv",), **settings) for name in ("a", "b")}
+
+
+def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    class Opened(Exception):
+        pass
+
+    def opener(*names: Any, **options: Any) -> Any:
+        asked.append((*names, options))
+        raise Opened
+
+    def find_model(name: str, *, revision: str | None = None) -> tuple[Path, str]:
+        asked.append((name, revision))
+        return tmp_path, name
+
+    monkeypatch.setattr(run, "find_model", find_model)
+    monkeypatch.setattr(run.LLM2CLIP, "from_pretrained", opener)
+    monkeypatch.setattr(run.Teacher, "from_pretrained", opener)
+    monkeypatch.setattr(run.ClipEncoder, "from_pretrained", opener)
+    monkeypatch.setattr(run.SentenceTransformerEncoder, "from_pretrained", opener)
+    settings: dict[str, Any] = {
+        "data": ("a.csv",),
+        "out": tmp_path,
+        "device": "cpu",
+        "precision": "bf16",
+        "trust_remote_code": True,
+        "model_revision": "m1",
+        "teacher_revision": "t1",
+    }
+    options = {"device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": True}
+    for names, expected in (
+        ({"teacher": "T"}, [("T", {"revision": "t1", **options})]),
+        (
+            {"model": "llm2clip", "teacher": "T"},
+            [("llm2clip", "m1"), (tmp_path, "T", {"teacher_revision": "t1", **options})],
+        ),
+        ({"model": "sentence-transformers"}, [("sentence-transformers", "m1"), (tmp_path, options)]),
+        ({"model": "transformers"}, [("transformers", "m1"), (tmp_path, options)]),
+    ):
+        asked.clear()
+        with pytest.raises(Opened):
+            run.open_encoder(EvaluateConfig(**names, **settings))
+        assert asked == expected
+    assert {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} == run.DTYPES
+
+
+def test_the_seed_of_the_similarity_figures(
+    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    similarity = run.similarity
+
+    def noted(texts: Any, captions: Any, *, seed: int) -> Any:
+        seeds.append(seed)
+        return similarity(texts, captions, seed=seed)
+
+    monkeypatch.setattr(run, "similarity", noted)
+    monkeypatch.setattr(run, "open_encoder", lambda config: (Colours(), {"encoder": "colours"}))
+    evaluate(EvaluateConfig(model="colours", data=(str(pictures_csv),), out=tmp_path / "report", seed=7))
+    assert seeds == [7]
+
+
+def test_captions_that_are_cut_are_counted_by_dataset(
+    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cutting(Colours):
+        num_cut = 5
+
+        def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+            self.num_cut += sum(len(text.split()) > 5 for text in texts)
+            return super().encode_text(texts)
+
+    shutil.copytree(pictures_csv.parent, tmp_path / "other")
+    monkeypatch.setattr(run, "open_encoder", lambda config: (Cutting(), {"encoder": "colours"}))
+    data = (str(pictures_csv), str(tmp_path / "other" / "captions.csv"))
+    report = evaluate(EvaluateConfig(model="colours", data=data, out=tmp_path / "report"))
+    assert [facts["captions_cut"] for facts in report["datasets"].values()] == [24, 24]
 
 
 def test_pages_show_the_same_figures(report_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from llm2clip import LLM2CLIP
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.export.check import PROBE_TEXTS, probe_pictures
+from llm2clip.export.card import write_card
+from llm2clip.export.check import PROBE_TEXTS, compare, least_cosine, probe_embeds, probe_pictures
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.run import export_model
 
@@ -223,7 +224,107 @@ def test_a_folder_that_needs_llm2clip_does_not_pass(tmp_path: Path) -> None:
         encode_fresh("transformers", tmp_path, device="cpu", teacher_dim=32)
 
 
-def test_probe_pictures_are_the_same_every_time() -> None:
-    first, again = probe_pictures(), probe_pictures()
+def test_probe_pictures_are_the_same_every_time_and_differ() -> None:
+    first, again, others = probe_pictures(), probe_pictures(), probe_pictures(seed=1)
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
-    assert all(isinstance(picture, Image.Image) for picture in first)
+    assert all(one.tobytes() != other.tobytes() for one, other in zip(first, others, strict=True))
+    assert [picture.size for picture in first] == [(320, 240), (200, 300), (64, 64), (97, 500)]
+    small = [np.asarray(picture.resize((6, 6)), float) for picture in first]
+    assert all(values.std() > 20 for values in small), "nothing is to be seen on one"
+    assert min(np.abs(a - b).mean() for i, a in enumerate(small) for b in small[:i]) > 20, "two look alike"
+    embeds = probe_embeds(32)
+    assert embeds.shape == (4, 32) and (embeds == probe_embeds(32)).all() and (embeds != probe_embeds(32, seed=1)).all()
+
+
+def test_vectors_that_are_not_the_same() -> None:
+    one = np.eye(2, dtype=np.float32)
+    assert compare(Path("x"), {"text": one, "image": one}, {"text": 3 * one, "image": one}) == {"text": 1, "image": 1}
+    # cosines of 0.99989 and 0.99991, of one row in two
+    for turn, passes in ((0.01483, False), (0.01342, True)):
+        turned = np.array([[1, 0], [np.sin(turn), np.cos(turn)]], np.float32)
+        for name in ("text", "image"):
+            found = {"text": one, "image": one, name: turned}
+            if passes:
+                assert compare(Path("x"), {"text": one, "image": one}, found)[name] == pytest.approx(np.cos(turn))
+            else:
+                with pytest.raises(LLM2CLIPError, match=f"gives other {name} vectors"):
+                    compare(Path("x"), {"text": one, "image": one}, found)
+    for wrong in (one * np.nan, one[:1], np.eye(3), one * 0):
+        assert least_cosine(one, wrong) == -1
+
+
+FACTS = {
+    "to": "tower",
+    "dim": 24,
+    "teacher_dim": 32,
+    "tower_dim": 48,
+    "tower_type": "vit",
+    "tower_class": "ViTModel",
+    "pooling": "cls",
+    "image_size": [224, 336],
+    "tower": "/home/me/towers/vit",
+    "teacher_fingerprint": "t" * 16,
+    "fingerprint": "f" * 16,
+    "num_samples": 900,
+    "steps": 70,
+    "batch_size": 8,
+}
+
+
+@pytest.mark.parametrize("kind", ["sentence-transformers", "transformers", "tower"])
+def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
+    write_card(tmp_path, {**FACTS, "to": kind}, scores={"b/r@1": 0.25, "a/r@1": 0.5})
+    card = (tmp_path / "README.md").read_text()
+    library, task = {
+        "sentence-transformers": ("sentence-transformers", "sentence-similarity"),
+        "transformers": ("transformers", "image-feature-extraction"),
+        "tower": ("transformers", "image-feature-extraction"),
+    }[kind]
+    assert card.startswith(f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- llm2clip\n")
+    assert "pictures of 336 x 224 px" in card
+    rows = [
+        f"| {name} | `{value}` |"
+        for name, value in (
+            ("tower", "vit (vit)"),
+            ("fingerprint of the teacher", "t" * 16),
+            ("fingerprint", "f" * 16),
+            ("num samples", 900),
+            ("steps", 70),
+            ("batch size", 8),
+        )
+    ]
+    assert "\n".join(["| what | which |", "|---|---|", *rows]) in card
+    assert "## Scores\n\n| metric | % |\n|---|---|\n| a/r@1 | 50.0 |\n| b/r@1 | 25.0 |\n" in card
+    if kind == "tower":
+        assert 'ViTModel.from_pretrained(".", add_pooling_layer=False)' in card and "have 48 numbers" in card
+        write_card(tmp_path, {**FACTS, "pooling": "pooler"}, scores=None)
+        card = (tmp_path / "README.md").read_text()
+        assert "add_pooling_layer" not in card and "## Scores" not in card
+
+
+def test_settings_and_revisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    class Opened(Exception):
+        pass
+
+    def opener(*names: object, **options: object) -> None:
+        asked.append((*names, options))
+        raise Opened
+
+    monkeypatch.setattr(LLM2CLIP, "from_pretrained", opener)
+    config = ExportConfig(
+        model="M",
+        teacher="T",
+        to="tower",
+        out=tmp_path / "out",
+        device="cpu",
+        trust_remote_code=True,
+        model_revision="m1",
+        teacher_revision="t1",
+    )
+    with pytest.raises(Opened):
+        export_model(config)
+    options = {"device": "cpu", "revision": "m1", "teacher_revision": "t1", "trust_remote_code": True}
+    assert asked == [("M", "T", options)]
+    assert set(config.settings()) == {field.name for field in dataclasses.fields(config)} - {"out", "device"}

@@ -45,7 +45,9 @@ def facts(fingerprint: str = "t" * 16) -> TeacherFacts:
     return TeacherFacts(**{name: values.get(name, "" if "str" in str(kind) else 0) for name, kind in fields.items()})
 
 
-def write_test_bank(folder: Path, samples: Sequence[Sample] | Iterable[Sample], *, teacher: str = "t" * 16) -> Bank:
+def write_test_bank(
+    folder: Path, samples: Sequence[Sample] | Iterable[Sample], *, teacher: str = "t" * 16, dtype: str = "float16"
+) -> Bank:
     """A whole bank of `samples`."""
     plan = Plan(
         out=folder,
@@ -53,7 +55,7 @@ def write_test_bank(folder: Path, samples: Sequence[Sample] | Iterable[Sample], 
         teacher=facts(teacher),
         encoder=FakeEncoder(),  # type: ignore[arg-type]
         intake=lambda: Intake(samples, "s" * 16, BadSamples(1.0)),
-        dtype="float16",
+        dtype=dtype,
         shard_rows=16,
     )
     return Bank.open(write_bank(plan))

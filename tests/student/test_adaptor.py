@@ -8,9 +8,12 @@ from llm2clip.student.adaptor import Adaptor, AdaptorBlock, num_adaptor_paramete
 
 def test_released_sizes() -> None:
     assert num_adaptor_parameters(4096, 1280) == 273_769_728  # "273.8M" of the released 8B students
-    block_matrices = 4 * 2 * 2048 * 4096
-    assert block_matrices == 67_108_864  # the paper's "67.1M" for a 1B teacher: the blocks' matrices alone
-    assert num_adaptor_parameters(2048, 1280) > block_matrices
+    # a block of width d: a norm of 2 d, d to 2 d and back; at the end a norm and the projection
+    assert num_adaptor_parameters(3, 2, num_blocks=1) == (6 + (18 + 6) + (18 + 3)) + 6 + (6 + 2)
+    with torch.device("meta"):
+        blocks = Adaptor(2048, 1280).blocks
+    matrices = sum(parameter.numel() for parameter in blocks.parameters() if parameter.ndim == 2)
+    assert matrices == 67_108_864  # the paper's "67.1M" for a 1B teacher: the blocks' matrices alone
 
 
 def test_block_by_hand() -> None:

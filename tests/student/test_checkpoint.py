@@ -1,5 +1,6 @@
 """Checkpoints: everything comes back, the last two are kept, a torn one is not taken for whole."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ from llm2clip.student.checkpoint import (
     drop_checkpoints,
     load_checkpoint,
     restore_state,
+    save_best,
     save_checkpoint,
     state_tensors,
+    tensors_fingerprint,
     whole_weights,
 )
 
@@ -124,6 +127,19 @@ def test_it_is_no_pickle(tmp_path) -> None:
     files = {p.name for p in (tmp_path / "checkpoints" / "step-00000001").iterdir()}
     assert files == {"state.safetensors", "state.json"}
     assert json.loads((tmp_path / "checkpoints" / "step-00000001" / "state.json").read_text())["step"] == 1
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path, renames) -> None:
+    save_checkpoint(tmp_path, 3, {"model/x": torch.zeros(3)}, {})
+    save_best(tmp_path, {"x": torch.zeros(3)})
+    assert renames == {"step-00000003": [], "best.safetensors": []}
+
+
+def test_a_fingerprint_is_of_names_shapes_dtypes_and_bytes() -> None:
+    x = torch.arange(6.0)
+    by_hand = b"a (2, 3) torch.float32" + x.numpy().tobytes() + b"b (6,) torch.int64" + x.long().numpy().tobytes()
+    found = tensors_fingerprint({"b": x.long(), "a": x.reshape(2, 3)})
+    assert found == hashlib.sha256(by_hand).hexdigest()[:16]
 
 
 def student_and_optimizer():

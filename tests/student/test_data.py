@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llm2clip.bank.reader import Bank
 from llm2clip.data.images import load_image
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
+from llm2clip.student import data as data_module
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.transform import ImageTransform
 
@@ -74,8 +76,6 @@ def test_no_memory_map_travels_to_a_worker(bank: Bank) -> None:
 def test_crops_and_captions_change_from_epoch_to_epoch(tmp_path: Path) -> None:
     pictures = picture_samples(tmp_path / "pictures", 3)
     gradient = np.linspace(0, 255, 80 * 60 * 3).reshape(80, 60, 3).astype(np.uint8)
-    from PIL import Image
-
     Image.fromarray(gradient).save(pictures[0].picture.path)
     one = write_test_bank(tmp_path / "bank", [Sample("x", pictures[0].picture, {"a": ("1", "2", "3")})])
     dataset = BankDataset([one], transform=TRANSFORM, batch_size=1)
@@ -195,3 +195,79 @@ def test_a_bank_with_none_of_the_kinds_is_refused(bank: Bank, tmp_path: Path) ->
     alone = write_test_bank(tmp_path / "bank", samples)
     with pytest.raises(UsageError, match="has captions of alt, but --mix wants short"):
         BankDataset([bank, alone], transform=TRANSFORM, batch_size=8, mix={"short": 1})
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """A bank of one picture, dark at the left and bright at the right, with many captions."""
+    folder = tmp_path_factory.mktemp("one")
+    Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[:, None], (256, 1, 3))).save(folder / "x.png")
+    sample = Sample("x", PictureRef(str(folder / "x.png")), {"a": tuple(str(i) for i in range(200))})
+    return write_test_bank(folder / "bank", [sample])
+
+
+def test_crops_captions_and_replacements_depend_on_the_seed(one: Bank, bank: Bank) -> None:
+    first, other = (BankDataset([one], transform=TRANSFORM, batch_size=1, seed=seed) for seed in (0, 1))
+    for part in ("packed", "rows"):
+        seen = [
+            [getattr(load(dataset, number), part).numpy().tobytes() for number in range(8)]
+            for dataset in (first, other)
+        ]
+        assert sum(a != b for a, b in zip(*seen, strict=True)) >= 6, part
+    replaced = []
+    for seed in (0, 1):
+        dataset = BankDataset([bank], transform=TRANSFORM, batch_size=8, seed=seed)
+        replaced.append(list(dataset._candidates(0, np.array([5]), 0, position=3)))
+    assert replaced[0][0] == replaced[1][0] == 5 and replaced[0] != replaced[1]
+
+
+def test_the_smallest_crop_is_the_one_asked_for(one: Bank) -> None:
+    """Of a picture as bright as its column, the spread of a crop's values says how wide it is."""
+    widths = {}
+    for min_crop in (0.9, 0.04):
+        dataset = BankDataset([one], transform=TRANSFORM, batch_size=1, min_crop=min_crop)
+        spread = [np.ptp(load(dataset, number).pixels[0, 0].numpy().astype(int)) for number in range(40)]
+        widths[min_crop] = min(spread)
+    assert widths[0.9] > 180 and widths[0.04] < 120
+
+
+def test_pictures_are_decoded_no_larger_than_needed(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def noted(ref: PictureRef, *, min_size: int | None = None) -> Image.Image:
+        sizes.append(min_size)
+        return load_image(ref, min_size=min_size)
+
+    monkeypatch.setattr(data_module, "load_image", noted)
+    for min_crop in (0.9, 1.0):
+        load(BankDataset([bank], transform=TRANSFORM, batch_size=2, min_crop=min_crop), 0)
+    assert sizes == [32, 32, 48, 48]
+
+
+def test_banks_are_drawn_by_their_weights(bank: Bank, other: Bank) -> None:
+    dataset = BankDataset([bank, other], transform=TRANSFORM, batch_size=60, bank_weights=(1, 3))
+    batch = load(dataset, 0)
+    assert (batch.samples < 48).sum() == 15
+    assert dataset.batches_per_epoch == 1
+
+
+def test_two_banks_of_equal_size_have_orders_of_their_own(bank: Bank, tmp_path: Path) -> None:
+    twin = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 48))
+    drawn = load(BankDataset([bank, twin], transform=TRANSFORM, batch_size=96), 0).samples.tolist()
+    of_bank, of_twin = ([n % 48 for n in drawn if (n < 48) == first] for first in (True, False))
+    assert sorted(of_bank) == sorted(of_twin) and of_bank != of_twin
+
+
+def test_the_order_within_and_between_banks_depends_on_the_seed(bank: Bank, other: Bank) -> None:
+    drawn = []
+    for seed in (0, 1):
+        dataset = BankDataset([bank, other], transform=TRANSFORM, batch_size=60, seed=seed)
+        drawn.append(load(dataset, 0).samples.tolist())
+    assert [n < 48 for n in drawn[0]] != [n < 48 for n in drawn[1]], "which bank comes when"
+    assert [n for n in drawn[0] if n < 48] != [n for n in drawn[1] if n < 48], "which of its samples"
+
+
+def test_banks_of_two_dtypes_come_in_the_wider(bank: Bank, tmp_path: Path) -> None:
+    exact = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 6, name="e"), dtype="float32")
+    for banks in ([bank, exact], [exact, bank]):
+        assert load(BankDataset(banks, transform=TRANSFORM, batch_size=8), 0).text_embeds.dtype == torch.float32

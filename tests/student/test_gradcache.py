@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm2clip.student.gradcache import cached_step
+from llm2clip.student.gradcache import _random_state, _set_random_state, cached_step
 from llm2clip.student.loss import contrastive_loss
 
 
@@ -145,6 +145,29 @@ def test_a_loss_scaler_scales_the_gradients_once() -> None:
     assert_close(loss, softmax(*plain(*data())).detach())
     for name, gradient in gradients(plain).items():
         assert_close(gradients(cached)[name], 1024 * gradient)
+
+
+def test_the_random_state_of_a_device_goes_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout draws on the device: a stand-in for it has a generator of its own."""
+    generator, device = torch.Generator().manual_seed(1), torch.device("cuda", 1)
+
+    class Cuda:
+        @staticmethod
+        def get_rng_state(of: torch.device) -> Tensor:
+            assert of == device
+            return generator.get_state()
+
+        @staticmethod
+        def set_rng_state(state: Tensor, of: torch.device) -> None:
+            assert of == device
+            generator.set_state(state)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda of: Cuda)
+    state = _random_state(device)
+    first = torch.rand(3), torch.rand(3, generator=generator)
+    _set_random_state(device, state)
+    assert torch.equal(torch.rand(3), first[0])
+    assert torch.equal(torch.rand(3, generator=generator), first[1])
 
 
 class ShardingRunner:

@@ -55,6 +55,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, bad
     assert [line["step"] for line in lines(tmp_path)] == [1], "what was good is written"
 
 
+def test_trackers_are_ended_with_the_run(tmp_path) -> None:
+    class Tracker:
+        ended = False
+
+        def finish(self) -> None:
+            self.ended = True
+
+    accelerator = OneProcess()
+    accelerator.trackers = [Tracker(), Tracker()]
+    journal = Journal(accelerator, tmp_path, total=1, step=0, pictures=8)
+    journal.add(1, {"loss": torch.tensor(1.0)})
+    journal.close()
+    assert [tracker.ended for tracker in accelerator.trackers] == [True, True]
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
 def test_trackers(monkeypatch) -> None:
     assert find_tracker("none") == []
     with pytest.raises(UsageError, match="pip install trackio"):

@@ -161,14 +161,3 @@ def test_a_killed_worker_is_one_clear_line(bank: Bank) -> None:
     with pytest.raises(LLM2CLIPError, match=r"a process that reads pictures died.*fewer --workers") as caught:
         list(BankLoader(dying, workers=1).batches(0, 4))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.gpu
-def test_batches_on_a_gpu_are_those_of_the_cpu(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "CHUNK", 3)
-    expected = list(BankLoader(dataset_of(bank)).batches(0, 6))
-    found = []
-    for batch in BankLoader(dataset_of(bank), workers=2, device="cuda").batches(0, 6):
-        assert batch.pixels.is_cuda
-        found.append(batch.map(torch.Tensor.cpu))
-    assert same(found, expected)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llm2clip.student.mix import choose_captions
+from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.errors import UsageError
+from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, wanted_kinds
+
+from .banks import write_test_bank
 
 KINDS = [0, 1, 1, 2]
 
@@ -36,3 +41,44 @@ def test_none_twice_before_all_were_taken() -> None:
     draws = np.random.default_rng(0).random((200, 12)).tolist()
     for chosen in (choose_captions(KINDS, [1, 1, 1], row) for row in draws):
         assert sorted(chosen[:4]) == [0, 1, 2, 3] and len(set(chosen[4:])) == 2
+
+
+def bank_of(folder: Path, *kinds: str, teacher: str = "t" * 16):
+    """A bank of one sample with a caption of each kind."""
+    sample = Sample("x", PictureRef("x.jpg"), {kind: (f"a {kind} caption",) for kind in kinds})
+    return write_test_bank(folder, [sample], teacher=teacher)
+
+
+def test_weights_are_in_the_order_of_each_banks_kinds(tmp_path: Path) -> None:
+    banks = [bank_of(tmp_path / "a", "short", "long"), bank_of(tmp_path / "b", "zh", "short")]
+    mix = {"short": 3.0, "long": 1.0, "raw": 0.0}
+    assert [kind_weights(bank, mix) for bank in banks] == [[3.0, 1.0], [0.0, 3.0]]
+    assert [kind_weights(bank, {}) for bank in banks] == [[1.0, 1.0], [1.0, 1.0]]
+    assert wanted_kinds(banks, {}) == ["long", "short", "zh"]
+    assert wanted_kinds(banks, {"zh": 1.0, "short": 1.0}) == ["zh", "short"]
+    with pytest.raises(UsageError, match="'raw' is unknown"):
+        wanted_kinds(banks, {"short": 1.0, "raw": 1.0})
+
+
+def test_a_kind_of_weight_0_is_not_wanted(tmp_path: Path) -> None:
+    bank = bank_of(tmp_path / "a", "short", "long")
+    assert wanted_kinds([bank], {"short": 1.0, "long": 0.0}) == ["short"]
+    with pytest.raises(UsageError, match="has captions of zh, but --mix wants short"):
+        wanted_kinds([bank, bank_of(tmp_path / "b", "zh")], {"short": 1.0, "zh": 0.0})
+
+
+def test_every_bank_is_checked(tmp_path: Path) -> None:
+    good, foreign = bank_of(tmp_path / "a", "raw"), bank_of(tmp_path / "b", "raw", teacher="u" * 16)
+    for banks in ([good, foreign], [good, good, foreign], [good, foreign, good]):
+        with pytest.raises(UsageError, match=f"--bank {foreign.folder} is of teacher u"):
+            check_banks(banks)
+    foreign.num_samples = 0
+    with pytest.raises(UsageError, match=f"--bank {foreign.folder} holds no samples"):
+        check_banks([good, foreign])
+
+
+def test_the_batch_that_fits() -> None:
+    check_batch_size(8, 4, num_samples=8)
+    for batch_size, processes, fit in ((10, 4, 8), (3, 4, 4)):
+        with pytest.raises(UsageError, match=f"take {fit}"):
+            check_batch_size(batch_size, processes, num_samples=100)

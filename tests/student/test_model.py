@@ -141,6 +141,34 @@ def test_temperature_stays_in_its_bounds(tiny_tower) -> None:
         assert student.logit_scale.item() == pytest.approx(bound)
 
 
+def test_vectors_have_length_one_in_half_precision_too(tiny_tower) -> None:
+    student = start(tiny_tower)
+    with torch.autocast("cpu", torch.bfloat16):
+        image, text, scale = student(*inputs(student))
+    assert image.dtype == text.dtype == scale.dtype == torch.float32
+    for vectors in (image, text):
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3), atol=1e-6, rtol=0)
+
+
+def test_fresh_parts_start_as_in_the_released_code(tiny_tower) -> None:
+    """CLIP's normal projection, of standard deviation W ** -0.5; PyTorch's uniform linear layers; plain norms."""
+    torch.manual_seed(0)
+    student = start_student(str(tiny_tower), teacher_dim=100, projection_dim=400)
+    projection = student.visual_projection.weight
+    assert projection.std().item() * 32**0.5 == pytest.approx(1, abs=0.02)
+    assert projection.abs().max() > 3 * 32**-0.5, "a uniform one has no such values"
+    linear = [module for module in student.adaptor.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 2 * 4 + 1
+    for module in linear:
+        bound = module.in_features**-0.5
+        for values in (module.weight, module.bias):
+            assert 0.95 * bound < values.abs().max() <= bound
+            assert values.abs().mean().item() == pytest.approx(bound / 2, rel=0.15)
+    for module in student.adaptor.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+
+
 def test_sigmoid_student_has_a_bias(tiny_tower, tmp_path) -> None:
     student = start(tiny_tower, loss="sigmoid")
     assert student.logit_bias.item() == -10 and student.logit_scale.exp().item() == pytest.approx(10)

@@ -120,8 +120,26 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
         "adaptor.projection.weight",
         "tower.embeddings.position_embedding.weight",
     } <= rest
-    assert isinstance(optimizer.muon, torch.optim.Muon)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_muons_updates_are_as_large_as_adamws() -> None:
+    """0.2 of the rate, root mean square (arXiv 2502.16982), whatever the shape; its iteration is not exact."""
+    model = student()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, kind="muon", learning_rate=1e-3, fresh_learning_rate=2e-3, weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]).square().mean().sqrt().item() for name, p in model.named_parameters()}
+    for name, rate in (
+        ("tower.encoder.layers.0.mlp.fc1.weight", 1e-3),  # [32, 16]
+        ("tower.encoder.layers.1.mlp.fc2.weight", 1e-3),  # [16, 32]
+        ("tower.encoder.layers.0.self_attn.q_proj.weight", 1e-3),  # [16, 16]
+        ("adaptor.blocks.0.expand.weight", 2e-3),  # [24, 12]
+    ):
+        assert moved[name] == pytest.approx(0.2 * rate, rel=0.25), name
+    assert moved["visual_projection.weight"] == pytest.approx(2e-3, rel=0.01), "AdamW's first step"
 
 
 def take_step(model: Student, optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -108,3 +108,20 @@ def test_lanes_share_out_the_samples() -> None:
 def test_apportion_by_hand() -> None:
     assert apportion(3, [1, 1]) == [2, 1]
     assert apportion(100, [0.7, 0.2, 0.1]) == [70, 20, 10]
+
+
+def test_the_order_of_a_bank_depends_on_seed_name_and_epoch() -> None:
+    orders = [ShuffledOrder(50, seed=seed, name=name) for seed, name in ((0, "0"), (0, "1"), (1, "0"))]
+    epochs = [order.samples(np.arange(first, first + 50), lane=0, lanes=1) for order in orders for first in (0, 50)]
+    assert len({tuple(samples.tolist()) for samples in epochs}) == 6
+
+
+def test_banks_are_interleaved_otherwise_by_seed_lane_and_block() -> None:
+    def patterns(seed: int) -> list[tuple[int, ...]]:
+        orders = [ShuffledOrder(64, seed=0, name="0"), ShuffledOrder(64, seed=0, name="1")]
+        mixture = Mixture(orders, batch_size=32, seed=seed, lanes=2, block=16)  # each lane's part of a batch is a block
+        banks, _ = drawn(mixture, range(4))
+        assert (banks.reshape(8, 16).sum(1) == 8).all()
+        return [tuple(row) for row in banks.reshape(8, 16).tolist()]
+
+    assert len({*patterns(0), *patterns(1)}) == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -48,27 +49,42 @@ def test_boxes_lie_inside_and_keep_nine_tenths_where_the_ratio_allows(size: tupl
             assert (right - left) * (bottom - top) >= 0.89 * size[0] * size[1]
 
 
-def test_boxes_are_spread_as_those_of_torchvision() -> None:
+@pytest.mark.parametrize("min_crop", [0.9, 0.2])
+@pytest.mark.parametrize("size", [(320, 300), (37, 53), (400, 100), (100, 400), (3, 1), (1, 3)])
+def test_a_box_is_torchvisions_for_the_same_random_numbers(
+    size: tuple[int, int], min_crop: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2")
-    picture = torch.zeros(3, 300, 320, dtype=torch.uint8)
-    crop = v2.RandomResizedCrop(8, scale=(0.9, 1.0))
-    torch.manual_seed(0)
-    theirs = np.array(
-        [
-            [params[key] for key in ("left", "top", "width", "height")]
-            for params in (crop.make_params([picture]) for _ in range(2000))
-        ]
-    )
-    rng = np.random.default_rng(0)
-    boxes = np.array([random_box(320, 300, rng.random(NUM_DRAWS).tolist()) for _ in range(2000)])
-    ours = np.stack([boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], axis=1)
-    # 2000 draws each of a spread of at most 10 px: the means differ by 3 standard errors, 0.9 px, at most
-    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.9)
-    np.testing.assert_allclose(ours.std(0), theirs.std(0), atol=0.9)
+    crop, picture = v2.RandomResizedCrop(8, scale=(min_crop, 1.0)), torch.zeros(3, *size[::-1], dtype=torch.uint8)
+    for draws in np.random.default_rng(0).random((50, NUM_DRAWS)).tolist():
+        shapes, places = iter(draws[:-2]), iter((draws[-1], draws[-2]))  # area and ratio of each try; then top and left
+
+        def uniform(tensor: torch.Tensor, low: float, high: float, draw: Iterator[float] = shapes) -> torch.Tensor:
+            return torch.full_like(tensor, low + (high - low) * next(draw), dtype=torch.float64)
+
+        def whole(low: int, high: int, size: object, draw: Iterator[float] = places) -> torch.Tensor:
+            return torch.tensor([int(next(draw) * high)])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "uniform_", uniform)
+            patch.setattr(torch, "randint", whole)
+            theirs = crop.make_params([picture])
+        left, top = theirs["left"], theirs["top"]
+        expected = (left, top, left + theirs["width"], top + theirs["height"])
+        assert random_box(*size, draws, min_crop=min_crop) == expected
+
+
+def test_a_box_reaches_every_edge() -> None:
+    """Half the area, square: 71 of 100 pixels a side, in 30 places each way."""
+    shape = [0.0, 0.5] * 10
+    assert random_box(100, 100, [*shape, 0.0, 0.0], min_crop=0.5) == (0, 0, 71, 71)
+    assert random_box(100, 100, [*shape, 0.999, 0.0], min_crop=0.5) == (29, 0, 100, 71)
+    assert random_box(100, 100, [*shape, 0.0, 0.999], min_crop=0.5) == (0, 29, 71, 100)
 
 
 def test_a_picture_too_wide_for_any_box_gives_its_middle() -> None:
     assert random_box(400, 100, [0.5] * NUM_DRAWS) == (133, 0, 266, 100)
+    assert random_box(100, 400, [0.5] * NUM_DRAWS) == (0, 133, 100, 266)
 
 
 @pytest.mark.parametrize("mode", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS])

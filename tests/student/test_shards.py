@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -77,6 +80,33 @@ def test_a_substitute_is_of_the_same_shard() -> None:
 def test_more_processes_than_shards_are_refused() -> None:
     with pytest.raises(UsageError, match="8 remote shards cannot be shared by 9 processes"):
         ShardOrder(STARTS, seed=0).lane_size(9)
+
+
+def test_the_order_of_shards_depends_on_seed_name_epoch_and_lane() -> None:
+    """Shards of one sample each, one at a time: nothing but their order can differ."""
+    found = []
+    for seed, name in ((0, "0"), (0, "1"), (1, "0")):
+        order = ShardOrder(np.arange(41), seed=seed, name=name, window=1)
+        for lane in range(2):
+            own = order.lane_shards(lane, 2).tolist()
+            for epoch in range(2):
+                samples = order.samples(np.arange(20 * epoch, 20 * epoch + 20), lane=lane, lanes=2)
+                found.append(tuple(own.index(sample) for sample in samples.tolist()))
+    assert len(set(found)) == 12
+    lanes = [ShardOrder(STARTS, seed=s, name=n).lane_shards(0, 2) for s, n in ((0, "0"), (0, "1"), (1, "0"))]
+    assert len({frozenset(shards.tolist()) for shards in lanes}) == 3
+
+
+def test_samples_of_a_window_are_mixed_otherwise_by_seed_name_epoch_lane_and_window() -> None:
+    """Windows of one shard of ten samples: nothing but their order in it can differ."""
+    found = []
+    for seed, name in ((0, "0"), (0, "1"), (1, "0")):
+        order = ShardOrder(np.arange(0, 41, 10), seed=seed, name=name, window=1)
+        for lane in range(2):
+            for first in (0, 10, 20, 30):  # two shards an epoch
+                samples = order.samples(np.arange(first, first + 10), lane=lane, lanes=2)
+                found.append(tuple((samples % 10).tolist()))
+    assert len(set(found)) == 24
 
 
 def remote_samples(folder: Path, counts: list[int]) -> list[Sample]:
@@ -163,6 +193,92 @@ def test_a_shard_is_fetched_once(tmp_path: Path) -> None:
     fsspec.filesystem("memory").rm("once.tar")
     assert cache.fetch(url) == path
     assert ShardCache(tmp_path / "cache").local(PictureRef(url, 5, 10)) == PictureRef(str(path), 5, 10)
+
+
+def test_two_at_once_fetch_a_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download begins when both have asked for the lock, as two processes that need the shard at once do."""
+    url, both, fetched = put("both.tar", 10), threading.Barrier(2), []
+    lock, waiting = shards_module.fcntl.flock, threading.Event()
+
+    def ask(file: object, mode: int) -> None:
+        if both.wait(20) == 0:
+            waiting.set()
+        lock(file, mode)  # type: ignore[arg-type]
+
+    def get_file(remote: str, path: str) -> None:
+        fetched.append(remote)
+        assert waiting.wait(20)
+        Path(path).write_bytes(bytes(10))
+
+    monkeypatch.setattr(shards_module.fcntl, "flock", ask)
+    monkeypatch.setattr(shards_module, "filesystem_of", lambda name: (SimpleNamespace(get_file=get_file), name))
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(ShardCache(tmp_path).fetch, url) for _ in range(2)]
+        assert [future.result(60).read_bytes() for future in futures] == [bytes(10)] * 2
+    assert fetched == [url]
+
+
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path)
+
+    def get_file(remote: str, path: str) -> None:
+        Path(path).write_bytes(bytes(5))
+        assert not cache.path("memory://whole.tar").exists()
+
+    monkeypatch.setattr(shards_module, "filesystem_of", lambda name: (SimpleNamespace(get_file=get_file), name))
+    assert cache.fetch("memory://whole.tar").read_bytes() == bytes(5)
+
+
+def test_shards_of_one_name_in_two_places_are_two(tmp_path: Path) -> None:
+    with fsspec.open("memory://elsewhere/once.tar", "wb") as file:
+        file.write(b"another")
+    cache = ShardCache(tmp_path)
+    assert cache.fetch(put("once.tar", 3)).read_bytes() == bytes(3)
+    assert cache.fetch("memory://elsewhere/once.tar").read_bytes() == b"another"
+
+
+def test_room_is_made_for_the_new_shard_and_no_more(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=400)
+    old = [cache.fetch(put(f"old{i}.tar", 100)) for i in range(4)]
+    for age, path in enumerate(old):
+        os.utime(path, (time.time() - 1000 - age,) * 2)
+    cache.fetch(put("new.tar", 150))  # 550 bytes: the two longest unused go, which are the last
+    assert [path.exists() for path in old] == [True, True, False, False]
+
+
+def test_a_shard_in_use_is_kept_though_there_is_no_room(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=100)
+    paths = [cache.fetch(put(f"used{i}.tar", 100)) for i in range(3)]
+    assert all(path.exists() for path in paths)
+
+
+def test_a_shard_that_is_not_there_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    waited: list[float] = []
+    monkeypatch.setattr(shards_module.time, "sleep", waited.append)
+
+    def fails(error: Exception) -> None:
+        def filesystem(name: str) -> object:
+            asked.append(name)
+            raise error
+
+        monkeypatch.setattr(shards_module, "filesystem_of", filesystem)
+        with pytest.raises(SourceError):
+            ShardCache(tmp_path).fetch("memory://x.tar")
+
+    fails(FileNotFoundError("x.tar"))
+    assert len(asked) == 1 and waited == []
+    fails(OSError("reset"))
+    assert len(asked) == 1 + 4 and waited == [1, 4, 16]
+
+
+def test_the_usual_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("LLM2CLIP_SHARD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ShardCache().folder == tmp_path / ".cache" / "llm2clip" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert ShardCache().folder == tmp_path / "x" / "llm2clip" / "shards"
 
 
 def test_the_longest_unused_shards_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

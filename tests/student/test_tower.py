@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from llm2clip.student.tower import PatchDropout, add_patch_dropout, resample_positions, resize_tower, tower_blocks
+from llm2clip.student.tower import (
+    PatchDropout,
+    add_patch_dropout,
+    default_pooling,
+    resample_positions,
+    resize_tower,
+    tower_blocks,
+)
 
 
 def test_positions_keep_the_class_token_and_the_mean() -> None:
@@ -31,6 +38,23 @@ def test_resized_tower_gives_nearly_the_same_on_a_flat_picture(tiny_tower) -> No
     assert torch.cosine_similarity(a, b) > 0.98
     with pytest.raises(ValueError, match="use 32 or 40"):
         resize_tower(tower, image_size=36)
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("vit", "cls"), ("clip-vision", "pooler"), ("dinov2", "pooler")])
+def test_the_pooled_vector_is_the_family_s_own_but_where_its_pooler_is_untrained(towers, family, pooling) -> None:
+    from transformers import AutoModel
+
+    from llm2clip.student.start import start_student
+
+    whole = AutoModel.from_pretrained(towers[family]).eval()
+    assert default_pooling(whole.config) == pooling
+    student = start_student(str(towers[family]), teacher_dim=8, projection_dim=4).eval()
+    assert student.config.pooling == pooling
+    assert family != "vit" or student.tower.pooler is None
+    picture = torch.rand(2, 3, 32, 32)
+    outputs = whole(picture)
+    pooled = outputs.last_hidden_state[:, 0] if pooling == "cls" else outputs.pooler_output
+    torch.testing.assert_close(student.get_image_features(picture), student.visual_projection(pooled))
 
 
 def test_blocks_are_found_in_order(towers) -> None:

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from llm2clip.errors import UsageError
-from llm2clip.student.pixels import NUM_DRAWS
+from llm2clip.student.pixels import NUM_DRAWS, random_box
 from llm2clip.student.transform import ImageTransform
 
 from .test_pixels import photo
@@ -136,9 +136,29 @@ def test_a_crop_of_the_whole_picture_is_the_squashed_picture() -> None:
     assert torch.equal(transform.augmented(picture, [0.999] * NUM_DRAWS)[:3], transform(picture))
 
 
-def test_augmentation_is_a_pure_function_of_its_draws() -> None:
-    transform = ImageTransform(image_size=(32, 24), resize=32)
-    first, other = np.random.default_rng(0).random((2, NUM_DRAWS)).tolist()
-    assert transform.augmented(photo(90, 80), first)[:3].shape == (3, 32, 24)
-    assert torch.equal(transform.augmented(photo(90, 80), first), transform.augmented(photo(90, 80), first))
-    assert not torch.equal(transform.augmented(photo(90, 80), first), transform.augmented(photo(90, 80), other))
+def test_another_size_of_a_picture_that_is_no_square() -> None:
+    tall = ImageTransform(image_size=(32, 24), resize=(40, 30))
+    assert tall.at_size(64) == ImageTransform(image_size=(64, 64), resize=(80, 80))
+    assert ImageTransform(image_size=(32, 24), resize=40).at_size(48).resize == 80  # 40 to 24 as 80 to 48
+
+
+def test_sizes_at_which_jpegs_are_decoded() -> None:
+    tall = ImageTransform(image_size=(32, 24), resize=(40, 60))
+    assert (tall.eval_decode_size, tall.train_decode_size) == (3 * 60, 2 * 32)
+    assert ImageTransform(image_size=(32, 24), resize=40).eval_decode_size == 3 * 40
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+@pytest.mark.parametrize("min_crop", [0.9, 0.3])
+def test_augmentation_is_pillows_crop_and_bicubic_resize_whatever_the_towers_filter(
+    resample: Image.Resampling, min_crop: float
+) -> None:
+    transform = ImageTransform(image_size=(64, 48), resize=64, resample=resample)
+    picture, others = photo(45, 40), 0.0
+    for draws in np.random.default_rng(0).random((5, NUM_DRAWS)).tolist():
+        part = picture.crop(random_box(45, 40, draws, min_crop=min_crop))
+        ours = transform.augmented(picture, draws, min_crop=min_crop)[:3].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(ours - np.asarray(part.resize((48, 64), Image.Resampling.BICUBIC))).max() <= 2
+        bilinear = np.asarray(part.resize((48, 64), Image.Resampling.BILINEAR)).astype(int)
+        others = max(others, np.abs(ours - bilinear).max())
+    assert others > 10, "the picture does not tell the filters apart"

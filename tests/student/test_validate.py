@@ -1,11 +1,16 @@
 """The validation score: by hand, and on a bank with a picture that cannot be read."""
 
+import contextlib
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn.functional import normalize
 
+from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.student import validate as validate_module
 from llm2clip.student.validate import encode_pictures, retrieval_scores, validate
@@ -32,7 +37,8 @@ def test_a_kind_that_some_pictures_lack() -> None:
     assert scores == {"val/zh/i2t_r@1": 1, "val/zh/t2i_r@1": 1, "val/r@1": 1}
 
 
-def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path) -> None:
+def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path, caplog) -> None:
+    """Against ranks counted in numpy; a picture that cannot be read is left out, and the captions of it."""
     from accelerate import Accelerator
 
     from llm2clip.bank.build import build_bank
@@ -45,11 +51,72 @@ def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path) -> None:
     config = BankConfig(data=(str(folder / "captions.csv"),), teacher=str(tiny_llm), out=tmp_path / "bank")
     bank = Bank.open(build_bank(config))
     (folder / "003.jpg").write_bytes(b"")
-    student = start_student(str(tiny_tower), teacher_dim=bank.dim, projection_dim=8).train()
-    scores = validate(student, Accelerator(cpu=True), bank, open_transform(str(tiny_tower)))
-    assert set(scores) == {"val/r@1", *(f"val/{kind}/{way}_r@1" for kind in bank.kinds for way in ("i2t", "t2i"))}
-    assert all(0 <= score <= 1 for score in scores.values())
-    assert student.training
+    torch.manual_seed(0)
+    student, transform = (
+        start_student(str(tiny_tower), teacher_dim=bank.dim, projection_dim=8),
+        open_transform(str(tiny_tower)),
+    )
+    with caplog.at_level("WARNING", logger="llm2clip"):
+        scores = validate(student.train(), Accelerator(cpu=True), bank, transform)
+    assert student.training and "1 of 24 pictures cannot be read" in caplog.text
+    validate(student.eval(), Accelerator(cpu=True), bank, transform)
+    assert not student.training
+    good = [i for i in range(24) if i != 3]
+    with torch.no_grad():
+        pixels = torch.stack([transform(Image.open(folder / f"{i:03d}.jpg")) for i in good])
+        image = normalize(student.get_image_features(pixels), dim=1).numpy()
+        expected = {}
+        for kind in bank.kinds:
+            rows = np.concatenate([bank.rows(i, kind) for i in good])
+            vectors = torch.from_numpy(bank.vectors(rows)).float()
+            cosines = image @ normalize(student.get_text_features(vectors), dim=1).numpy().T
+            for way, matrix in (("i2t", cosines), ("t2i", cosines.T)):
+                ranks = (matrix >= np.diag(matrix)[:, None] - 1e-6).sum(1)
+                expected[f"val/{kind}/{way}_r@1"] = (ranks == 1).mean()
+    assert any(expected.values()), "nothing is found: no score is shown"
+    expected["val/r@1"] = np.mean(list(expected.values()))
+    assert scores == pytest.approx(expected)
+
+
+def test_the_model_is_in_evaluation_mode_and_in_its_precision(tmp_path, monkeypatch) -> None:
+    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 3))
+    modes, sizes, inside = [], [], []
+
+    @contextlib.contextmanager
+    def autocast():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    class Watched(torch.nn.Module):
+        def get_image_features(self, pixels):
+            modes.append((self.training, len(inside), torch.is_grad_enabled()))
+            return pixels.flatten(1)[:, :4].float()
+
+        def get_text_features(self, vectors):
+            modes.append((self.training, len(inside), torch.is_grad_enabled()))
+            return vectors[:, :4]
+
+    def noted(ref, *, min_size=None):
+        sizes.append(min_size)
+        return load_image(ref, min_size=min_size)
+
+    monkeypatch.setattr(validate_module, "load_image", noted)
+    accelerator = SimpleNamespace(device="cpu", process_index=0, num_processes=1, autocast=autocast)
+    validate(Watched().train(), accelerator, bank, TRANSFORM)
+    assert set(modes) == {(False, 1, False)} and sizes == [48] * 3
+
+
+def test_more_captions_than_are_encoded_at_once() -> None:
+    """9,000 captions of 3,000 pictures: three parts."""
+    vectors = np.random.default_rng(0).normal(size=(9000, 4)).astype(np.float32)
+    bank = SimpleNamespace(
+        num_samples=3000, rows=lambda sample, kind: np.arange(3 * sample, 3 * sample + 3), vectors=vectors.__getitem__
+    )
+    student = SimpleNamespace(get_text_features=lambda part: 2 * part)
+    found, ids = validate_module._encode_captions(student, bank, "long", torch.device("cpu"))
+    np.testing.assert_array_equal(found.numpy(), 2 * vectors)
+    assert ids == [row // 3 for row in range(9000)]
 
 
 def test_all_processes_call_the_model_equally_often(tmp_path, monkeypatch) -> None:

@@ -306,3 +306,21 @@ def test_an_adapter_without_its_model_is_no_member(tiny_llm: Path, two_towers, t
     monkeypatch.setattr(joining, "load_teacher", lambda *args, **options: adapted)
     with pytest.raises(UsageError, match="is an adapter on another model's weights"):
         join_all(tmp_path / "out", two_towers["clip"], tiny_llm)
+
+
+def test_a_member_that_is_cut_short_stays_so_and_vectors_are_fp32(tiny_llm: Path, two_towers, tmp_path: Path) -> None:
+    short = load_teacher(tiny_llm, device="cpu", dtype=torch.bfloat16)
+    short.truncate_dim = 8
+    joined = joining.join([short, joining.text_half(two_towers["clip"], "clip", kind="clip")], [1.0, 1.0])
+    joined.save_pretrained(str(tmp_path / "out"), create_model_card=False)
+    for teacher in (joined, load_teacher(tmp_path / "out", device="cpu")):
+        vectors = teacher.encode(TEXTS, convert_to_tensor=True)
+        assert vectors.shape == (3, 8 + 24) and vectors.dtype == torch.float32
+        torch.testing.assert_close(vectors[:, :8].norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
+
+
+def test_a_context_is_no_longer_than_the_tokenizer_says(two_towers, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_towers["clip"], tmp_path / "clip")
+    t.AutoTokenizer.from_pretrained(folder, model_max_length=9).save_pretrained(folder)
+    half = joining.text_half(folder, "clip", kind="clip")
+    assert half.max_seq_length == 9 and half.preprocess([LONG])["input_ids"].shape == (1, 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from llm2clip.teacher.loss import CaptionLoss, false_negatives, pair_loss
 from llm2clip.teacher.mixture import text_key
 from llm2clip.teacher.model import llm_as_encoder
 from llm2clip.teacher.tuning import add_lora
+
+from ..student.forks import side_by_side
 
 TEXTS = ["a red disc", "a large blue square on the left", "there is a small disc", "two plain green shape are near"]
 
@@ -108,3 +111,40 @@ def test_masked_texts_do_not_push():
     expected = F.cross_entropy(scores, torch.arange(3))
     torch.testing.assert_close(pair_loss(vectors, same, scale=50.0), expected)
     assert not torch.isclose(pair_loss(vectors, None, scale=50.0), expected)
+
+
+def test_cosines_are_taken_in_fp32_whatever_the_vectors_are():
+    """In bf16 the cosines of near captions fall together."""
+    torch.manual_seed(0)
+    vectors = [torch.ones(4, 64) + 0.05 * torch.randn(4, 64) for _ in range(3)]
+    half = [column.bfloat16() for column in vectors]
+    loss = pair_loss(half, None, scale=50.0)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, pair_loss([column.float() for column in half], None, scale=50.0), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch takes no gradient in a fork of a process that uses a GPU")
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_processes_with_half_a_batch_each_equal_one_with_the_whole(masked: bool, tmp_path: Path) -> None:
+    """Loss and gradients, averaged over the processes as data parallelism does."""
+    torch.manual_seed(0)
+    whole = [torch.randn(4, 6, requires_grad=True) for _ in range(3)]
+    # query 0 and the positive of 3 are one text, the negative of 1 is of picture 2: pairs of different processes
+    labels = torch.tensor([[5, 1, 2, 0, 0, 9], [6, 3, 4, 1, 1, 2], [7, 8, 10, 2, 2, 9], [11, 5, 12, 3, 3, -1]])
+
+    def half(rank: int) -> None:
+        own = slice(2 * rank, 2 * rank + 2)
+        vectors = [column[own].detach().clone().requires_grad_() for column in whole]
+        loss = pair_loss(vectors, labels[own] if masked else None, scale=7.0)
+        loss.backward()
+        torch.save((loss.detach(), [column.grad for column in vectors]), tmp_path / f"{rank}.pt")
+
+    assert side_by_side(2, tmp_path / "meeting", half) == [(0, ""), (0, "")]
+    loss = pair_loss(whole, labels if masked else None, scale=7.0)
+    loss.backward()
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, loss.detach())
+    for column, parts in zip(whole, zip(halves[0][1], halves[1][1], strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(parts) / 2, column.grad)
+    if masked:
+        assert not torch.isclose(loss, pair_loss(whole, None, scale=7.0))

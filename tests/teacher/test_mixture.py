@@ -82,8 +82,11 @@ def test_pair_weights_choose_the_kinds():
 
 
 def test_the_same_caption_twice():
-    row = Task(name="captions", rows=PICTURES, negatives=False, same=True).draw(0, seed=0, epoch=0)
-    assert row["query"] == row["positive"]
+    task = Task(name="captions", rows=PICTURES, negatives=False, same=True)
+    rows = [task.draw(0, seed=0, epoch=epoch) for epoch in range(20)]
+    assert all(row["query"] == row["positive"] and "negative" not in row for row in rows)
+    assert {row["query"] for row in rows} == {"s0", "l0", "m0"}  # another caption in each pass
+    assert [task.draw(0, seed=1, epoch=epoch) for epoch in range(20)] != rows
 
 
 def test_given_negatives_are_used_and_others_drawn():
@@ -92,6 +95,21 @@ def test_given_negatives_are_used_and_others_drawn():
     assert task.draw(1, seed=0, epoch=0)["label"][3:] == [1, 1, -1]
     drawn = {task.draw(0, seed=0, epoch=epoch)["negative"] for epoch in range(30)}
     assert "p0" not in drawn and len(drawn) > 3 and all(text[0] == "p" for text in drawn)
+
+
+def test_negatives_are_drawn_from_all_other_rows_and_from_the_seed():
+    task = Task(name="captions", rows=PICTURES)
+    for index in (0, 5, 11):
+        drawn = [task.draw(index, seed=0, epoch=epoch)["label"][5] for epoch in range(200)]
+        assert set(drawn) == set(range(12)) - {index}
+    labels = [[task.draw(5, seed=seed, epoch=epoch)["label"][5] for epoch in range(20)] for seed in (0, 1)]
+    assert labels[0] != labels[1]
+
+
+def test_tasks_of_one_size_have_orders_of_their_own():
+    keys = [key for batch in order(sizes=[12, 12], steps=6) for key in batch]
+    rows = [[key[2] for key in keys if key[0] == task] for task in (0, 1)]
+    assert sorted(rows[0]) == sorted(rows[1]) and rows[0] != rows[1]
 
 
 def test_rows_carry_their_tasks_name():
@@ -103,6 +121,7 @@ def test_rows_carry_their_tasks_name():
 def test_near_equal_texts_have_one_key():
     assert text_key("A red disc.") == text_key("a  RED disc!") != text_key("a red disk")
     assert text_key("一只红色的猫。") == text_key("一只红色的猫") != text_key("一只蓝色的猫")
+    assert text_key("ｒｅｄ ﬁsh") == text_key("red fish")  # the same letters, written in other code points
     assert text_key("🙂") != text_key("🐈") and text_key("قطة حمراء") != text_key("قطة زرقاء")
 
 

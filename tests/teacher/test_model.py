@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlavaConfig
 
 from llm2clip.errors import UsageError
-from llm2clip.teacher.model import llm_as_encoder, load_teacher, save, teacher_fingerprint
-from llm2clip.teacher.tuning import add_lora, merge_lora
+from llm2clip.teacher.model import llm_as_encoder, load_teacher, restore_attention, save, teacher_fingerprint
+from llm2clip.teacher.tuning import add_adaptor, add_lora, merge_lora
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3"]
 TEXTS = ["a red disc", "a large blue square on the left of the dark background", "there"]
@@ -279,3 +280,45 @@ def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_o
     save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="lacks weights"):
         load_teacher(tmp_path / "teacher", device="cpu")
+
+
+def test_both_parts_of_a_multimodal_llm_are_told_how_to_attend() -> None:
+    config = LlavaConfig(text_config=LlamaConfig(hidden_size=32, num_hidden_layers=1).to_dict())
+    assert config.get_text_config() is not config
+    for attention in ("two-way", "causal"):
+        restore_attention([SimpleNamespace(model=SimpleNamespace(config=config))], attention)  # type: ignore[arg-type]
+        assert config.is_causal == config.get_text_config().is_causal == (attention == "causal")
+
+
+def test_a_manifest_says_the_attention_where_the_config_lost_it(tiny_llm: Path, tmp_path: Path) -> None:
+    save(llm_as_encoder(tiny_llm, dtype="float32"), tmp_path / "t", attention="two-way")
+    config = json.loads((tmp_path / "t" / "config.json").read_text())
+    assert config.pop("is_causal") is False
+    (tmp_path / "t" / "config.json").write_text(json.dumps(config))
+    assert first_token_moves(load_teacher(tmp_path / "t")[0].model) == 0
+    manifest = {"format": "llm2clip/teacher", "config": {"attention": "two-way"}}
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest))
+    assert first_token_moves(load_teacher(tmp_path / "t")[0].model) > 0
+
+
+def test_an_adaptor_is_saved_in_the_llms_dtype_and_makes_another_teacher(tiny_llm: Path, tmp_path: Path) -> None:
+    encoder = llm_as_encoder(tiny_llm, dtype="bfloat16")
+    before = teacher_fingerprint(encoder)
+    add_adaptor(encoder, layers=1)
+    assert teacher_fingerprint(encoder) != before
+    assert {weight.dtype for weight in encoder[2].parameters()} == {torch.float32}
+    with torch.no_grad():
+        encoder[2].linear.weight.normal_()
+    state = encoder.state_dict()
+    save(encoder, tmp_path / "t", attention="two-way")
+    saved = load_file(tmp_path / "t" / "2_Dense" / "model.safetensors")["linear.weight"]
+    torch.testing.assert_close(saved, state["2.linear.weight"].bfloat16(), rtol=0, atol=0)
+    assert encoder[0].model.rotary_emb.inv_freq.dtype == torch.float32  # rounded, positions would go wrong
+    np.testing.assert_array_equal(load_teacher(tmp_path / "t").encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_a_teacher_is_loaded_in_the_dtype_asked_for_and_ready_to_encode(tiny_llm: Path, tmp_path: Path) -> None:
+    save(llm_as_encoder(tiny_llm, dtype="float32"), tmp_path / "t", attention="two-way")
+    for place in (tiny_llm, tmp_path / "t"):
+        teacher = load_teacher(place, dtype=torch.bfloat16, device="cpu")
+        assert teacher[0].model.dtype == torch.bfloat16 and not teacher.training

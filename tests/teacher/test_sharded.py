@@ -90,7 +90,7 @@ def test_a_sharded_run_equals_a_whole_one(changes, tmp_path, tiny_llm, pictures_
     def sharded(name: str, **more: object) -> Path:
         out = tmp_path / name
         settings = {"data": [str(pictures_csv)], "model": str(tiny_llm), "out": str(out), **SETTINGS, **changes, **more}
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "29751"]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
         command = [sys.executable, *launcher, str(script), json.dumps(settings)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert (done.returncode != 0) == ("kill_at" in more), done.stderr[-3000:]

@@ -65,9 +65,10 @@ def test_triplets_and_their_instruction(tmp_path):
     stored, facts = store_triplets(tmp_path / "s", triplets(tmp_path / "x.jsonl", rows), bad=BadSamples(0))
     assert facts["instruction"] == "Find it." and stored[0] == {"query": "q", "positive": "p", "negative": "n"}
     assert share_of_negatives(stored) == 1
-    rows = [{"query": "q", "positive": ["p", "p2"]}, {"query": "q", "positive": "p", "negative": "n"}]
+    rows = [{"query": " q\n", "positive": ["p", "p2"]}, {"query": "q", "positive": "p", "negative": "n"}]
     stored, facts = store_triplets(tmp_path / "t", triplets(tmp_path / "y.jsonl", rows), bad=BadSamples(0))
-    assert facts["instruction"] == "" and stored[0]["positive"] == "p" and share_of_negatives(stored) == 0.5
+    assert facts["instruction"] == "" and stored[0]["positive"] == "p" and stored[0]["query"] == "q"
+    assert share_of_negatives(stored) == 0.5
 
 
 @pytest.mark.parametrize(

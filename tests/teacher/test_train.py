@@ -95,14 +95,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step, config, monkeypatch):
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((3, "{}"), (6, '{"global'), (9, None)):
+    for step, state in ((9, "{}"), (10, "{}"), (11, '{"global'), (12, None)):  # by number: by name, 9 would come last
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "rng_state.pth").write_bytes(b"")
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-    assert not (tmp_path / "checkpoint-9").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-11").exists() and not (tmp_path / "checkpoint-12").exists()
     assert last_checkpoint(tmp_path, num_processes=2) is None
     assert last_checkpoint(tmp_path / "none") is None
 
@@ -150,24 +150,27 @@ def test_only_the_adapters_change_and_they_can_be_kept_apart(config, tiny_llm):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tuning": "full", "learning_rate": 1e-3},
-        {"tuning": "frozen", "adaptor_layers": 2},
         {"adaptor_layers": 1, "precision": "bf16"},
         {"attention": "causal", "pooling": "last-token"},
-        {"pooling": "weighted", "mask_duplicates": False, "random_negative": False},
         {"positives": "same", "attention_dropout": 0.3},
-        {"pair_weights": {"long+short": 1.0}, "caption_instruction": ""},
-        {"precision": "bf16"},
     ],
 )
-def test_every_ablation_trains_and_reloads(changes, config):
-    out = train_teacher(config(steps=3, **changes))
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert all(manifest["config"][name] == value for name, value in changes.items())
-    teacher = load_teacher(out)
+def test_an_ablation_is_the_same_when_it_is_loaded_again(changes, config, monkeypatch):
+    """What each setting does in training is held in test_oracle.py."""
+    saved = []
+    save = train_module.save
+
+    def watched(encoder: SentenceTransformer, *args: Any, **options: Any) -> None:
+        save(encoder, *args, **options)
+        saved.append(encoder.encode(["a red disc", "there is a large square"]))
+
+    monkeypatch.setattr(train_module, "save", watched)
+    teacher = load_teacher(train_teacher(config(steps=2, **changes)))
+    np.testing.assert_array_equal(teacher.encode(["a red disc", "there is a large square"]), saved[0])
     assert teacher[0].model.config.is_causal == (changes.get("attention") == "causal")
     assert teacher[0].model.config.attention_dropout == 0
-    assert np.isfinite(teacher.encode(["a red disc"])).all()
+    held = {weight.dtype for weight in teacher.parameters()}
+    assert held == {torch.bfloat16 if changes.get("precision") == "bf16" else torch.float32}
 
 
 def test_an_adaptor_trains_and_loads_without_our_code(config, tiny_llm):
@@ -365,7 +368,7 @@ def test_two_processes_equal_one_with_the_whole_batch(micro, config):
     changes = {"lora_dropout": 0.0, "steps": 6, "micro_batch_size": micro}
     one = train_teacher(config("one", **changes))
     two = config("two", **changes)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = subprocess.run(in_process(two, *launcher, **changes), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = (load_file(folder / "model.safetensors") for folder in (one, two.out))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.teacher.model import llm_as_encoder
-from llm2clip.teacher.tuning import add_lora, is_sharded, load_trained, trained_weights
+from llm2clip.teacher.model import llm, llm_as_encoder
+from llm2clip.teacher.tuning import add_lora, is_sharded, load_trained, set_attention_dropout, trained_weights
 
 SHARDED = """
 import sys
@@ -50,7 +50,7 @@ for micro in (None, 1):
     fully_shard(encoder, mesh=mesh)
     assert is_sharded(encoder)
     before = trained_weights(encoder)
-    step(encoder, TEXTS, micro)  # the same texts on both: the mean of two equal gradients, against doubled negatives
+    step(encoder, TEXTS[2 * rank : 2 * rank + 2], micro)
     after = trained_weights(encoder)
     load_trained(encoder, before)
     assert all(torch.equal(trained_weights(encoder)[name], before[name]) for name in before)
@@ -71,14 +71,33 @@ def test_trained_weights_go_out_and_back(llm_of):
     assert all(torch.equal(trained_weights(other)[name], weights[name]) for name in weights)
 
 
+def test_adapters_are_drawn_from_the_seed_and_leave_other_draws_alone(llm_of):
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(7)
+        encoder = llm_as_encoder(llm_of("llama"), dtype="float32")
+        state = torch.get_rng_state()
+        add_lora(encoder, rank=2, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn.append(torch.cat([weight.flatten() for weight in trained_weights(encoder).values()]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_attention_dropout_is_set_in_every_layer_and_not_in_the_config(llm_of):
+    model = llm(llm_as_encoder(llm_of("llama"), dtype="float32"))
+    set_attention_dropout(model, 0.25)
+    assert [layer.self_attn.attention_dropout for layer in model.layers] == [0.25, 0.25]
+    assert model.config.attention_dropout == 0
+
+
 @pytest.mark.slow
 def test_a_sharded_step_equals_a_whole_one(llm_of, tmp_path):
-    """Two processes with the same texts: each query meets its texts twice, and their gradients agree."""
+    """Two processes with half of the texts each, against one with all."""
     from llm2clip.teacher.loss import pair_loss
 
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29747"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(script), str(llm_of("llama")), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -93,9 +112,9 @@ def test_a_sharded_step_equals_a_whole_one(llm_of, tmp_path):
     load_trained(encoder, before)
     encoder.train()
     texts = ["a red disc", "a large blue square", "there is a small disc", "two plain shape are near"]
-    vectors = [encoder(encoder.preprocess(t))["sentence_embedding"] for t in (texts, texts[::-1])]
-    doubled = [torch.cat([column, column]) for column in vectors]
-    pair_loss(doubled, None, scale=20.0).backward()
+    positives = [*texts[1::-1], *texts[:1:-1]]  # of each process the other way round
+    vectors = [encoder(encoder.preprocess(column))["sentence_embedding"] for column in (texts, positives)]
+    pair_loss(vectors, None, scale=20.0).backward()
     for name, weight in encoder.named_parameters():
         if weight.requires_grad:
             assert weight.grad is not None

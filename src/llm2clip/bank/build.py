@@ -20,13 +20,14 @@ from llm2clip.bank.dtypes import row_bytes
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.files import one_line_disk_errors, write_facts
 from llm2clip.bank.fill import WAIT_SECONDS, fill
-from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, pick_device, pick_precision, resolve_prompt
+from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, resolve_prompt
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import Reuse, check_reuse
 from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.data.source import open_source
 from llm2clip.errors import UsageError
+from llm2clip.hub import pick_device, pick_precision
 from llm2clip.progress import human_bytes
 
 logger = logging.getLogger("llm2clip")

@@ -10,11 +10,10 @@ from typing import Any
 from tyro.conf import Positional
 
 from llm2clip.bank.dtypes import DTYPES
-from llm2clip.config import check_choice, check_positive, to_dict
+from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError
 
-PRECISIONS = ("auto", "bf16", "fp32", "fp16")
 FORMATS = ("parquet", "datasets")
 SPEED_FIELDS = ("out", "reuse", "shard", "device", "batch_tokens", "compile")
 """Fields that do not decide what is written (beyond rounding), so a run may go on with other values of them."""

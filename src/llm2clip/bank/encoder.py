@@ -82,6 +82,7 @@ class CaptionEncoder:
         self.ahead = can_tokenise_ahead(teacher)
         self.varlen = self.ahead and take_over_flattening(teacher[0])
         self.dim = int(self._forward(self._own_features(["a"])).shape[1])
+        self._said_halved = False
         if compile:
             self._compile()
 
@@ -150,9 +151,20 @@ class CaptionEncoder:
         if vectors is not None:
             yield places, vectors, counts
         elif len(places) == 1:
-            raise LLM2CLIPError(f"one caption of {counts[0]} tokens does not fit into the memory of {self.device}")
+            raise LLM2CLIPError(
+                f"one caption of {counts[0]} tokens does not fit into the memory of {self.device}; give --precision "
+                "bf16, --device cpu, or a teacher of a smaller --max-length"
+            )
         else:
             del features
+            if not self._said_halved:
+                self._said_halved = True
+                logger.warning(
+                    "a batch does not fit into the memory of %s: it is encoded in halves; a --batch-tokens below %s "
+                    "saves the vain attempts",
+                    self.device,
+                    f"{self.batch_tokens:,}",
+                )
             torch.cuda.empty_cache()
             for half in np.array_split(places, 2):
                 yield from self._encode_batch(prepared, half)
@@ -201,7 +213,7 @@ class CaptionEncoder:
             if target is not None and tensor is not None:
                 target.copy_(tensor, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # of the copy's device, which may not be the first one
 
         def wait() -> Any:
             event.synchronize()

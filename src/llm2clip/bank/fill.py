@@ -65,7 +65,7 @@ def fill(
         wait([upcoming])  # before the clock starts: later shards are tokenised while one is encoded
         size = row_bytes(layout.dtype, layout.dim)
         progress = stack.enter_context(
-            Progress(total, description="encode", unit="captions", initial=done, early=True, unit_bytes=size)
+            Progress(total, description="encode", unit="captions", initial=done, unit_bytes=size)
         )
         while (job := upcoming.result()) is not None:
             upcoming = background.submit(next, jobs, None)

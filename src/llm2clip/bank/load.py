@@ -1,10 +1,9 @@
-"""The teacher, loaded for encoding: arithmetic that the hardware is good at, the device, the best attention."""
+"""The teacher, loaded for encoding: in the arithmetic asked for, with the best attention."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,10 @@ from sentence_transformers import SentenceTransformer
 
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError
+from llm2clip.hub import DTYPES
 from llm2clip.teacher.model import load_teacher, teacher_fingerprint
 
 logger = logging.getLogger("llm2clip")
-PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROBES = ["a red disc, drawn on a plain dark background, sits near the bottom left corner", "two discs"]
 SAME_COSINE = 0.98
 """Two attention backends that compute the same differ by rounding; a causal one instead of two-way by far more."""
@@ -39,42 +38,6 @@ class TeacherFacts:
     revision: str | None = None
 
 
-def pick_device(device: str | None) -> torch.device:
-    """The device that a process encodes on: `device` if given, else the GPU of its local rank, else the CPU.
-
-    Raises:
-        UsageError: if there is no such device.
-    """
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        return torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device is {device!r}; write cpu, cuda or cuda:1") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device is {device}, but there is no GPU that torch can use; leave it out or write cpu")
-    return chosen
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """`precision`, or for "auto" bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (AVX512_BF16, AMX, or Arm's)."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
 def load_for_encoding(
     name: str,
     *,
@@ -84,7 +47,7 @@ def load_for_encoding(
     trust_remote_code: bool = False,
 ) -> SentenceTransformer:
     """The teacher `name` in `precision` on `device`, with flash attention where it is installed and right."""
-    dtype = PRECISION_DTYPES[precision]
+    dtype = DTYPES[precision]
     teacher = load_teacher(name, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for module in list(teacher)[1:]:  # a Dense layer is loaded in fp32 whatever was asked for
         module.to(dtype)

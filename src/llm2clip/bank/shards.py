@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2clip.artifacts import read_json
+from llm2clip.artifacts import read_json, to_disk
 from llm2clip.bank.dtypes import STORED, Stored, num_blocks, row_bytes
 from llm2clip.bank.files import temporary_name, write_array, write_facts
 from llm2clip.bank.reader import VECTORS, Bank
@@ -155,6 +155,7 @@ def _link(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:  # another file system, or one without links
             shutil.copyfile(source, temporary)
+            to_disk(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

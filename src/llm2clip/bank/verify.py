@@ -15,11 +15,12 @@ from llm2clip.bank.build import TEACHER
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.hashes import as_hashes, digest, text_bytes
-from llm2clip.bank.load import facts_of, load_for_encoding, pick_device
+from llm2clip.bank.load import facts_of, load_for_encoding
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import check_same_teacher, find_teacher, teacher_of
 from llm2clip.bank.table import Table
 from llm2clip.errors import ArtifactError
+from llm2clip.hub import pick_device
 from llm2clip.progress import human_bytes, track
 
 logger = logging.getLogger("llm2clip")

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.config import check_choice, check_positive, to_dict
+from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SPEED_FIELDS = ("out", "batch_size", "device")
 """Fields that do not decide the scores (beyond rounding)."""
 
@@ -37,7 +36,8 @@ class EvaluateConfig(SourceConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with the model or teacher. Only for sources you trust."""
     precision: str = "auto"
-    """Arithmetic of the models: fp32, bf16, fp16, or auto (as their weights are saved)."""
+    """Arithmetic of the models: fp32, bf16, fp16, or auto: as their weights are saved, but fp32 for a half precision
+    that this CPU would emulate."""
     batch_size: int = 64
     """Pictures or texts in a model at once."""
     device: str | None = None

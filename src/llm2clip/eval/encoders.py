@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, one_line
+from llm2clip.hub import cast
 
 logger = logging.getLogger("llm2clip")
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
@@ -70,8 +71,8 @@ class ClipEncoder:
         except UsageError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder} cannot be loaded: {_first_line(error)}") from None
-        return cls(model.to(device), tokenizer, processor)
+            raise UsageError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+        return cls(cast(model, torch.device(device), dtype), tokenizer, processor)
 
     def prepare_image(self, picture: Any) -> Tensor:
         """The normalised pixels [3, H, W] of a picture."""
@@ -151,11 +152,13 @@ class SentenceTransformerEncoder:
                 trust_remote_code=trust_remote_code,
                 model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
+        except torch.OutOfMemoryError:
+            raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder} cannot be loaded: {_first_line(error)}") from None
+            raise UsageError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
         if "image" not in model.modalities:
             raise UsageError(f"--model {folder} encodes texts only; give it as --teacher")
-        return cls(model)
+        return cls(cast(model, torch.device(device), dtype))
 
     def prepare_image(self, picture: Any) -> Image.Image:
         """The picture decoded, RGB."""
@@ -183,8 +186,3 @@ def _check_two_towers(model_class: Any, folder: Path) -> None:
             f"--model {folder} is a {name}, which does not encode pictures and texts into one space; give a student, a "
             "CLIP or SigLIP (or a text encoder alone as --teacher)"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

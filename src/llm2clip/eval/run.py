@@ -22,12 +22,12 @@ from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
-from llm2clip.opening import check_unchanged, find_model, pick_device
+from llm2clip.hub import DTYPES, pick_device
+from llm2clip.opening import check_unchanged, find_model
 from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
 logger = logging.getLogger("llm2clip")
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPORT = "report.json"
 
 
@@ -141,7 +141,7 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
     """
     options: dict[str, Any] = {
         "device": pick_device(config.device),
-        "dtype": DTYPES[config.precision],
+        "dtype": DTYPES.get(config.precision),  # auto: as saved, if the device computes in it
         "trust_remote_code": config.trust_remote_code,
     }
     if config.model is None:

@@ -44,8 +44,13 @@ def probe_embeds(teacher_dim: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(4, teacher_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def encode_fresh(kind: str, folder: Path, *, device: str, teacher_dim: int) -> dict[str, np.ndarray]:
+def encode_fresh(
+    kind: str, folder: Path, *, device: str | torch.device, teacher_dim: int, dtype: str = "auto"
+) -> dict[str, np.ndarray]:
     """What a fresh process that cannot import llm2clip makes of the probes: `text` and `image` vectors.
+
+    Args:
+        dtype: "auto" computes in the dtype that the weights are saved in, "float32" in that.
 
     Raises:
         LLM2CLIPError: if it fails; with the last line it said.
@@ -60,7 +65,7 @@ def encode_fresh(kind: str, folder: Path, *, device: str, teacher_dim: int) -> d
         source = Path(fresh.__file__).read_text(encoding="utf-8")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(probes / "modules")}
         result = subprocess.run(
-            [sys.executable, "-c", source, kind, str(folder.resolve()), str(probes), device],
+            [sys.executable, "-c", source, kind, str(folder.resolve()), str(probes), str(device), dtype],
             env=environment,
             cwd=probes,
             capture_output=True,

@@ -18,7 +18,8 @@ from llm2clip.export.card import read_scores, write_card
 from llm2clip.export.check import PROBE_TEXTS, compare, encode_fresh, probe_embeds, probe_pictures
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
-from llm2clip.opening import check_unchanged, pick_device
+from llm2clip.hub import cast, pick_device
+from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP
 
 logger = logging.getLogger("llm2clip")
@@ -48,17 +49,23 @@ def export_model(config: ExportConfig) -> Path:
             config.model,
             config.teacher,
             device=device,
+            dtype="auto",  # what is written is what was saved
             revision=config.model_revision,
             teacher_revision=config.teacher_revision,
             trust_remote_code=config.trust_remote_code,
         )
         facts = facts_of(model, config)
-        expected = EXPECT[config.to](model)
+        if config.to == "sentence-transformers" and model.teacher is None:
+            raise UsageError("the model has no teacher; add --teacher DIR")
         WRITE[config.to](model, out)
         write_card(out, facts, scores=scores)
-        del model  # its copy in the fresh process needs the room
+        parts = [cast(part, device) for part in (model.student, model.teacher) if part is not None]
+        expected = EXPECT[config.to](model)
+        in_float32 = all(p.dtype == torch.float32 for part in parts for p in part.parameters())
+        del model, parts  # its copy in the fresh process needs the room
         gc.collect()
-        found = reload(config.to, out, facts, device=device)
+        torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
+        found = reload(config.to, out, facts, device=device, in_float32=in_float32)
         checked = compare(out, expected, found)
         logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))
         write_manifest(out, "export", config=config.settings(), **facts, checked=_rounded(checked))
@@ -83,8 +90,6 @@ def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:
 
 def expected_bundle(model: LLM2CLIP) -> Vectors:
     """The model's vectors of the probe texts and pictures."""
-    if model.teacher is None:
-        raise UsageError("the model has no teacher; add --teacher DIR")
     return {"text": model.encode_text(PROBE_TEXTS), "image": model.encode_image(probe_pictures())}
 
 
@@ -106,11 +111,13 @@ def save_model(model: LLM2CLIP, folder: Path) -> None:
     model.transform.save(folder)
 
 
-def reload(kind: str, folder: Path, facts: dict[str, Any], *, device: str) -> Vectors:
-    """The probes' vectors by what was written."""
+def reload(kind: str, folder: Path, facts: dict[str, Any], *, device: torch.device, in_float32: bool) -> Vectors:
+    """The probes' vectors by what was written; `in_float32`: computed so, whatever the weights are saved in."""
     if kind == "tower":
-        return {"image": reloaded_tower_vectors(folder, pooling=facts["pooling"], device=torch.device(device))}
-    return encode_fresh(kind, folder, device=device, teacher_dim=facts["teacher_dim"])
+        return {"image": reloaded_tower_vectors(folder, pooling=facts["pooling"], device=device)}
+    return encode_fresh(
+        kind, folder, device=device, teacher_dim=facts["teacher_dim"], dtype="float32" if in_float32 else "auto"
+    )
 
 
 EXPECT = {"sentence-transformers": expected_bundle, "transformers": expected_model, "tower": expected_tower}

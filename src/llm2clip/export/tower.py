@@ -12,6 +12,7 @@ import transformers
 
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.export.check import probe_pictures
+from llm2clip.hub import cast
 from llm2clip.pipeline import LLM2CLIP
 from llm2clip.student.tower import pooled_output
 
@@ -45,7 +46,7 @@ def reloaded_tower_vectors(folder: Path, *, pooling: str, device: torch.device) 
     if tower_class is None:
         raise LLM2CLIPError(f"{folder}: transformers {transformers.__version__} has no class {name!r}")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    tower = tower_class.from_pretrained(folder, **load_options(tower_class, pooling)).to(device).eval()
+    tower = cast(tower_class.from_pretrained(folder, **load_options(tower_class, pooling)), device).eval()
     pixels = torch.cat([processor(images=p, return_tensors="pt")["pixel_values"] for p in probe_pictures()])
     with torch.inference_mode():
         pooled = pooled_output(tower, pixels.to(device, tower.dtype), pooling=pooling)

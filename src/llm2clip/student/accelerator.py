@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from llm2clip.artifacts import forget_unused
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, one_line
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.journal import find_tracker
 
@@ -118,6 +118,5 @@ def compile_tower(tower: Any, *, device: torch.device) -> None:
     try:
         torch.compile(torch.neg, options=options)(torch.ones(2, device=device))
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--compile does not work here ({reason}); leave it out") from None
+        raise UsageError(f"--compile does not work here ({one_line(error)}); leave it out") from None
     tower.compile(options=options)

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2clip.config import Weights, check_choice, check_positive, to_dict
+from llm2clip.config import PRECISIONS, Weights, check_choice, check_positive, to_dict
 from llm2clip.errors import UsageError
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 LOSSES = ("softmax", "sigmoid")
 OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
@@ -66,8 +65,9 @@ class StudentConfig:
     """Optimizer steps; give this or --epochs."""
     epochs: float | None = None
     """Passes over the pictures; 4 if neither this nor --steps is given."""
-    batch_size: int = 4096
-    """Pictures a step, over all processes; every other caption of the step is a negative."""
+    batch_size: int | None = None
+    """Pictures a step, over all processes; every other caption of the step is a negative. By default the paper's 4,096,
+    or all pictures of the banks if there are fewer."""
     micro_batch_size: int | None = None
     """Pictures in the tower at once on each process; below the batch, gradients are cached, with the same result."""
     accumulate: int = 1
@@ -101,8 +101,9 @@ class StudentConfig:
     ema: float = 0.0
     """Decay per step of a running average of the weights, which then is what is saved; 0 keeps none (0.9999, say)."""
 
-    precision: str = "bf16"
-    """fp32, bf16 or fp16 arithmetic; the weights themselves stay in fp32."""
+    precision: str = "auto"
+    """fp32, bf16 or fp16 arithmetic, or auto: bf16 where the hardware has it, else fp16 on a CUDA GPU and fp32 on a
+    CPU. The weights themselves stay in fp32."""
     gradient_checkpointing: bool = False
     """Recompute the tower's activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
@@ -167,7 +168,7 @@ class StudentConfig:
             raise UsageError(f"--ignore-above is {self.ignore_above}; it is a cosine, from -1 to 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")
-        if self.batch_size < 2:
+        if self.batch_size is not None and self.batch_size < 2:
             raise UsageError(f"--batch-size is {self.batch_size}; it must be at least 2, for there to be a negative")
 
     def _check_combinations(self) -> None:

@@ -10,6 +10,8 @@ from llm2clip.errors import UsageError
 from llm2clip.student.order import Order, ShuffledOrder
 from llm2clip.student.shards import ShardOrder, shard_starts
 
+PAPER_BATCH = 4096
+
 
 def check_banks(banks: Sequence[Bank]) -> None:
     """Check that banks can be mixed.
@@ -40,6 +42,15 @@ def check_batch_size(batch_size: int, num_processes: int, *, num_samples: int) -
         raise UsageError(f"--batch-size {batch_size} does not divide among {num_processes} processes; take {fit}")
     if batch_size > num_samples:
         raise UsageError(f"--batch-size {batch_size} is above the {num_samples} pictures to draw from; lower it")
+
+
+def default_batch_size(num_samples: int, num_processes: int) -> int:
+    """The paper's 4,096 pictures a step, or all there are if those are fewer; a multiple of the processes.
+
+    >>> default_batch_size(10**6, 3), default_batch_size(300, 1), default_batch_size(300, 8)
+    (4095, 300, 296)
+    """
+    return min(PAPER_BATCH, num_samples) // num_processes * num_processes
 
 
 def wanted_kinds(banks: Sequence[Bank], mix: Mapping[str, float]) -> list[str]:

@@ -63,7 +63,9 @@ class Session:
     """
 
     def __init__(self, config: StudentConfig, accelerator: Any) -> None:
+        assert config.batch_size is not None and config.precision != "auto"
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
+        self.batch_size = config.batch_size
         with fail_together(accelerator, self.out):
             self._open()
         self.step, self.best, self.waited = 0, -1.0, 0
@@ -124,7 +126,7 @@ class Session:
         dataset = BankDataset(
             self.banks,
             transform=self.transform,
-            batch_size=config.batch_size,
+            batch_size=self.batch_size,
             seed=config.seed,
             mix=config.mix,
             captions_per_picture=config.captions_per_picture,
@@ -164,7 +166,7 @@ class Session:
         self._prepare()
         if loaded is not None:
             self._restore(*loaded)
-        pictures = self.config.batch_size * self.config.accumulate
+        pictures = self.batch_size * self.config.accumulate
         self.journal = Journal(self.accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
         self.accelerator.init_trackers("llm2clip", config=flat(to_dict(self.config)))
 

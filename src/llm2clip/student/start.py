@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, one_line
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.tower import (
     build_tower,
@@ -158,8 +158,9 @@ def open_transform(tower: str, *, image_size: int | None = None, revision: str |
         processor = AutoImageProcessor.from_pretrained(tower, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ImportError) or (Path(tower) / "preprocessor_config.json").exists():
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(f"--tower {tower}: its preprocessor_config.json cannot be used ({reason})") from None
+            raise UsageError(
+                f"--tower {tower}: its preprocessor_config.json cannot be used ({one_line(error)})"
+            ) from None
         logger.info("%s has no preprocessor_config.json: its pictures are prepared as CLIP's", tower)
         processor = CLIPImageProcessor(size={"shortest_edge": native}, crop_size={"height": native, "width": native})
     transform = ImageTransform.from_processor(processor)
@@ -186,5 +187,4 @@ def _one_line(what: str) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UsageError(f"{what} cannot be used: {lines[0] if lines else type(error).__name__}") from None
+        raise UsageError(f"{what} cannot be used: {one_line(error)}") from None

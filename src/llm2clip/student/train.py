@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.bank.reader import Bank
 from llm2clip.config import save_interval
+from llm2clip.hub import settle_precision
 from llm2clip.student.accelerator import start_accelerator
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
 from llm2clip.student.gradcache import cached_step
 from llm2clip.student.loss import contrastive_loss
+from llm2clip.student.mix import PAPER_BATCH, default_batch_size
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
@@ -42,8 +46,10 @@ def train_student(config: StudentConfig) -> Path:
         >>> train_student(settings)                                                    # doctest: +SKIP
     """
     transformers.utils.logging.disable_progress_bar()  # the run has its own
-    accelerator = start_accelerator(config)
     out = Path(config.out)
+    config = settle_precision(config, out)
+    accelerator = start_accelerator(config)
+    config = settle_batch_size(config, accelerator)
     held: Any = contextlib.nullcontext()
     if accelerator.is_main_process:
         held = open_output(out, "student", config=config.settings())
@@ -59,6 +65,18 @@ def train_student(config: StudentConfig) -> Path:
             drop_checkpoints(out)
         accelerator.wait_for_everyone()
     return out
+
+
+def settle_batch_size(config: StudentConfig, accelerator: Any) -> StudentConfig:
+    """`config` with the batch size that it leaves open, by the number of pictures in its banks."""
+    if config.batch_size is not None:
+        return config
+    weights = config.bank_weights or [1.0] * len(config.bank)
+    num_samples = sum(Bank.open(bank).num_samples for bank, weight in zip(config.bank, weights, strict=True) if weight)
+    batch_size = default_batch_size(num_samples, accelerator.num_processes)
+    if accelerator.is_main_process and batch_size < PAPER_BATCH - accelerator.num_processes:
+        logger.info("batches of %s: all pictures there are, where the paper takes %s", f"{batch_size:,}", "4,096")
+    return dataclasses.replace(config, batch_size=batch_size)
 
 
 def train(session: Session) -> None:

@@ -6,14 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2clip.config import Texts, Weights, check_choice, check_positive
+from llm2clip.config import PRECISIONS, Texts, Weights, check_choice, check_positive
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError
 
 ATTENTIONS = ("two-way", "causal")
 POOLINGS = ("mean", "last-token", "weighted")
 TUNINGS = ("lora", "full", "frozen")
-PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVES = ("captions", "same")
 CAPTIONS_TASK = "captions"
 SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", "save_every", "eval_every")
@@ -45,7 +44,7 @@ class TeacherConfig(SourceConfig):
     source_weights: Weights = field(default_factory=dict)
     """How often a batch comes from each task, by file stem; "captions" is `--data`. By default by size."""
     pair_weights: Weights = field(default_factory=dict)
-    """Which kinds of caption may pair, and how often: "short-long=2 short-short=1". By default any two captions."""
+    """Which kinds of caption may pair, and how often: short+long=2 short+short=1. By default any two captions."""
     positives: str = "captions"
     """captions: the positive is another caption of the picture; same: the same caption again under other dropout."""
     random_negative: bool = True
@@ -96,8 +95,9 @@ class TeacherConfig(SourceConfig):
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    precision: str = "bf16"
-    """fp32, bf16 or fp16 arithmetic; LoRA holds the frozen weights in it too."""
+    precision: str = "auto"
+    """fp32, bf16 or fp16 arithmetic, or auto: bf16 where the hardware has it, else fp16 on a CUDA GPU and fp32 on a
+    CPU. LoRA holds the frozen weights in it too."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     workers: int = 0

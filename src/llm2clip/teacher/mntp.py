@@ -23,7 +23,7 @@ from llm2clip.errors import SourceError, UsageError
 from llm2clip.teacher.mixture import BatchOrder, Key
 from llm2clip.teacher.opening import one_line_errors
 from llm2clip.teacher.store import open_rows, write_rows
-from llm2clip.teacher.trainer import Log, Run, TrainedWeights, prepare_model, run_trainer
+from llm2clip.teacher.trainer import Log, Run, TrainedWeights, on_one_device, prepare_model, run_trainer
 from llm2clip.teacher.tuning import is_sharded, load_trained, trained_weights, with_lora
 
 KEEP, REPLACE = 0.1, 0.1
@@ -162,13 +162,13 @@ def train_mntp(
     prepare_model(causal_lm, run)
     trainer = MaskedTrainer(
         model=causal_lm,
-        args=TrainingArguments(**run.arguments(batch_size=order.batch_size)),
+        args=on_one_device(TrainingArguments(**run.arguments(batch_size=order.batch_size))),
         callbacks=[Log(run.log, description="masked next-token prediction")],
         texts=data,
         order=order,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
-    run_trainer(trainer)
+    run_trainer(trainer, smaller="--mntp-batch-size")
     if is_sharded(causal_lm):  # one process puts the whole together again
         weights = trained_weights(causal_lm)
         causal_lm, _ = load()

@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import UsageError
+from llm2clip.hub import cast
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
@@ -46,6 +47,10 @@ def load_teacher(
     `llm_as_encoder` does by default, a released LLM2CLIP teacher with captions as a user's turn; other embedders keep
     their own pooling and prompts.
 
+    Args:
+        dtype: of the weights; "auto" for as saved. By default as saved too, but float32 where this CPU would emulate a
+            half precision.
+
     Raises:
         UsageError: if `path_or_id` is no text model.
 
@@ -54,6 +59,20 @@ def load_teacher(
         >>> teacher.encode(["a red disc", "a blue square"]).shape                       # doctest: +SKIP
         (2, 4096)
     """
+    teacher = _open(
+        path_or_id, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    ).eval()
+    return cast(teacher, teacher.device) if dtype is None else teacher
+
+
+def _open(
+    path_or_id: str | Path,
+    *,
+    revision: str | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    trust_remote_code: bool,
+) -> SentenceTransformer:
     folder = resolve_folder(path_or_id, revision)
     check_is_text_model(folder, path_or_id)
     if not (folder / "modules.json").exists() and is_decoder(read_json(folder / "config.json")):
@@ -80,7 +99,7 @@ def load_teacher(
         restore_attention(teacher, manifest["config"]["attention"])
     _route_captions(teacher, path_or_id)
     remember_origin(teacher, folder)
-    return teacher.eval()
+    return teacher
 
 
 def load_joined(
@@ -232,7 +251,7 @@ def save(encoder: SentenceTransformer, folder: Path, *, attention: str) -> None:
     The attention is written as `is_causal` into `config.json`, where transformers reads it back.
     """
     restore_attention(encoder, attention)
-    for module in encoder:
+    for module in list(encoder)[1:]:  # not the LLM, whose position frequencies stay in fp32
         module.to(llm(encoder).dtype)  # an adaptor trains in fp32 whatever the LLM is held in
     encoder.save_pretrained(str(folder), create_model_card=False)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -141,7 +142,7 @@ def one_line_errors(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, LLM2CLIPError):
+        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
             raise
         detail = " ".join(str(error).split())[:300]
         raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error

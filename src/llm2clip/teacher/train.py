@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
+from llm2clip.hub import settle_precision
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import check_tasks, prepare_probe, prepare_tasks
@@ -65,6 +66,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     # The others wait while the first process reads the captions, which may take longer than torch's half hour.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     out = Path(config.out)
+    config = settle_precision(config, out)
     with _output(out, config, main=state.is_main_process):
         if is_complete(out):
             logger.info("%s: already complete", out)
@@ -191,7 +193,7 @@ def first_step(config: TeacherConfig, tasks: list[Task], out: Path, state: Parti
         lora={"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         if config.tuning == "lora"
         else None,
-        dtype=config.load_dtype,
+        dtype=config.load_dtype if config.tuning == "lora" else "float32",  # else this step trains the weights held
         trust_remote_code=config.trust_remote_code,
     )
 

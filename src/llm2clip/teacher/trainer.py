@@ -98,7 +98,9 @@ def fit(
     instructions = {task.name: _query_prompts(encoder, task.instruction) for task in mixture.tasks}
     for prompts in instructions.values():
         check_prompt(encoder, prompts["query"])
-    arguments = SentenceTransformerTrainingArguments(**run.arguments(batch_size=order.batch_size), prompts=instructions)
+    arguments = on_one_device(
+        SentenceTransformerTrainingArguments(**run.arguments(batch_size=order.batch_size), prompts=instructions)
+    )
     prepare_model(llm(encoder), run)
     trainer = PairTrainer(
         model=encoder,
@@ -117,8 +119,21 @@ def fit(
     encoder.eval()
 
 
-def run_trainer(trainer: Any) -> None:
+def on_one_device(arguments: Any) -> Any:
+    """Trainer arguments for one device a process, also where the process sees several GPUs and torchrun is not used.
+
+    By itself the trainer would share each batch among them by torch's DataParallel, which fails at features that are no
+    tensors, such as the length of a prompt.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def run_trainer(trainer: Any, *, smaller: str = "--micro-batch-size") -> None:
     """Run a trainer to its end, from its last whole checkpoint if there is one.
+
+    Args:
+        smaller: the flag for the number of texts in memory at once.
 
     Raises:
         LLM2CLIPError: if the loss is no longer a number, or memory runs out.
@@ -132,8 +147,8 @@ def run_trainer(trainer: Any) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise LLM2CLIPError(
-            f"out of GPU memory ({str(error).split('.')[0]}); give a smaller --micro-batch-size, "
-            "--gradient-checkpointing or --quantize"
+            f"out of memory ({str(error).split('. GPU ')[0].rstrip('.')}); give a smaller {smaller}, "
+            "--gradient-checkpointing or, for adapters alone, --quantize"
         ) from error
 
 
@@ -264,11 +279,9 @@ class Log(TrainerCallback):
         if self.progress is None:
             return
         self.progress.advance(note=self.note)
-        model = kwargs["model"]
         due = self.every and state.global_step % self.every == 0
-        if self.probe is not None and due and not is_sharded(model):
+        if self.probe is not None and due and not is_sharded(kwargs["model"]):
             self._write({"step": state.global_step, **self.probe()})
-            model.train()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note loss, learning rate and gradient norm."""

@@ -71,8 +71,8 @@ def make_bank(folder: Path) -> Path:
     from llm2clip.bank.load import TeacherFacts
     from llm2clip.bank.shards import ShardBuffer, plan_layout, shard_facts
     from llm2clip.bank.table import Table
-    from llm2clip.captions.bad import BadSamples
-    from llm2clip.captions.sample import PictureRef, Sample
+    from llm2clip.data.bad import BadSamples
+    from llm2clip.data.sample import PictureRef, Sample
 
     (folder / "vectors").mkdir(parents=True)
     samples = (Sample(str(i), PictureRef("a.tar", i), {"raw": (str(i),)}) for i in range(ROWS))
@@ -210,8 +210,8 @@ def build_from_lines(lines: Path, llm: Path, out: Path) -> int:
     from llm2clip.bank.encoder import CaptionEncoder
     from llm2clip.bank.load import facts_of, load_for_encoding
     from llm2clip.bank.reader import Bank
-    from llm2clip.captions.bad import BadSamples
-    from llm2clip.captions.sample import PictureRef, Sample
+    from llm2clip.data.bad import BadSamples
+    from llm2clip.data.sample import PictureRef, Sample
 
     teacher = load_for_encoding(str(llm), device=torch.device("cpu"), precision="bf16")
     encoder = CaptionEncoder(teacher, batch_tokens=4096)

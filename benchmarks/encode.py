@@ -29,8 +29,8 @@ from llm2clip.bank.build import Plan, write_bank
 from llm2clip.bank.collect import Intake
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.load import TeacherFacts, load_for_encoding, use_flash_attention
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.hub import DTYPES, pick_device, pick_precision
 
 VOCABULARY = 8192

@@ -18,7 +18,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.bad import BadSamples
+from llm2clip.data.bad import BadSamples
 from llm2clip.eval.encode import Captions, encode_pictures
 from llm2clip.eval.scores import caption_scores, retrieval_scores
 

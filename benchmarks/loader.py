@@ -36,8 +36,8 @@ from llm2clip.bank.collect import Intake
 from llm2clip.bank.encoder import Prepared
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.sources import open_source
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.source import open_source
 from llm2clip.student.data import BankDataset
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.transform import ImageTransform
@@ -179,7 +179,7 @@ def open_clips(tars: list[Path], setting: Setting) -> Iterator[int]:
 
 def decoding(bank: Bank, batch_size: int) -> Iterator[int]:
     """Bare decoding of the same JPEGs by Pillow, from memory."""
-    from llm2clip.captions.pictures import read_bytes
+    from llm2clip.data.bytes import read_bytes
 
     data = [read_bytes(bank.picture(sample)) for sample in range(batch_size)]
     while True:

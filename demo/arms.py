@@ -17,9 +17,9 @@ from demo.clip import ClipTraining, Pairs, train_clip
 from demo.config import Budget
 from demo.write import NUM_TARS, columns, write_csv, write_tars
 from llm2clip.artifacts import is_complete, write_json, write_manifest
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sources import open_source
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.images import load_image
+from llm2clip.data.source import open_source
 
 if TYPE_CHECKING:
     from llm2clip.student.config import StudentConfig
@@ -196,7 +196,7 @@ def read_pairs(data: tuple[str, ...], tokenizer: Any) -> Pairs:
     import numpy as np
 
     samples = list(open_source(SourceConfig(data=data)))
-    pixels = [torch.from_numpy(np.array(load_picture(sample.picture))).permute(2, 0, 1) for sample in samples]
+    pixels = [torch.from_numpy(np.array(load_image(sample.picture))).permute(2, 0, 1) for sample in samples]
     captions = [{kind: tokenizer(list(texts))["input_ids"] for kind, texts in s.captions.items()} for s in samples]
     return Pairs(pixels=torch.stack(pixels), captions=captions)
 

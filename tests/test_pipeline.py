@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from llm2clip import LLM2CLIP
-from llm2clip.captions.bad import BadPicture
+from llm2clip.data.bad import BadPicture
 from llm2clip.errors import ArtifactError, UsageError
 from llm2clip.export.bundle import save_bundle
 from llm2clip.pipeline import Teacher

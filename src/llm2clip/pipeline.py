@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.captions.pictures import Picture, load_picture
+from llm2clip.data.images import Picture, load_image
 from llm2clip.errors import UsageError
 from llm2clip.hub import pick_device
 from llm2clip.opening import check_match, find_folder, is_bundle, open_bundle, open_student, origin_of
@@ -128,7 +128,7 @@ class LLM2CLIP:
             UsageError: if it is nothing that can be a picture.
         """
         if not isinstance(picture, Tensor):
-            return self.transform(load_picture(_opened(picture)))
+            return self.transform(load_image(_opened(picture)))
         if picture.dtype == torch.uint8 and tuple(picture.shape) == (3, *self.transform.image_size):
             return picture
         raise UsageError(

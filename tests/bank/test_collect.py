@@ -8,8 +8,8 @@ import pytest
 from llm2clip.bank import collect as module
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.table import Table
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
 
 SAMPLES = [

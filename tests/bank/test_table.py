@@ -9,8 +9,8 @@ import pytest
 from llm2clip.bank import table as module
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.table import Table, joined, picture_index, with_captions
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 
 TAR, CELL = PictureRef("/0.tar", 512, 100), PictureRef("/t.parquet", 3, -1, "image")
 OTHERS = {

@@ -8,9 +8,9 @@ import numpy as np
 
 from demo.pictures import draw_picture
 from demo.write import NUM_TARS, TEST_KINDS, TRAIN_KINDS, captioned, columns, write_csv, write_tars
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sources import open_source
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.images import load_image
+from llm2clip.data.source import open_source
 
 
 def test_tars_come_back_whole(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_tars_come_back_whole(tmp_path: Path) -> None:
     written = list(captioned("train", 25, seed=3, kinds=TRAIN_KINDS))
     assert [{k: list(v) for k, v in s.captions.items()} for s in read] == [s.captions for s in written]
     for sample, own in zip(read, written, strict=True):
-        assert np.array_equal(np.asarray(load_picture(sample.picture)), draw_picture(own.scene, seed=own.seed))
+        assert np.array_equal(np.asarray(load_image(sample.picture)), draw_picture(own.scene, seed=own.seed))
 
 
 def test_a_csv_comes_back_whole(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.captions.bad import BadPicture, BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadPicture, BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import TooManyBadSamples
 from llm2clip.eval.datasets import dataset_name, named_datasets
 from llm2clip.eval.encode import Captions, encode_captions, encode_pictures

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llm2clip import LLM2CLIP
-from llm2clip.captions.config import SourceConfig
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
@@ -274,9 +274,9 @@ class Colours:
     names = ("red", "green", "blue", "yellow")
 
     def prepare_image(self, picture: Any) -> np.ndarray:
-        from llm2clip.captions.pictures import load_picture
+        from llm2clip.data.images import load_image
 
-        return np.asarray(load_picture(picture), np.float32).mean((0, 1)) - 30
+        return np.asarray(load_image(picture), np.float32).mean((0, 1)) - 30
 
     def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         red, green, blue = np.stack(pictures).T

@@ -15,8 +15,8 @@ from llm2clip.bank.collect import Intake
 from llm2clip.bank.encoder import Prepared
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 
 DIM = 8
 

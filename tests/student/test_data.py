@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.images import load_image
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student import data as data_module
 from llm2clip.student.data import BankDataset, Batch
@@ -87,7 +87,7 @@ def test_crops_and_captions_change_from_epoch_to_epoch(tmp_path: Path) -> None:
 def test_without_random_crops_pixels_are_the_towers_own(bank: Bank) -> None:
     batch = load(BankDataset([bank], transform=TRANSFORM, batch_size=8, min_crop=1.0), 3)
     for pixels, sample in zip(batch.pixels, batch.samples.tolist(), strict=True):
-        assert torch.equal(pixels, TRANSFORM(load_picture(bank.picture(sample))))
+        assert torch.equal(pixels, TRANSFORM(load_image(bank.picture(sample))))
 
 
 def test_kinds_are_drawn_by_weight_among_those_a_sample_has(bank: Bank) -> None:
@@ -236,9 +236,9 @@ def test_pictures_are_decoded_no_larger_than_needed(bank: Bank, monkeypatch: pyt
 
     def noted(ref: PictureRef, *, min_size: int | None = None) -> Image.Image:
         sizes.append(min_size)
-        return load_picture(ref, min_size=min_size)
+        return load_image(ref, min_size=min_size)
 
-    monkeypatch.setattr(data_module, "load_picture", noted)
+    monkeypatch.setattr(data_module, "load_image", noted)
     for min_crop in (0.9, 1.0):
         load(BankDataset([bank], transform=TRANSFORM, batch_size=2, min_crop=min_crop), 0)
     assert sizes == [32, 32, 48, 48]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import UsageError
 from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, wanted_kinds
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.student import train
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset

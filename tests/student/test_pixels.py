@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip.captions.pictures import load_picture
+from llm2clip.data.images import load_image
 from llm2clip.student.pixels import (
     NUM_DRAWS,
     TRAIN_RATIO,
@@ -118,7 +118,7 @@ def test_shorter_side_by_hand() -> None:
 
 def test_a_scaled_jpeg_stays_close_to_the_full_one_though_its_size_does_not_divide() -> None:
     data = jpeg(photo(1001, 803))
-    full, scaled = load_picture(data), load_picture(data, min_size=380)
+    full, scaled = load_image(data), load_image(data, min_size=380)
     assert scaled.size == (501, 402) and full_shape(scaled) == (803, 1001)
     shape = resized_shape(803, 1001, 128)
     expected = resize_pixels(to_tensor(full), shape).int()
@@ -132,7 +132,7 @@ def test_full_shape_of_a_turned_picture() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(801, 403).save(buffer, "JPEG", exif=exif)
-    picture = load_picture(buffer.getvalue(), min_size=200)
+    picture = load_image(buffer.getvalue(), min_size=200)
     assert picture.size == (202, 401) and full_shape(picture) == (801, 403)
 
 

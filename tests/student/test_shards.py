@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student import shards as shards_module
 from llm2clip.student.data import BankDataset, Batch

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from llm2clip.captions.pictures import load_picture
+from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.student import validate as validate_module
 from llm2clip.student.validate import encode_pictures, retrieval_scores, validate
@@ -99,9 +99,9 @@ def test_the_model_is_in_evaluation_mode_and_in_its_precision(tmp_path, monkeypa
 
     def noted(ref, *, min_size=None):
         sizes.append(min_size)
-        return load_picture(ref, min_size=min_size)
+        return load_image(ref, min_size=min_size)
 
-    monkeypatch.setattr(validate_module, "load_picture", noted)
+    monkeypatch.setattr(validate_module, "load_image", noted)
     accelerator = SimpleNamespace(device="cpu", process_index=0, num_processes=1, autocast=autocast)
     validate(Watched().train(), accelerator, bank, TRANSFORM)
     assert set(modes) == {(False, 1, False)} and sizes == [48] * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.teacher.probe import first_captions, probe_captions, sampled_captions
 
 ANGLES = {"a": 0, "b": 10, "c": 45, "d": 50, "e": 25, "f": 200}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
 from llm2clip.teacher.store import share_of_negatives, store_captions, store_triplets
 

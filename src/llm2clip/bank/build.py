@@ -25,7 +25,7 @@ from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import Reuse, check_reuse
 from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
-from llm2clip.captions.sources import open_source
+from llm2clip.data.source import open_source
 from llm2clip.errors import UsageError
 from llm2clip.hub import pick_device, pick_precision
 from llm2clip.progress import human_bytes

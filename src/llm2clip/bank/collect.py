@@ -19,8 +19,8 @@ from llm2clip.artifacts import file_digest, write_json
 from llm2clip.bank.files import GrowingArray, GrowingTexts, temporary_name
 from llm2clip.bank.hashes import HASH_BYTES, HashIndex, as_hashes, digest, text_bytes
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.progress import track
 

@@ -10,8 +10,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from llm2clip.bank.dtypes import DTYPES
-from llm2clip.captions.config import SourceConfig
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError
 
 FORMATS = ("parquet", "datasets")

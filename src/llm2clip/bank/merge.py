@@ -16,9 +16,9 @@ from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.reuse import check_same_precision, check_same_teacher, find_teacher, teacher_of
 from llm2clip.bank.table import Table, joined
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sample import Sample
-from llm2clip.captions.sources import Source, open_source
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import Sample
+from llm2clip.data.source import Source, open_source
 
 ADDED = "added"
 

@@ -12,7 +12,7 @@ from llm2clip.artifacts import read_manifest
 from llm2clip.bank.dtypes import STORED, num_blocks, read_dtype, unpack
 from llm2clip.bank.span import Span
 from llm2clip.bank.table import Table
-from llm2clip.captions.sample import PictureRef, Sample
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import ArtifactError
 
 VECTORS = "vectors"

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from llm2clip.artifacts import read_json
 from llm2clip.bank.hashes import Hashes, HashIndex, as_hashes, digest
-from llm2clip.captions.sample import PictureRef, Sample
 from llm2clip.config import check_choice
+from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import ArtifactError
 
 TABLE = "table"

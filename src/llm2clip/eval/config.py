@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.captions.config import SourceConfig
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError
 
 SPEED_FIELDS = ("out", "batch_size", "device")

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.captions.bad import BadPicture, BadSamples
-from llm2clip.captions.sample import Sample
+from llm2clip.data.bad import BadPicture, BadSamples
+from llm2clip.data.sample import Sample
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.progress import Progress
 from llm2clip.protocols import ImageEncoder, TextEncoder

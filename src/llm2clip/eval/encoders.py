@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2clip.captions.pictures import load_picture
+from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, one_line
 from llm2clip.hub import cast
 
@@ -78,7 +78,7 @@ class ClipEncoder:
         """The normalised pixels [3, H, W] of a picture."""
         if isinstance(picture, Tensor):
             return picture
-        pixels: Tensor = self.processor(images=load_picture(picture), return_tensors="pt")["pixel_values"]
+        pixels: Tensor = self.processor(images=load_image(picture), return_tensors="pt")["pixel_values"]
         return pixels[0]
 
     @torch.inference_mode()
@@ -162,7 +162,7 @@ class SentenceTransformerEncoder:
 
     def prepare_image(self, picture: Any) -> Image.Image:
         """The picture decoded, RGB."""
-        return load_picture(picture)
+        return load_image(picture)
 
     def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.config import SourceConfig
-from llm2clip.captions.sources import open_source
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.source import open_source
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets

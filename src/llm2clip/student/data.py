@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.pictures import load_picture
-from llm2clip.captions.sample import PictureRef
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.images import load_image
+from llm2clip.data.sample import PictureRef
 from llm2clip.errors import LLM2CLIPError, SourceError
 from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, open_order, wanted_kinds
 from llm2clip.student.order import Ints, Mixture, key_of, uniforms
@@ -225,8 +225,8 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         if self.cache is not None:
             ref = self.cache.local(ref)
         if self.min_crop >= 1:
-            return self.transform(load_picture(ref, min_size=self.transform.eval_decode_size))
-        picture = load_picture(ref, min_size=self.transform.train_decode_size)
+            return self.transform(load_image(ref, min_size=self.transform.eval_decode_size))
+        picture = load_image(ref, min_size=self.transform.train_decode_size)
         return self.transform.augmented(picture, crop, min_crop=self.min_crop)
 
     def _captions(self, bank: int, sample: int, draws: list[float]) -> Ints:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llm2clip.captions.bad import BadSamples
+from llm2clip.data.bad import BadSamples
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.student.data import BankDataset, Batch, Part
 

@@ -82,7 +82,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def full_shape(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture before its JPEG was scaled down in decoding (`load_picture` notes it), upright."""
+    """Height and width of a picture before its JPEG was scaled down in decoding (`load_image` notes it), upright."""
     width, height = picture.info.get("full_size", picture.size)
     turned = (width > height) != (picture.width > picture.height) and picture.width != picture.height
     return (width, height) if turned else (height, width)

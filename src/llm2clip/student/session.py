@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.bad import BadSamples
 from llm2clip.config import to_dict
+from llm2clip.data.bad import BadSamples
 from llm2clip.errors import UsageError
 from llm2clip.student.accelerator import compile_tower, fail_together
 from llm2clip.student.checkpoint import (

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.reading import filesystem_of, is_url, url_errors
-from llm2clip.captions.sample import PictureRef
+from llm2clip.data.sample import PictureRef
+from llm2clip.data.urls import filesystem_of, is_url, url_errors
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student.order import Ints, key_of, permuted
 

@@ -80,7 +80,7 @@ class ImageTransform:
 
     @property
     def eval_decode_size(self) -> int:
-        """The shorter side, in pixels, at which a JPEG may be decoded for `__call__` (`load_picture(min_size=...)`)."""
+        """The shorter side, in pixels, at which a JPEG may be decoded for `__call__` (`load_image(min_size=...)`)."""
         return EVAL_DECODE_FACTOR * (self.resize if isinstance(self.resize, int) else max(self.resize))
 
     @property

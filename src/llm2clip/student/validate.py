@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.bank.reader import Bank
-from llm2clip.captions.bad import BadPicture
-from llm2clip.captions.pictures import load_picture
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.metrics import recall_both_ways
 from llm2clip.student.transform import ImageTransform
@@ -35,7 +35,7 @@ class _Pictures(Dataset[tuple[int, Tensor]]):
         sample = self.samples[place]
         try:
             if sample < self.bank.num_samples:
-                picture = load_picture(self.bank.picture(sample), min_size=self.transform.eval_decode_size)
+                picture = load_image(self.bank.picture(sample), min_size=self.transform.eval_decode_size)
                 return sample, self.transform(picture)
         except BadPicture:
             pass

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2clip.captions.config import SourceConfig
 from llm2clip.config import PRECISIONS, Texts, Weights, check_choice, check_positive
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError
 
 ATTENTIONS = ("two-way", "causal")

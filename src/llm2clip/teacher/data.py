@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import read_json, write_json
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.sources import open_source
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.source import open_source
+from llm2clip.errors import UsageError
 from llm2clip.teacher.config import CAPTIONS_TASK, TeacherConfig, for_eval
 from llm2clip.teacher.mixture import Task, parse_kinds, task_weights
 from llm2clip.teacher.probe import CaptionSet, first_captions, sampled_captions
@@ -77,10 +77,8 @@ def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
         UsageError, SourceError: if held-out captions were named and cannot be read, or none pair.
     """
     if config.eval_data:
-        try:
-            held_out = first_captions(open_source(for_eval(config), pictures=False), limit=config.eval_pictures)
-        except (UsageError, SourceError) as error:  # what is a --data elsewhere
-            raise type(error)(str(error).replace("--data", "--eval-data")) from None
+        source = open_source(for_eval(config), pictures=False, setting="eval_data")
+        held_out = first_captions(source, limit=config.eval_pictures)
         if not held_out:
             raise UsageError(f"--eval-data {' '.join(config.eval_data)}: no picture has two different captions")
         return held_out

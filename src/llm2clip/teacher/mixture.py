@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from llm2clip.captions.pairs import Kinds, draw_pair
+from llm2clip.data.pairs import Kinds, draw_pair
 from llm2clip.errors import UsageError
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.captions.sample import Sample
+from llm2clip.data.sample import Sample
 from llm2clip.metrics import caption_retrieval_accuracy, similarity_profile
 
 CaptionSet = list[tuple[str, ...]]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import atomic_path, read_json, write_json
-from llm2clip.captions.bad import BadSamples
-from llm2clip.captions.pairs import Kinds, possible_pairs
-from llm2clip.captions.sample import Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.pairs import Kinds, possible_pairs
+from llm2clip.data.sample import Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.progress import track
 from llm2clip.teacher.mixture import text_key

@@ -1,0 +1,180 @@
+"""Any encoded picture as 8-bit RGB, upright, on white; and a quick look at its header alone.
+
+Greyscale, CMYK, palette, 16-bit, alpha, animated and EXIF-turned pictures are ordinary; file extensions are ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llm2clip.data.bad import BadPicture
+from llm2clip.data.bytes import read_bytes
+from llm2clip.data.sample import PictureRef
+
+Picture = PictureRef | str | Path | bytes | Image.Image
+MAX_PIXELS = 2 * 89_478_485
+"""Larger pictures are taken for decompression bombs; where Pillow itself stops by default."""
+FORMATS = tuple("JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO QOI HEIF".split())
+"""Tried by content. Formats without a signature, and those that call another program to decode, stay out."""
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError),
+    *(NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error),
+)
+"""What decoders raise on damaged bytes."""
+HEAD_BYTES = 1 << 14
+"""What nearly every picture has its size in."""
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a picture is to be turned."""
+
+
+def load_image(picture: Picture, *, min_size: int | None = None) -> Image.Image:
+    """The picture decoded: mode RGB, first frame, upright, transparency on white, 16-bit values scaled to 8.
+
+    Args:
+        picture: where it lies, a path, its encoded bytes, or an opened Pillow picture (left as it is).
+        min_size: the shorter side needed, in pixels. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
+            still gives as much, several times faster; `info["full_size"]` is its stored width and height. None: full
+            size.
+
+    Raises:
+        BadPicture: with the cause: missing file, empty picture, not a picture, truncated picture, damaged picture,
+            decompression bomb.
+
+    Example:
+        >>> load_image(Image.new("LA", (4, 2), (0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    if isinstance(picture, Image.Image):
+        return _decode(picture, name="picture", min_size=None)
+    if isinstance(picture, bytes):
+        data, name = picture, f"{len(picture)} bytes"
+    else:
+        ref = picture if isinstance(picture, PictureRef) else PictureRef(str(picture))
+        data, name = read_bytes(ref), _name(ref)
+    return _decode(_open(io.BytesIO(data), name), name=name, min_size=min_size)
+
+
+def check_header(file: IO[bytes], name: str) -> tuple[int, int]:
+    """Width and height of a picture, called `name` in errors, from its first bytes, nothing decoded.
+
+    Raises:
+        BadPicture: if it is no picture or too large; a picture damaged further on is not noticed.
+    """
+    return _open(file, name).size
+
+
+def check_file(path: str) -> tuple[int, int]:
+    """Width and height of a picture file from its header; BadPicture if it is missing, empty or no picture."""
+    return check_place(PictureRef(path), path)
+
+
+def check_place(ref: PictureRef, name: str) -> tuple[int, int]:
+    """Width and height of a picture, called `name` in errors, from its first bytes; if they do not do, from all."""
+    head = read_bytes(ref, limit=HEAD_BYTES)
+    try:
+        return check_header(io.BytesIO(head), name)
+    except BadPicture:
+        if len(head) < HEAD_BYTES:
+            raise
+    return check_header(io.BytesIO(read_bytes(ref)), name)
+
+
+@functools.lru_cache
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this machine's Pillow and its plugins read."""
+    Image.init()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of sizes at half our own limit, and of every odd EXIF tag
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _open(file: IO[bytes], name: str) -> Image.Image:
+    try:
+        image = Image.open(file, formats=known_formats())
+    except UnidentifiedImageError:
+        raise BadPicture("not a picture", f"{name} is in no known format") from None
+    except Image.DecompressionBombError as error:
+        raise BadPicture("decompression bomb", f"{name}: {error}") from None
+    except DECODE_ERRORS as error:
+        raise _damage(error, name) from None
+    if not image.width * image.height:
+        raise BadPicture("damaged picture", f"{name} has {image.width} x {image.height} pixels")
+    if image.width * image.height > MAX_PIXELS:
+        raise BadPicture("decompression bomb", f"{name} has {image.width} x {image.height} pixels")
+    return image
+
+
+def _decode(image: Image.Image, *, name: str, min_size: int | None) -> Image.Image:
+    try:
+        if min_size is not None and image.format in ("JPEG", "MPO"):
+            full_size = image.size
+            image.draft(None, (min_size, min_size))
+            image.info["full_size"] = full_size  # as stored: its eighth may be a fraction, which the size rounds up
+        image.load()
+        return _to_rgb(_upright(image))
+    except DECODE_ERRORS as error:
+        raise _damage(error, name) from None
+
+
+def _damage(error: BaseException, name: str) -> BadPicture:
+    cut_off = "truncated" in str(error).lower() or isinstance(error, EOFError)
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return BadPicture("truncated picture" if cut_off else "damaged picture", f"{name}: {detail}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except DECODE_ERRORS:  # damaged EXIF says nothing about the pixels: the picture stands as it is
+        return image
+    if orientation == 1:
+        return image
+    bare = image.copy()
+    bare.info.pop("exif", None)  # which Pillow would write anew, and fail where other tags are damaged
+    bare.getexif()[ORIENTATION] = orientation
+    return ImageOps.exif_transpose(bare)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_deep(image)
+    keyed = "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
+    if keyed or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return _on_white(image)
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """16-bit and float greyscale; Pillow's own conversion would clip at 255."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    top = values.max(initial=0.0)
+    if image.mode.startswith("I;16") or top > 255:
+        values = values / 257
+    elif image.mode == "F" and top <= 1:
+        values = values * 255
+    grey = np.rint(values).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    colours = image.convert("RGBA")
+    white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, colours).convert("RGB")
+
+
+def _name(ref: PictureRef) -> str:
+    if ref.column:
+        return f"{ref.path} row {ref.offset}"
+    return f"{ref.path} at {ref.offset}" if ref.length >= 0 else ref.path

@@ -1,0 +1,68 @@
+"""A sample: where one picture lies, and its captions by kind; and the parts of a source that give samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from llm2clip.data.bad import BadSamples
+
+
+@dataclass(frozen=True, slots=True)
+class PictureRef:
+    """Where the bytes of one encoded picture lie; small and plain enough for a bank's table.
+
+    Three forms: a whole file (`path`), a byte range of a file such as a tar (`path`, `offset`, `length`), a cell of
+    a Parquet or Arrow table (`path`, `column`, `offset` = row number).
+
+    """
+
+    path: str
+    """Absolute local path, or a URL that fsspec opens."""
+    offset: int = 0
+    length: int = -1
+    """Bytes; -1 means to the end of the file."""
+    column: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture and its captions."""
+
+    id: str
+    """Unique within its source: the tar member key, the picture path in a table, the row number."""
+    picture: PictureRef
+    captions: Mapping[str, tuple[str, ...]]
+    """Kind ("short", "long", "raw", "zh", ...) -> captions of that kind, each stripped and not empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a source is read: the settings of `SourceConfig` that its parts need."""
+
+    captions: Mapping[str, str] = field(default_factory=dict)
+    image: str | None = None
+    allow_outside: bool = False
+    pictures: bool = True
+    """Whether pictures are needed; if not, they are neither looked for nor checked."""
+    flag: str = "--data"
+    """What errors call the source."""
+
+
+class Part(Protocol):
+    """One file or folder of a source.
+
+    `path` is where it lies, `name` what its samples are called by, and `size` changes when its content does: the bytes
+    of a file, a digest of a folder.
+    """
+
+    path: str
+    name: str
+    size: Any
+
+    def check(self) -> None:
+        """Look at its beginning, so that a wrong column (UsageError) or file (SourceError) is told at once."""
+
+    def samples(self, bad: BadSamples) -> Iterator[Sample]:
+        """Its good samples, the same order every time; bad ones are counted."""

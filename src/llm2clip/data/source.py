@@ -1,0 +1,155 @@
+"""Opens the sources that `--data` names, and reads them one after another as samples in a fixed order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from llm2clip.artifacts import fingerprint
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.config import SourceConfig
+from llm2clip.data.files import FolderPart, files_in
+from llm2clip.data.remote_tars import tar_part
+from llm2clip.data.sample import Part, Reading, Sample
+from llm2clip.data.spec import File, find_files, local_file
+from llm2clip.data.tables import OUTSIDE, TABLES, TablePart
+from llm2clip.data.urls import is_url, suffix
+from llm2clip.errors import SourceError, UsageError
+
+READERS: dict[str, Callable[[File, Reading], Part]] = {"tar": tar_part, **dict.fromkeys(TABLES, TablePart)}
+"""File name ending -> what reads such files; a further format is a row here, or in `tables.TABLES`."""
+COMPRESSED = ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
+NUM_PARTS_CHECKED = 64
+"""Files whose beginnings are looked at before a run; all of ten thousand would take minutes on a network disk."""
+
+
+def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "data") -> Source:
+    """The source that `config.data` names; its files are found and their beginnings checked, nothing more is read.
+
+    Args:
+        config: the shared flags of every stage.
+        pictures: whether pictures are needed. Without, a table needs no picture column, no picture is looked for, and
+            a sample's `picture` may be empty: enough for training a teacher.
+        setting: the name of the setting that the user gave as `config.data`, for errors.
+
+    Raises:
+        UsageError: if nothing is there, a column is missing, or all pictures lie outside their table's folder.
+        SourceError: if a file cannot be read.
+
+    Example:
+        >>> source = open_source(SourceConfig(data=("captions.csv",)))   # doctest: +SKIP
+        >>> next(iter(source)).captions                                  # doctest: +SKIP
+        {'short': ('a dog',), 'long': ('a brown dog runs over a meadow ...',)}
+    """
+    flag = f"--{setting.replace('_', '-')}"
+    if not config.data:
+        raise UsageError(f"no source is given; name one or several, for example {flag} captions.csv")
+    reading = Reading(
+        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures, flag=flag
+    )
+    files = [file for spec in config.data for file in find_files(spec, flag=flag, revision=config.revision)]
+    parts = [part for file in files for part in _parts_of(file, reading)]
+    seen = set()
+    for part in parts:
+        if part.path in seen:
+            raise UsageError(f"{flag} names {part.path} twice; name it once")
+        seen.add(part.path)
+    for part in parts[:NUM_PARTS_CHECKED]:
+        with _naming(part):
+            part.check()
+    return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
+
+
+def _parts_of(file: File, reading: Reading) -> list[Part]:
+    if file.kind == "folder":
+        inside = [local_file(path, flag=reading.flag) for path in files_in(file.path, flag=reading.flag)]
+        parts = [part for found in inside for part in _parts_of(found, reading)]
+        return parts or [FolderPart(file.path, reading)]
+    if file.kind in READERS:
+        return [READERS[file.kind](file, reading)]
+    what = f"{reading.flag} {file.path}"
+    if file.kind in COMPRESSED:
+        raise UsageError(f"{what} is compressed; unpack it first, pictures are read by random access")
+    other = "URL/*.tar" if is_url(file.path) else "a folder, hf:org/name"
+    known = ", ".join([other, *(f".{kind}" for kind in READERS)])
+    raise UsageError(f"{what}: unknown ending {suffix(file.path)!r}; give {known}")
+
+
+@contextlib.contextmanager
+def _naming(part: Part) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{part.path} cannot be read: {error.strerror or error}") from None
+
+
+class Source:
+    """Samples of several parts, one part after another; iterating again gives the same.
+
+    Its `fingerprint` is of the parts' names and sizes and the named columns, the same wherever the files lie; `bad` is
+    what was wrong in the present or last iteration.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, reading: Reading, max_bad_fraction: float) -> None:
+        self._parts, self.num_parts = list(parts), len(parts)
+        self._names = part_names([part.name for part in parts])
+        self.bad = _CountedBad(max_bad_fraction)
+        sizes = [[name, part.size] for name, part in zip(self._names, parts, strict=True)]
+        self.fingerprint = fingerprint([sizes, dict(reading.captions), reading.image])
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every good sample; bad ones are counted in `bad`, which is emptied first.
+
+        Raises:
+            TooManyBadSamples: if more than the allowed share are bad, at the end or after a thousand samples.
+            SourceError: if there are no samples at all, or a file cannot be read any further.
+        """
+        self.bad.clear()
+        for i in range(self.num_parts):
+            yield from self.part(i)
+        if not self.bad.num_good and 0 < self.bad.num_bad == self.bad.counts.get(OUTSIDE, 0):
+            raise UsageError(self.bad.examples[OUTSIDE][0])
+        self.bad.check(self.bad.num_good + self.bad.num_bad)
+        if not self.bad.num_good:
+            raise SourceError(f"no usable samples in {', '.join(self._names[:5])}")
+
+    def part(self, number: int) -> Iterator[Sample]:
+        """The good samples of one part; bad ones are added to `bad`. For going on where a run stopped.
+
+        A sample's id is its key in the part, with the part's name before it if there are several parts.
+        """
+        part = self._parts[number]
+        prefix = f"{self._names[number]}/" if self.num_parts > 1 else ""
+        with _naming(part):
+            for sample in part.samples(self.bad):
+                self.bad.num_good += 1
+                name = prefix + sample.id
+                if not name.isascii():  # a file name that is no UTF-8 shows its odd bytes as \xe9
+                    name = name.encode("utf-8", "backslashreplace").decode()
+                yield sample if name == sample.id else replace(sample, id=name)
+
+
+class _CountedBad(BadSamples):
+    """Knows how many were good too, so that a hopeless run stops after a thousand samples, not at its end."""
+
+    num_good = 0
+
+    def add(self, sample_id: str, cause: str, detail: str = "") -> None:
+        super().add(sample_id, cause, detail)
+        self.check(self.num_good + self.num_bad, final=False)
+
+    def clear(self) -> None:
+        super().clear()
+        self.num_good = 0
+
+
+def part_names(paths: list[str]) -> list[str]:
+    """Each path relative to the folder common to all, so that all may move; without ending where that stays unique."""
+    for urls in (True, False):
+        group = {path for path in paths if is_url(path) == urls and os.path.isabs(path) != urls}
+        root = os.path.commonpath([os.path.dirname(path) for path in group]) if group else ""
+        paths = [os.path.relpath(path, root) if path in group else path for path in paths]
+    stems = [os.path.splitext(path)[0] for path in paths]
+    return stems if len(set(stems)) == len(stems) else paths

@@ -1,0 +1,159 @@
+"""The source grammar: paths, globs, brace ranges, folders, Hub ids and URLs -> a list of files.
+
+captions.csv   shards/{00000..00012}.tar   "data/**/*.parquet"   pictures/   hf:org/name:train
+hf://datasets/org/name/*.tar   s3://bucket/{a,b}.tar   https://host/00000.tar
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip.data.bad import logger
+from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
+from llm2clip.errors import SourceError, UsageError
+
+MAX_EXPANSION = 1_000_000
+"""Files that one brace range may stand for."""
+HUB_ID = re.compile(r"hf:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file or folder (of size 0) of a source, by its absolute path or URL."""
+
+    path: str
+    size: int
+    label: str = ""
+    """What its samples are called by, if not by its path."""
+
+    @property
+    def kind(self) -> str:
+        """What it is by its ending ("tar", "csv", ...), or "folder"."""
+        return "folder" if not is_url(self.path) and os.path.isdir(self.path) else suffix(self.path)[1:]
+
+
+def find_files(spec: str, *, flag: str = "--data", revision: str | None = None) -> list[File]:
+    """The files and folders that `spec` stands for, sorted.
+
+    Raises:
+        UsageError: if there are none, or one of a brace range is missing; errors call the source by its `flag`.
+        SourceError: if a remote place cannot be listed, or a Hub dataset not be fetched.
+    """
+    if spec.startswith("hf:") and not spec.startswith("hf://"):
+        return _find_hub(spec, flag, revision)
+    return _find_remote(spec, flag) if is_url(spec) else _find_local(spec, flag)
+
+
+def expand_braces(text: str, *, flag: str = "--data") -> Iterator[str]:
+    """`text` with each `{a,b}` and `{00..12}` replaced by its members, leftmost slowest; zeros in front are kept.
+
+    >>> list(expand_braces("{a,b}/{08..10}.tar"))[1:4]
+    ['a/09.tar', 'a/10.tar', 'b/08.tar']
+    """
+    choices = [list(_choices(piece, flag)) for piece in re.split(r"(\{[^{}]*\})", text)]
+    if (total := math.prod(map(len, choices))) > MAX_EXPANSION:
+        raise UsageError(f"{flag} {text} stands for {total} files; name at most {MAX_EXPANSION}")
+    return map("".join, itertools.product(*choices))
+
+
+def _choices(piece: str, flag: str) -> Iterator[str]:
+    numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
+    if numbers:
+        first, last = numbers.groups()
+        if int(last) - int(first) >= MAX_EXPANSION:
+            raise UsageError(f"{flag}: range {piece} is too long; name at most {MAX_EXPANSION} files")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        return (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
+    if piece.startswith("{") and "," in piece:
+        return iter(piece[1:-1].split(","))
+    return iter([piece])
+
+
+def local_file(path: str, *, flag: str = "--data", label: str = "") -> File:
+    """A file or folder on this machine."""
+    try:
+        return File(os.path.abspath(path), 0 if os.path.isdir(path) else os.stat(path).st_size, label)
+    except OSError as error:
+        raise SourceError(f"{flag} {path} cannot be read: {error.strerror}") from None
+
+
+def _find_local(spec: str, flag: str) -> list[File]:
+    spec = os.path.expanduser(spec)
+    if os.path.exists(spec):  # also names that really hold braces or stars
+        return [local_file(spec, flag=flag)]
+    paths: list[str] = []
+    missing: list[str] = []
+    for part in expand_braces(spec, flag=flag):
+        found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part] * os.path.exists(part)
+        paths += found
+        missing += [part] * (not found)
+    if not paths:
+        what = "nothing matches" if glob.has_magic(spec) or missing != [spec] else "no such file or folder"
+        raise UsageError(f"{flag} {spec}: {what}; give a path, glob, brace range, hf:org/name or URL")
+    if missing:
+        raise UsageError(f"{flag} {spec}: {missing[0]} is missing ({len(missing)} missing in all, {len(paths)} found)")
+    return [local_file(path, flag=flag) for path in paths]
+
+
+def _find_remote(spec: str, flag: str) -> list[File]:
+    files: list[File] = []
+    parts = expand_braces(spec, flag=flag)
+    try:
+        for part in parts:
+            filesystem, path = filesystem_of(part)
+            if glob.has_magic(re.split(r"[?#]", path)[0]):
+                found = filesystem.glob(path, detail=True)
+                files += [File(filesystem.unstrip_protocol(p), found[p].get("size") or 0) for p in sorted(found)]
+            else:
+                files.append(File(part, filesystem.info(path).get("size") or 0))
+    except FileNotFoundError as error:
+        raise UsageError(f"{flag} {spec}: {error} does not exist, or its server does not answer") from None
+    except url_errors() as error:
+        raise SourceError(f"{flag} {spec} cannot be reached: {error}") from None
+    if not files:
+        raise UsageError(f"{flag} {spec}: nothing matches")
+    return files
+
+
+def _find_hub(spec: str, flag: str, revision: str | None) -> list[File]:
+    """The Arrow files of a Hub dataset, fetched once by `datasets`: of the split named, the only one, or "train"."""
+    form = HUB_ID.fullmatch(spec)
+    if form is None:
+        raise UsageError(f"{flag} {spec} is no Hub dataset; write hf:org/name or hf:org/name:split")
+    dataset = _load_dataset(f"{flag} {spec}", form["id"], form["config"], revision)
+    splits, listed = list(dataset), ", ".join(dataset)
+    split = form["split"] or (splits[0] if len(splits) == 1 else "train")
+    if split not in splits:
+        raise UsageError(
+            f"{flag} {spec} has no split {split!r}; it has {listed}"
+            if form["split"]
+            else f"{flag} {spec} has the splits {listed}; name one, as {spec}:{splits[0]}"
+        )
+    if not form["split"] and len(splits) > 1:
+        logger.info("%s: taking the split train of %s", spec, listed)
+    label = f"{form['id']}{'/' + form['config'] if form['config'] else ''}:{split}"
+    paths = [cached["filename"] for cached in dataset[split].cache_files]
+    return [local_file(path, flag=flag, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
+
+
+def _load_dataset(what: str, name: str, config: str | None, revision: str | None) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    try:
+        return load_dataset(name, config, revision=revision)
+    except DatasetNotFoundError as error:
+        raise UsageError(f"{what} is not on the Hub, or you have no access: {_flat(error)}") from None
+    except (DatasetsError, RuntimeError, *url_errors()) as error:
+        raise SourceError(f"{what} cannot be loaded: {_flat(error)}") from None
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

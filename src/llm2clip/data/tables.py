@@ -1,0 +1,369 @@
+"""Tables as sources: CSV, TSV, JSON, Parquet and Arrow, with picture paths or embedded pictures.
+
+Rows that name the same picture are one sample with the captions of all of them, wherever in the table they stand.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import itertools
+import json
+import os
+import posixpath
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import pyarrow as pa
+
+from llm2clip.data.bad import BadPicture, BadSamples, logger
+from llm2clip.data.bytes import TABLE_ERRORS, cell_bytes, open_arrow, open_parquet, open_regular
+from llm2clip.data.columns import Layout, find_layout, read_captions, require
+from llm2clip.data.images import check_file, check_header
+from llm2clip.data.sample import PictureRef, Reading, Sample
+from llm2clip.data.spec import File
+from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
+from llm2clip.errors import SourceError, UsageError
+
+NUM_ROWS_PEEKED = 100
+"""Rows of a JSON table whose keys are taken for its columns."""
+OUTSIDE = "outside the table's folder (--allow-outside allows it)"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+TEXT_BATCH_ROWS, PICTURE_BATCH_ROWS = 4096, 64
+Captions = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read, and why."""
+
+    detail: str
+
+
+class Table(Protocol):
+    """A table, read row by row as often as wanted."""
+
+    columns: list[str]
+    images: Collection[str]
+    """Columns whose type says that they hold pictures."""
+    embedded: Collection[str]
+    """Columns that hold bytes."""
+
+    def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
+        """Every row, with the `wanted` columns at least."""
+
+
+class CsvTable:
+    """A CSV or TSV file with a header line; blank lines are passed over.
+
+    The separator is the one of comma, tab and semicolon that the header has most of (for .tsv always the tab). Read by
+    Python's `csv`, as pyarrow's reader makes one good row of all that lies between two stray quotes.
+    """
+
+    images: Collection[str] = ()
+    embedded: Collection[str] = ()
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open_text(path) as file:
+            header = file.readline()
+        if not header.strip():
+            raise SourceError(f"{path} is empty; its first line must name the columns")
+        self.separator = "\t" if suffix(path) == ".tsv" else max(",\t;", key=header.count)
+        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=self.separator))]
+
+    def rows(self, wanted: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+        """The rows below the header. A quote never closed swallows lines: they are taken again one by one."""
+        with open_text(self.path) as file:
+            next(file)
+            taken: list[str] = []
+            reader = csv.reader(_noting(file, taken), delimiter=self.separator, strict=True)
+            while True:
+                taken.clear()
+                try:
+                    fields = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    yield from filter(None, map(self._single, taken))
+                    continue
+                if len(fields) > len(self.columns):
+                    yield BadRow(f"{len(fields)} fields where the header has {len(self.columns)}")
+                elif fields:
+                    yield dict(zip(self.columns, fields, strict=False))
+
+    def _single(self, line: str) -> dict[str, Any] | BadRow | None:
+        try:
+            fields = next(csv.reader([line], delimiter=self.separator), [])
+        except csv.Error as error:
+            return BadRow(str(error))
+        if fields and len(fields) != len(self.columns):
+            wanted = len(self.columns)
+            return BadRow(f"{len(fields)} fields where the header has {wanted}, or a quote that is not closed")
+        return dict(zip(self.columns, fields, strict=False))
+
+
+def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    """`lines`, each added to `taken` as it is read."""
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+class JsonTable:
+    """A file of JSON objects: one a line, or one list of them; blank lines are passed over."""
+
+    images: Collection[str] = ()
+    embedded: Collection[str] = ()
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        first = [row for row in itertools.islice(self.rows(), NUM_ROWS_PEEKED) if isinstance(row, dict)]
+        if not first:
+            raise SourceError(f"{path} holds no JSON objects; expected one in each line, or a list of them")
+        self.columns = list(dict.fromkeys(key for row in first for key in row))
+
+    def rows(self, wanted: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+        """The objects with all keys."""
+        with open_text(self.path) as file:
+            first = next((line for line in file if not line.isspace()), "")
+            if not first.lstrip().startswith("["):
+                lines = itertools.chain([first], file)
+                yield from (_object(line) for line in lines if line.strip())
+                return
+            try:
+                values = json.loads(first + file.read())
+            except (ValueError, RecursionError) as error:
+                raise SourceError(f"{self.path} is damaged JSON ({error}); fetch or write it again") from None
+            yield from map(_is_object, values)
+
+
+def _object(line: str) -> dict[str, Any] | BadRow:
+    try:
+        return _is_object(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"no JSON: {error}")
+
+
+def _is_object(value: Any) -> dict[str, Any] | BadRow:
+    return value if isinstance(value, dict) else BadRow(f"{str(value)[:40]!r} is no JSON object")
+
+
+class ColumnTable:
+    """A Parquet or Arrow file."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._is_parquet = path, suffix(path) == ".parquet"
+        try:
+            schema = open_parquet(path).schema_arrow if self._is_parquet else open_arrow(path).schema
+        except TABLE_ERRORS as error:
+            kind = suffix(path)[1:]
+            raise SourceError(f"{path} is damaged or no {kind} file ({error}); fetch or write it again") from None
+        self.columns: list[str] = schema.names
+        self.images: Collection[str] = [field.name for field in schema if _is_image(field.type)]
+        self.embedded: Collection[str] = {*self.images, *(field.name for field in schema if _is_binary(field.type))}
+
+    def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
+        """Every row, with the `wanted` columns."""
+        columns = [name for name in self.columns if name in wanted]
+        num_rows = PICTURE_BATCH_ROWS if any(name in self.embedded for name in columns) else TEXT_BATCH_ROWS
+        try:
+            if self._is_parquet:
+                batches = open_parquet(self.path).iter_batches(batch_size=num_rows, columns=columns)
+            else:
+                batches = open_arrow(self.path).select(columns).to_batches(max_chunksize=num_rows)
+            for batch in batches:
+                yield from batch.to_pylist()
+        except TABLE_ERRORS as error:
+            raise SourceError(f"{self.path} is damaged ({error}); fetch or write it again") from None
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    """Whether a column is what `datasets` makes of its Image feature: a struct of bytes and path."""
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+TABLES: dict[str, Callable[[str], Table]] = {"csv": CsvTable, "tsv": CsvTable, "parquet": ColumnTable}
+TABLES |= {"arrow": ColumnTable, **dict.fromkeys(("jsonl", "jsonlines", "ndjson", "json"), JsonTable)}
+"""File name ending -> reader of such a `Table`."""
+
+
+def open_text(path: str) -> TextIO:
+    """A table as text: UTF-8 with or without a byte order mark, or UTF-16 with one; bytes that are no UTF-8 survive."""
+    try:
+        if is_url(path):
+            filesystem, inner = filesystem_of(path)
+            binary = io.BufferedReader(filesystem.open(inner, "rb"))
+        else:
+            binary = open(open_regular(path), "rb")  # noqa: SIM115 (the text file returned closes it)
+        if binary.peek(2)[:2] in UTF16_MARKS:
+            return io.TextIOWrapper(binary, encoding="utf-16", errors="replace", newline="")
+        return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except url_errors() as error:
+        raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+class Places:
+    """Where the pictures that a table names lie: inside the table's own folder, unless it is allowed otherwise.
+
+    >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
+    '/data/a/1.jpg'
+    """
+
+    def __init__(self, table: str, *, allow_outside: bool) -> None:
+        self.table, self.allow_outside = table, allow_outside
+        self.folder = posixpath.dirname(table)
+        if not is_url(table):
+            # the Hub cache keeps files as links to blobs: beside the table's target lie its pictures' targets
+            self._roots = {os.path.realpath(self.folder), os.path.dirname(os.path.realpath(table))}
+            self._real_folder = functools.lru_cache(maxsize=4096)(os.path.realpath)
+
+    def resolve(self, name: str) -> PictureRef:
+        """Where the picture called `name` in the table lies; BadPicture if outside, by name or through a link."""
+        path = self._join(name)
+        if not (self.allow_outside or self._is_inside(path)):
+            raise BadPicture(
+                OUTSIDE,
+                f"{self.table}: picture {name!r} lies outside the table's folder; move it or add --allow-outside",
+            )
+        return PictureRef(path)
+
+    def _join(self, name: str) -> str:
+        if is_url(name):
+            return name
+        if is_url(self.folder):
+            scheme, _, rest = self.folder.rpartition("://")
+            return f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
+        return os.path.normpath(os.path.join(self.folder, name))
+
+    def _is_inside(self, path: str) -> bool:
+        if is_url(self.folder):
+            return path.startswith(self.folder + "/") and "/../" not in path
+        if is_url(path) or "\0" in path:  # no file has such a name: it will be reported as missing
+            return not is_url(path)
+        real = os.path.realpath(path) if os.path.islink(path) else self._real_folder(os.path.dirname(path)) + "/"
+        return any(real.startswith(root.rstrip("/") + "/") for root in self._roots)
+
+
+class TablePart:
+    """A table of samples."""
+
+    def __init__(self, file: File, reading: Reading) -> None:
+        self.path, self.size, self.reading = file.path, file.size, reading
+        self.name = file.label or file.path
+        self._places = Places(file.path, allow_outside=reading.allow_outside)
+
+    def check(self) -> None:
+        """Check its columns, and that not all of its pictures lie outside its folder."""
+        table, layout = self._open()
+        if not self.reading.pictures:
+            return
+        if layout.picture in table.embedded and suffix(self.path) == ".parquet":
+            _tell_of_slow_parquet()
+        outside = ""
+        for name in _picture_names(table, layout.picture):
+            try:
+                self._places.resolve(name)
+                return
+            except BadPicture as error:
+                outside = outside or error.detail
+        if outside:
+            raise UsageError(outside)
+
+    def samples(self, bad: BadSamples) -> Iterator[Sample]:
+        """Its good samples in the order of the table; of several rows the last counts."""
+        table, layout = self._open()
+        together = _SamePicture(_picture_names(table, layout.picture))
+        for number, row in enumerate(table.rows(layout.columns)):
+            if isinstance(row, BadRow):
+                bad.add(f"row {number}", "damaged row", f"{self.path}: {row.detail}")
+                continue
+            value = row.get(layout.picture) if layout.picture else None
+            name = value.strip() if isinstance(value, str) else ""
+            key = name or str(number)
+            captions: Captions | None = read_captions(row, layout, sample_id=key, bad=bad)
+            if name and (captions := together.add(name, captions or {})) is None:
+                continue
+            if not captions:
+                bad.add(key, "no caption", f"{self.path} row {number}")
+                continue
+            try:
+                yield Sample(key, self._picture(number, value, layout.picture or ""), captions)
+            except BadPicture as error:
+                bad.add(key, error.cause, error.detail)
+
+    def _open(self) -> tuple[Table, Layout]:
+        table = TABLES[suffix(self.path)[1:]](self.path)
+        named, image = self.reading.captions, self.reading.image
+        layout = find_layout(table.columns, captions=named, image=image, images=table.images)
+        require(layout, table.columns, self.path, captions=named, image=image, picture=self.reading.pictures)
+        if not self.reading.pictures and layout.picture in table.embedded:
+            layout = Layout(None, layout.captions)  # spare the reading of what is not needed
+        return table, layout
+
+    def _picture(self, number: int, value: Any, column: str) -> PictureRef:
+        """Where a row's picture lies, after a look at its header; one behind a URL is taken on trust."""
+        if not self.reading.pictures:
+            return PictureRef("")
+        if name := _name_in(value):
+            ref = self._places.resolve(name)
+            if not is_url(ref.path):
+                check_file(ref.path)
+            return ref
+        where = f"{self.path} row {number}, column {column}"
+        check_header(io.BytesIO(cell_bytes(value, where=where)), where)
+        return PictureRef(self.path, offset=number, column=column)
+
+
+@functools.lru_cache
+def _tell_of_slow_parquet() -> None:
+    logger.info(
+        "pictures inside Parquet files are slow to read in random order, a whole row group for each; "
+        "for training, tars or a folder saved by datasets are many times faster"
+    )
+
+
+class _SamePicture:
+    """Brings together the captions of rows that name the same picture; told before of the `names` in all rows.
+
+    Only the names' hashes are held, and captions of repeated ones between their first and last row.
+    """
+
+    def __init__(self, names: Iterator[str]) -> None:
+        hashes, counts = np.unique(np.fromiter(map(hash, names), np.int64), return_counts=True)
+        repeated = counts > 1
+        self._left = dict(zip(hashes[repeated].tolist(), counts[repeated].tolist(), strict=True))
+        self._waiting: dict[str, dict[str, tuple[str, ...]]] = {}
+
+    def add(self, name: str, captions: Captions) -> Captions | None:
+        """All captions of the picture if this is its last row, otherwise None."""
+        if (key := hash(name)) not in self._left:
+            return captions
+        merged = self._waiting.setdefault(name, {})
+        for kind, texts in captions.items():
+            merged[kind] = tuple(dict.fromkeys((*merged.get(kind, ()), *texts)))
+        self._left[key] -= 1
+        return self._waiting.pop(name) if self._left[key] == 0 else None
+
+
+def _picture_names(table: Table, picture: str | None) -> Iterator[str]:
+    """The pictures that rows name, one a row; none where the pictures themselves are in the table."""
+    if picture is None or picture in table.embedded:
+        return
+    for row in table.rows([picture]):
+        if isinstance(row, dict) and (name := _name_in(row.get(picture))):
+            yield name
+
+
+def _name_in(value: Any) -> str | None:
+    """The path in a picture cell; None if it holds bytes, or nothing."""
+    if isinstance(value, dict) and not value.get("bytes"):
+        value = value.get("path")
+    return value.strip() or None if isinstance(value, str) else None

@@ -124,11 +124,11 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     [
         (ArtifactError("broken"), 1, "broken"),
         (OSError(28, "No space left on device", "x"), 1, "[Errno 28] No space left on device: 'x'"),
-        (MemoryError(), 1, "out of memory (of this machine); give a smaller batch"),
+        (MemoryError(), 1, "out of memory (of this machine); it takes a machine that has more"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
             1,
-            "out of memory (CUDA out of memory); give a smaller batch",
+            "out of memory (CUDA out of memory. Tried to allocate 20 GiB); it takes a machine that has more",
         ),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it stopped"),
     ],

@@ -19,7 +19,7 @@ SAID_BY_TORCH = (
     [
         (
             "train-student --bank b --tower t --out o",
-            "give a small --micro-batch-size or --gradient-checkpointing or a smaller --batch-size (now 4096)",
+            "give a small --micro-batch-size or --gradient-checkpointing or a small --batch-size",
         ),
         (
             "train-student --bank b --tower t --out o --micro-batch-size 64 --gradient-checkpointing --batch-size 512",
@@ -35,7 +35,7 @@ SAID_BY_TORCH = (
         ),
         (
             "build-bank --data d --teacher t --out o --batch-tokens 9000",
-            "give a smaller --batch-tokens (now 9000) or --precision bf16 or --device cpu",
+            "give a smaller --batch-tokens (now 9000) or --device cpu",
         ),
         ("bank add b --data d --out o", "give a small --batch-tokens or --device cpu"),
         ("bank verify b", "give --device cpu"),

@@ -202,7 +202,7 @@ def test_options_reach_student_and_teacher(
         teacher_revision="t1",
         trust_remote_code=True,
     )
-    options = {"revision": "t1", "device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": True}
+    options = {"revision": "t1", "device": torch.device("cpu"), "dtype": "bfloat16", "trust_remote_code": True}
     assert asked == [("org/student", "s1"), ("org/teacher", options)]
     assert model.student.dtype == torch.bfloat16
     manifest = json.loads((finished_student / "manifest.json").read_text())
@@ -255,7 +255,7 @@ def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, fin
 
 def test_a_device_that_is_not_there(finished_student: Path, finished_teacher: Path) -> None:
     for cls, folder in ((LLM2CLIP, finished_student), (Teacher, finished_teacher)):
-        with pytest.raises(UsageError, match=r"device cuda:99 cannot be used .*; write cpu, cuda or cuda:1"):
+        with pytest.raises(UsageError, match=r"the device 'cuda:99' cannot be used .*; leave it out or write cpu"):
             cls.from_pretrained(folder, device="cuda:99")
 
 

@@ -264,7 +264,7 @@ def _what_needs_less(verb: str | None, config: Any) -> str:
         name, _, value = flag.partition(" ")
         now = getattr(config, name.removeprefix("--").replace("-", "_"))
         if value or isinstance(now, bool):
-            advice += [flag] if now not in (True, value) else []
+            advice += [flag] if now not in (True, value, "auto") else []  # auto is bf16 where that helps
         else:
             advice.append(f"a small {flag}" if now is None else f"a smaller {flag} (now {now})")
     return f"give {' or '.join(advice)}" if advice else "it takes a machine that has more"

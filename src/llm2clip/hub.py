@@ -35,7 +35,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = one_line(error)
-        raise UsageError(f"--device is {str(device)!r}, which cannot be used ({reason}); {_choices()}") from None
+        raise UsageError(f"the device {str(device)!r} cannot be used ({reason}); {_choices()}") from None
     return chosen
 
 
@@ -73,6 +73,17 @@ def settle_precision(config: Config, out: Path) -> Config:
     return dataclasses.replace(settings, precision=begun or pick_precision("auto", pick_device()))  # type: ignore[no-any-return]
 
 
+def is_emulated(model: Any, device: torch.device) -> bool:
+    """Whether a CPU would emulate the half precision of some of a model's weights, many times slower than float32."""
+    fast = {torch.float32, torch.float64, *([torch.bfloat16] if cpu_has_bf16() else [])}
+    return device.type == "cpu" and not {weight.dtype for weight in _saved(model)} <= fast
+
+
+def _saved(model: Any) -> list[torch.Tensor]:
+    """The numbers of a model that its files hold: not what is computed when it is made, as position frequencies are."""
+    return [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+
+
 def cast(model: Any, device: torch.device, dtype: torch.dtype | str | None = None) -> Any:
     """`model` on `device`, its weights in `dtype`.
 
@@ -85,14 +96,10 @@ def cast(model: Any, device: torch.device, dtype: torch.dtype | str | None = Non
     (torch.float16, torch.float32)
     """
     model = model.to(device)
+    if dtype is None:
+        dtype = torch.float32 if is_emulated(model, device) else "auto"
     if dtype == "auto":
         return model
-    saved = [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
-    if dtype is None:
-        fast = {torch.float32, torch.float64, *([torch.bfloat16] if cpu_has_bf16() else [])}
-        if device.type != "cpu" or all(tensor.dtype in fast for tensor in saved):
-            return model
-        dtype = torch.float32
-    for tensor in saved:  # not what is computed when a model is made: position frequencies stay in float32
+    for tensor in _saved(model):
         tensor.data = tensor.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model

@@ -378,11 +378,11 @@ def test_settings_of_the_teacher_are_handed_on(captions_csv, tiny_llm, tmp_path,
 
 
 def test_a_bank_begun_on_other_hardware_goes_on_in_its_precision(captions_csv, build, tmp_path, monkeypatch) -> None:
-    from llm2clip.bank import load
+    from llm2clip import hub
 
-    monkeypatch.setattr(load, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(hub, "cpu_has_bf16", lambda: False)
     config = {"precision": "auto", "out": tmp_path / "bank", "shard_rows": 64}
     with pytest.raises(LLM2CLIPError, match="is unfinished"):
         build(captions_csv, shard="0/2", **config)
-    monkeypatch.setattr(load, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(hub, "cpu_has_bf16", lambda: True)
     assert build(captions_csv, shard="1/2", **config).manifest["teacher"]["precision"] == "fp32"

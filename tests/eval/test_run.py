@@ -123,7 +123,7 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
         "model_revision": "m1",
         "teacher_revision": "t1",
     }
-    options = {"device": "cpu", "dtype": torch.bfloat16, "trust_remote_code": True}
+    options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "trust_remote_code": True}
     for names, expected in (
         ({"teacher": "T"}, [("T", {"revision": "t1", **options})]),
         (
@@ -137,7 +137,11 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(Opened):
             run.open_encoder(EvaluateConfig(**names, **settings))
         assert asked == expected
-    assert {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} == run.DTYPES
+    assert {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} == run.DTYPES
+    asked.clear()
+    with pytest.raises(Opened):
+        run.open_encoder(EvaluateConfig(teacher="T", **{**settings, "precision": "auto"}))
+    assert asked[0][1]["dtype"] is None
 
 
 def test_the_seed_of_the_similarity_figures(

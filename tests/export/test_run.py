@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llm2clip import LLM2CLIP
 from llm2clip.errors import LLM2CLIPError, UsageError
@@ -325,6 +326,12 @@ def test_settings_and_revisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     with pytest.raises(Opened):
         export_model(config)
-    options = {"device": "cpu", "revision": "m1", "teacher_revision": "t1", "trust_remote_code": True}
+    options = {
+        "device": torch.device("cpu"),
+        "dtype": "auto",
+        "revision": "m1",
+        "teacher_revision": "t1",
+        "trust_remote_code": True,
+    }
     assert asked == [("M", "T", options)]
     assert set(config.settings()) == {field.name for field in dataclasses.fields(config)} - {"out", "device"}

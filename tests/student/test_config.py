@@ -11,7 +11,7 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
     [
         ({"bank": ()}, "--bank DIR"),
         ({"loss": "softmx"}, "did you mean 'softmax'"),
-        ({"precision": "fp8"}, "choose from fp32, bf16, fp16"),
+        ({"precision": "fp8"}, "choose from auto, fp32, bf16, fp16"),
         ({"steps": 0}, "--steps is 0"),
         ({"steps": 3, "epochs": 1.0}, "exclude each other"),
         ({"batch_size": 1}, "--batch-size is 1"),

@@ -109,7 +109,7 @@ def test_bf16_round_trip_is_exact(family, llm_of, tmp_path):
     vectors = encoder.encode(TEXTS)
     assert cosine_distance(vectors, unmerged) < 2e-3 < cosine_distance(vectors, bare)
     save(encoder, tmp_path / "t", attention="two-way")
-    reloaded = load_teacher(tmp_path / "t")
+    reloaded = load_teacher(tmp_path / "t", dtype="auto")
     assert reloaded[0].model.dtype == torch.bfloat16
     np.testing.assert_array_equal(reloaded.encode(TEXTS), vectors)
 
@@ -314,7 +314,7 @@ def test_an_adaptor_is_saved_in_the_llms_dtype_and_makes_another_teacher(tiny_ll
     saved = load_file(tmp_path / "t" / "2_Dense" / "model.safetensors")["linear.weight"]
     torch.testing.assert_close(saved, state["2.linear.weight"].bfloat16(), rtol=0, atol=0)
     assert encoder[0].model.rotary_emb.inv_freq.dtype == torch.float32  # rounded, positions would go wrong
-    np.testing.assert_array_equal(load_teacher(tmp_path / "t").encode(TEXTS), encoder.encode(TEXTS))
+    np.testing.assert_array_equal(load_teacher(tmp_path / "t", dtype="auto").encode(TEXTS), encoder.encode(TEXTS))
 
 
 def test_a_teacher_is_loaded_in_the_dtype_asked_for_and_ready_to_encode(tiny_llm: Path, tmp_path: Path) -> None:

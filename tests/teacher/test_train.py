@@ -165,7 +165,7 @@ def test_an_ablation_is_the_same_when_it_is_loaded_again(changes, config, monkey
         saved.append(encoder.encode(["a red disc", "there is a large square"]))
 
     monkeypatch.setattr(train_module, "save", watched)
-    teacher = load_teacher(train_teacher(config(steps=2, **changes)))
+    teacher = load_teacher(train_teacher(config(steps=2, **changes)), dtype="auto")
     np.testing.assert_array_equal(teacher.encode(["a red disc", "there is a large square"]), saved[0])
     assert teacher[0].model.config.is_causal == (changes.get("attention") == "causal")
     assert teacher[0].model.config.attention_dropout == 0

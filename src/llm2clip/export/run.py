@@ -18,7 +18,7 @@ from llm2clip.export.card import read_scores, write_card
 from llm2clip.export.check import PROBE_TEXTS, compare, encode_fresh, probe_embeds, probe_pictures
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
-from llm2clip.hub import cast, pick_device
+from llm2clip.hub import cast, is_emulated, pick_device
 from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP
 
@@ -45,24 +45,21 @@ def export_model(config: ExportConfig) -> Path:
             logger.info("%s is already complete", out)
             return out
         device = pick_device(config.device)
-        model = LLM2CLIP.from_pretrained(
-            config.model,
-            config.teacher,
-            device=device,
-            dtype="auto",  # what is written is what was saved
-            revision=config.model_revision,
-            teacher_revision=config.teacher_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = _open(config, device)
         facts = facts_of(model, config)
         if config.to == "sentence-transformers" and model.teacher is None:
             raise UsageError("the model has no teacher; add --teacher DIR")
+        emulated = any(is_emulated(part, device) for part in _parts(model))
+        for part in _parts(model):
+            cast(part, device)  # where its precision would be emulated: to float32
+        expected = EXPECT[config.to](model)
+        in_float32 = all(weight.dtype == torch.float32 for part in _parts(model) for weight in part.parameters())
+        if emulated:  # what is written is what was saved
+            del model
+            model = _open(config, device)
         WRITE[config.to](model, out)
         write_card(out, facts, scores=scores)
-        parts = [cast(part, device) for part in (model.student, model.teacher) if part is not None]
-        expected = EXPECT[config.to](model)
-        in_float32 = all(p.dtype == torch.float32 for part in parts for p in part.parameters())
-        del model, parts  # its copy in the fresh process needs the room
+        del model  # its copy in the fresh process needs the room
         gc.collect()
         torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
         found = reload(config.to, out, facts, device=device, in_float32=in_float32)
@@ -70,6 +67,22 @@ def export_model(config: ExportConfig) -> Path:
         logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))
         write_manifest(out, "export", config=config.settings(), **facts, checked=_rounded(checked))
     return out
+
+
+def _open(config: ExportConfig, device: torch.device) -> LLM2CLIP:
+    return LLM2CLIP.from_pretrained(
+        config.model,
+        config.teacher,
+        device=device,
+        dtype="auto",
+        revision=config.model_revision,
+        teacher_revision=config.teacher_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _parts(model: LLM2CLIP) -> list[torch.nn.Module]:
+    return [part for part in (model.student, model.teacher) if part is not None]
 
 
 def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:

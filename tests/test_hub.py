@@ -94,6 +94,7 @@ def _dtypes(model: Any) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters()}
 
 
+@pytest.mark.ci
 def test_an_export_keeps_the_precision_that_was_saved_and_is_compared_in_a_fast_one(
     tiny_tower: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

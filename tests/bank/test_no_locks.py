@@ -90,6 +90,7 @@ def test_overtaken_without_locks(every: int, config: BankConfig, files_of: Files
     check_overtaken(lambda: build_bank(config), config.out, every, files_of)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("no_locks")
 @pytest.mark.parametrize("every", EVERY)
 def test_overtaken_while_adding_without_locks(

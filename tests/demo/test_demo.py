@@ -22,6 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_demo(DemoConfig(out=tmp_path_factory.mktemp("demo") / "demo", quick=True))
 
 
+@pytest.mark.ci
 def test_it_leaves_a_whole_folder(demo: Path) -> None:
     manifest = json.loads((demo / "manifest.json").read_text())
     assert manifest["format"] == "llm2clip/demo" and manifest["config"]["quick"] is True
@@ -34,6 +35,7 @@ def test_it_leaves_a_whole_folder(demo: Path) -> None:
         assert set(results.CRA_ENGLISH) <= set(found[f"teacher-{teacher}"])
 
 
+@pytest.mark.ci
 def test_the_page_loads_nothing_and_says_what_it_is(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
@@ -43,6 +45,7 @@ def test_the_page_loads_nothing_and_says_what_it_is(demo: Path) -> None:
     assert page.count("<tr") == page.count("</tr>") and page.endswith("</html>")
 
 
+@pytest.mark.ci
 def test_again_it_is_complete_and_untouched(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = (demo / "report.html").stat().st_mtime_ns
     with caplog.at_level("INFO", "llm2clip"):
@@ -52,6 +55,7 @@ def test_again_it_is_complete_and_untouched(demo: Path, caplog: pytest.LogCaptur
         run_demo(DemoConfig(out=demo, quick=True, seed=1))
 
 
+@pytest.mark.ci
 def test_a_run_cut_short_goes_on_with_what_is_missing(demo: Path) -> None:
     whole, kept = (demo / "results.json").read_bytes(), demo / "seed-0" / "models" / "D-all" / "manifest.json"
     before = kept.stat().st_mtime_ns

@@ -217,6 +217,7 @@ def test_wrong_use_is_told_in_a_line(finished_student: Path, finished_teacher: P
         export_model(ExportConfig(model=student, to="tower", out=out, report=tmp_path / "report.json"))
 
 
+@pytest.mark.ci
 def test_a_folder_that_needs_llm2clip_does_not_pass(tmp_path: Path) -> None:
     from llm2clip.export.check import encode_fresh
 

@@ -52,9 +52,9 @@ def losses(out: Path) -> list[float]:
     "changes",
     [
         {"micro_batch_size": 3, "patch_dropout": 0.5},
-        {"gradient_checkpointing": True},
-        {"lora_rank": 2, "ema": 0.9},
-        {"adaptor_warmup_steps": 3},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.ci),
+        pytest.param({"lora_rank": 2, "ema": 0.9}, marks=pytest.mark.ci),
+        pytest.param({"adaptor_warmup_steps": 3}, marks=pytest.mark.ci),
     ],
     ids=str,
 )
@@ -71,6 +71,7 @@ def test_a_compiled_tower_learns_the_same(settings, graphs, changes, tmp_path) -
     assert len(recomputed) == (2 if "gradient_checkpointing" in changes else 0), "one a block"
 
 
+@pytest.mark.ci
 @pytest.mark.own_process
 def test_two_processes_with_a_compiled_tower_learn_the_same(settings, graphs, tmp_path) -> None:
     changes = {"gradient_checkpointing": True, "micro_batch_size": 2}

@@ -101,6 +101,7 @@ def test_uint8_pictures_are_normalised_as_the_processor_does(tiny_tower) -> None
     assert tuple(student.config.image_mean) == CLIP_MEAN and tuple(student.config.image_std) == CLIP_STD
 
 
+@pytest.mark.ci
 def test_loads_without_llm2clip(towers, tmp_path) -> None:
     student = start(towers["clip"])
     student.save_pretrained(tmp_path)

@@ -35,6 +35,7 @@ def values(out: Path, name: str) -> list[float]:
     return [json.loads(line)[name] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.ci
 def test_twice_64_follow_128(settings: dict[str, Any], tmp_path: Path) -> None:
     train_student(StudentConfig(**settings, out=tmp_path / "1"))
     run, sizes = StudentConfig(**settings, out=tmp_path / "2"), tmp_path / "sizes"
@@ -91,6 +92,7 @@ def test_two_processes_killed_and_started_again_end_in_the_same_bytes(settings: 
         assert (run.out / name).read_bytes() == (whole.out / name).read_bytes(), name
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("wrong", [{0, 1}, {0}, {1}], ids=str)
 def test_what_cannot_be_in_one_process_ends_both_and_leaves_nothing(
     wrong: set[int], settings: dict[str, Any], tmp_path: Path

@@ -142,6 +142,7 @@ def test_the_llm_still_attends_both_ways(joined: Path) -> None:
         assert (states[0, 0] - states[1, 0]).abs().max() > 1e-4, "the first token does not see the last one"
 
 
+@pytest.mark.ci
 def test_a_fresh_process_without_llm2clip_gives_the_same_vectors(joined: Path, tmp_path: Path) -> None:
     code = (
         "import sys, json, numpy; sys.modules['llm2clip'] = None\n"
@@ -214,6 +215,7 @@ def test_it_can_be_copied_and_sent_to_another_process(joined: Path) -> None:
         np.testing.assert_array_equal(model.encode(TEXTS), teacher.encode(TEXTS))
 
 
+@pytest.mark.ci
 def test_from_captions_to_a_bundle(joined: Path, tiny_tower: Path, pictures_csv: Path, tmp_path: Path) -> None:
     teacher, data = str(joined), (str(pictures_csv),)
     build_bank(BankConfig(data=data, teacher=teacher, out=tmp_path / "bank", precision="fp32", device="cpu"))

@@ -114,6 +114,7 @@ def test_bf16_round_trip_is_exact(family, llm_of, tmp_path):
     np.testing.assert_array_equal(reloaded.encode(TEXTS), vectors)
 
 
+@pytest.mark.ci
 def test_a_saved_teacher_is_two_way_in_a_process_that_never_saw_llm2clip(llm_of, tmp_path):
     encoder = llm_as_encoder(llm_of("llama"), dtype="float32")
     save(encoder, tmp_path / "t", attention="two-way")

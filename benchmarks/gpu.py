@@ -64,7 +64,7 @@ def on_gpu() -> list[Part]:
 def on_cpu() -> list[Part]:
     """At tiny sizes: to try the course, not to measure."""
     return [
-        tests(50, "pytest -m gpu on the CPU"),
+        tests(50, "pytest -m gpu on the CPU, those of training"),
         benchmark("loss", "tiny", 20, "256 pairs", device="cpu"),
         benchmark("encode", "tiny", 30, "a Llama of one layer", device="cpu"),
         benchmark("step", "tiny", 35, "a tower of two layers, batch 8", device="cpu"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from benchmarks.rows import not_measured
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "pytest -m gpu"
+ON_CPU = "test_training.py"
+"""What a CPU runs of them, to try the course."""
 TEST_SECONDS = 40
 """Of one test, where pytest-timeout is installed: one that hangs must not take the time of the others."""
 
@@ -70,6 +73,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="plays no part: tests that are not reached have no result")
     rows = parser.parse_args().rows
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    if os.environ.get("LLM2CLIP_TEST_DEVICE") == "cpu":  # all of them would take minutes
+        marked = [path for path in marked if path.endswith(ON_CPU)]
     if not marked:
         append(rows, not_measured(NAME, "there is no such test"))
         return 0

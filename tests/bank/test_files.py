@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -87,3 +88,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, renames: d
         array.close()
     os.replace(tmp_path / "folder", tmp_path / "table")
     assert renames == {"a.npy": [], "b.json": [], "table": []}
+
+
+def test_starts_are_whole_numbers_and_facts_are_the_json_they_were(tmp_path: Path) -> None:
+    texts = files.GrowingTexts(tmp_path, "text")
+    texts.append([b"abc"])
+    for array in texts.arrays:
+        array.close()
+    assert np.load(tmp_path / "text_start.npy").dtype == np.int64
+    files.write_facts(tmp_path / "facts.json", {"rows": 3, "name": "圆"})
+    assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == {"rows": 3, "name": "圆"}

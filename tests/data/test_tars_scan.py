@@ -18,7 +18,7 @@ def members_of(data: bytes) -> list[Member]:
     return list(scan(lambda length, offset: data[offset : offset + length], len(data)))
 
 
-LONG = "folder-" + "x" * 90 + "/" + "画" * 60 + ".jpg"
+LONG = "folder-" + "x" * 90 + "/" + "画 面 " * 20 + ".jpg"
 CONTENTS: Contents = {"a.jpg": b"1" * 700, "d/ä.txt": b"", LONG: b"long", "p" * 120 + "/q.txt": b"p", "z.json": b"{}"}
 
 
@@ -154,3 +154,30 @@ def test_a_name_of_a_gigabyte_is_not_read() -> None:
 )
 def test_keys_and_endings(name: str, split: tuple[str, str] | None) -> None:
     assert split_name(name) == split
+
+
+def test_a_damaged_header_is_told_by_its_place() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    data = bytearray(file.getvalue())
+    data[1024 + 148 : 1024 + 156] = b"no sum!!"  # the check sum of the second header
+    with pytest.raises(TarDamage) as caught:
+        members_of(bytes(data))
+    assert (caught.value.cause, caught.value.detail) == ("damaged tar", "has no member header at byte 1024")
+
+
+def test_a_long_name_before_a_long_link_is_kept() -> None:
+    """GNU tar and Python write the two headers in the other order; what a link is called must not depend on it."""
+    blocks = []
+    for kind, text in ((b"L", "folder/" + "n" * 120 + ".txt"), (b"K", "t" * 120)):
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = kind, len(text) + 1
+        blocks += [info.tobuf(tarfile.GNU_FORMAT), (text.encode() + b"\0").ljust(512, b"\0")]
+    last = tarfile.TarInfo("short.txt")
+    last.size = 3
+    blocks += [last.tobuf(tarfile.GNU_FORMAT), b"abc".ljust(512, b"\0"), b"\0" * 1024]
+    assert [member.name for member in members_of(b"".join(blocks))] == ["folder/" + "n" * 120 + ".txt"]

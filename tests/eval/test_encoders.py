@@ -72,6 +72,7 @@ def test_siglip_reads_lower_case_padded_to_its_length_without_a_mask(folders: di
     assert list(tokens) == ["input_ids"] and tokens["input_ids"].shape == (3, 12)
     words = encoder.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
     assert words == ["<s>", "a", "red", "disc", *["<pad>"] * 8]
+    assert torch.equal(encoder.tokens(TEXTS[:1])["input_ids"], tokens["input_ids"][:1])  # also beside no longer one
     model = t.SiglipModel.from_pretrained(folders["siglip"]).eval()
     with torch.no_grad():
         expected = unit(model.get_text_features(input_ids=tokens["input_ids"]).pooler_output)

@@ -72,6 +72,7 @@ def test_kinds_have_pools_of_their_own_pictures() -> None:
     # short: "a dog" is also picture 2's, whose vector is orthogonal to it; picture 0 ties with it for its own caption
     assert scores["short/t2i_r@1"] == 3 / 4 and scores["short/i2t_r@1"] == 1 / 3
     assert chance["short/t2i_r@1"] == 1 / 3 and chance["long/t2i_r@10"] == 1
+    assert chance["long/t2i_r@1"] == 1 / 2  # two of the three pictures have a long caption
     assert chance["short/i2t_r@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
 
 

@@ -31,6 +31,7 @@ def test_it_is_the_recursion_by_hand() -> None:
         average.update(net)
         wanted = decay * wanted + (1 - decay) * net[0].weight.detach()
     torch.testing.assert_close(average.values["0.weight"], wanted)
+    assert average.values["num_updates"].dtype == torch.int64 and int(average.values["num_updates"]) == 7
 
 
 def test_applied_swaps_and_swaps_back() -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import UsageError
-from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, wanted_kinds
+from llm2clip.student.mix import (
+    check_banks,
+    check_batch_size,
+    choose_captions,
+    default_batch_size,
+    kind_weights,
+    wanted_kinds,
+)
 
 from .banks import write_test_bank
 
@@ -82,3 +89,21 @@ def test_the_batch_that_fits() -> None:
     for batch_size, processes, fit in ((10, 4, 8), (3, 4, 4)):
         with pytest.raises(UsageError, match=f"take {fit}"):
             check_batch_size(batch_size, processes, num_samples=100)
+
+
+def test_the_batch_by_default() -> None:
+    assert [default_batch_size(4096, n) for n in (1, 3, 8)] == [4096, 4095, 4096]
+    assert [default_batch_size(10**7, 1), default_batch_size(300, 1), default_batch_size(300, 8)] == [4096, 300, 296]
+
+
+def test_rounding_at_the_end_of_the_weights_takes_the_last() -> None:
+    """0.1 is a little less than a third of what three of it add up to."""
+    weights, last = [0.1] * 3, float(np.nextafter(1, 0))
+    assert last * sum(weights) - 0.1 - 0.1 - 0.1 < 0, "here the rounding is the other way"
+    assert choose_captions([0, 1, 2], [1e308, 1e-308, 1e-308], [last, 0.0]) in ([0], [2])
+    assert choose_captions([0, 1, 2], weights, [last, 0.0]) == [2]
+
+
+def test_draws_come_in_pairs() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        choose_captions([0, 1], [1.0, 1.0], [0.1, 0.2, 0.3])

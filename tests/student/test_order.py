@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm2clip.student.order import SMALL, Mixture, ShuffledOrder, apportion, key_of, permuted, uniforms
+from llm2clip.student.order import SMALL, Mixture, ShuffledOrder, apportion, hashed, key_of, permuted, uniforms
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 1000, SMALL, SMALL + 1, 10007, 2**14])
@@ -108,6 +108,7 @@ def test_lanes_share_out_the_samples() -> None:
 def test_apportion_by_hand() -> None:
     assert apportion(3, [1, 1]) == [2, 1]
     assert apportion(100, [0.7, 0.2, 0.1]) == [70, 20, 10]
+    assert apportion(10, [0.14, 0.27, 0.59]) == [1, 3, 6]  # 1.4, 2.7, 5.9: the largest remainders go up
 
 
 def test_the_order_of_a_bank_depends_on_seed_name_and_epoch() -> None:
@@ -125,3 +126,18 @@ def test_banks_are_interleaved_otherwise_by_seed_lane_and_block() -> None:
         return [tuple(row) for row in banks.reshape(8, 16).tolist()]
 
     assert len({*patterns(0), *patterns(1)}) == 16
+
+
+def test_bits_are_those_of_splitmix64() -> None:
+    """The generator of Steele, Lea and Flood in whole numbers; its finaliser twice, on value xor key."""
+
+    def splitmix(state: int) -> int:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        return state ^ (state >> 31)
+
+    assert splitmix(0) == 0xE220A8397B1DCDAF  # the first number of the published generator with seed 0
+    values = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
+    for key in (0, 12345678901234567890):
+        assert hashed(values, key).tolist() == [splitmix(splitmix(int(value) ^ key)) for value in values]

@@ -89,3 +89,16 @@ def test_pictures_are_prepared_as_the_tower_says_or_as_clip(tiny_tower, tmp_path
         open_transform(str(tower))
     (tower / "preprocessor_config.json").unlink()
     assert open_transform(str(tower)).image_size == (32, 32)
+
+
+def test_a_student_normalises_images_as_its_towers_folder_says(tiny_tower, tmp_path) -> None:
+    import shutil
+
+    tower = shutil.copytree(tiny_tower, tmp_path / "tower")
+    settings = json.loads((tower / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tower / "preprocessor_config.json").write_text(json.dumps(settings))
+    student = start_student(str(tower), teacher_dim=8, projection_dim=4)
+    assert list(student.config.image_mean) == [0.1, 0.2, 0.3] and list(student.config.image_std) == [0.4, 0.5, 0.6]
+    torch.testing.assert_close(student.pixel_mean.flatten(), 255 * torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(student.pixel_std.flatten(), 255 * torch.tensor([0.4, 0.5, 0.6]))

@@ -25,8 +25,8 @@ from llm2clip.errors import SourceError
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
-"""Headers that speak of the member after them: PAX, PAX for all, GNU long name."""
+EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+"""Headers that speak of the member after them: PAX, PAX for all, GNU long name and long link."""
 MAX_EXTENDED_BYTES = 1 << 20
 """Longer extended headers are damage."""
 NUM_MEMBERS_CHECKED = 60
@@ -105,7 +105,7 @@ def _extended_header(read: Read, kind: bytes, offset: int, length: int) -> dict[
     data = read(length, offset)
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    if kind == tarfile.XGLTYPE:  # nothing it may say of all members concerns us
+    if kind in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):  # of all members, or of where a link leads: not of use
         return {}
     try:
         return dict(_pax_records(data))

@@ -12,7 +12,7 @@ from llm2clip.artifacts import file_digest, read_json, write_json
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.verify import check_table, verify_bank
+from llm2clip.bank.verify import check_table, cosines, verify_bank
 from llm2clip.errors import ArtifactError, UsageError
 
 FILES = """vectors/00003.npy vectors/00000.tokens.npy vectors/00003.json table/text.npy table/hash.npy table/facts.json
@@ -179,3 +179,19 @@ def test_what_is_said(bank: Bank, copy: Path, capsys: pytest.CaptureFixture[str]
         (copy / "vectors" / f"{shard:05d}.npy").unlink()
     with pytest.raises(ArtifactError, match=r"damaged: vectors/00000\.npy, .*vectors/00004\.npy and 1 more; delete"):
         verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
+
+
+def test_cosines_by_hand() -> None:
+    a = np.array([[0.3, 0.0], [0.0, 0.0], [0.0, 0.0], [5.0, 0.0], [0.0, 2.0]], np.float32)
+    b = np.array([[0.3, 0.4], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, -0.1]], np.float32)
+    np.testing.assert_allclose(cosines(a, b), [0.6, 1.0, 0.0, 0.0, -1.0], atol=1e-6)
+
+
+def test_a_bank_of_one_caption_is_whole_and_says_what_was_encoded_again(
+    tmp_path: Path, write_captions, build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = build(write_captions(tmp_path / "a.csv", 1, columns={"raw": 1}), tmp_path / "bank")
+    assert verify_bank(BankVerifyConfig(bank=bank.folder, device="cpu"))["sample"] == 1
+    assert "1 captions encoded again: cosine at least 1.000" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="the device 'cuda:99' cannot be used"):
+        verify_bank(BankVerifyConfig(bank=bank.folder, device="cuda:99"))

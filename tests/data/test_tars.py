@@ -334,3 +334,17 @@ def test_a_shard_that_webdataset_wrote(tmp_path: Path, source_of: Open, jpeg: by
         for i in range(3):
             writer.write({"__key__": f"s{i}", "jpg": jpeg, "txt": f"t{i}", "json": {"long_caption": f"l{i}"}, "cls": i})
     assert captions(source_of(tmp_path / "a.tar"))["s2"] == {"raw": ("t2",), "long": ("l2",)}
+
+
+@pytest.mark.parametrize(("image", "colour"), [(None, (200, 30, 40)), ("png", (10, 20, 250)), ("PNG", (10, 20, 250))])
+def test_of_two_images_of_a_sample_the_named_one_is_taken(
+    tmp_path: Path, make_tar: Make, make_picture, source_of: Open, image: str | None, colour: tuple[int, ...]
+) -> None:
+    members = {"a.jpg": make_picture(), "a.png": make_picture(colour=(10, 20, 250), form="PNG"), "a.txt": "a caption"}
+    (tmp_path / "folder").mkdir()
+    for name, content in members.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "folder" / name).write_bytes(data)
+    for place in (make_tar(tmp_path / "a.tar", members), tmp_path / "folder"):
+        (sample,) = source_of(place, **({} if image is None else {"image": image}))
+        assert load_image(sample.picture).getpixel((4, 4)) == pytest.approx(colour, abs=6)

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from llm2clip.student.tower import (
     PatchDropout,
     add_patch_dropout,
+    checkpoint_activations,
     default_pooling,
+    pooled_output,
+    prune_tower,
     resample_positions,
     resize_tower,
     tower_blocks,
+    tower_width,
 )
 
 
@@ -108,3 +113,38 @@ def test_patch_dropout_is_refused_where_positions_are_rotary(towers) -> None:
 
     with pytest.raises(ValueError, match="dinov3"):
         add_patch_dropout(AutoModel.from_pretrained(towers["dinov3"]), rate=0.5, image_size=32)
+
+
+def test_a_head_that_is_not_read_is_left_out_and_missed_by_nobody(towers) -> None:
+    tower = prune_tower(SiglipVisionModel.from_pretrained(towers["siglip-vision"]), pooling="mean")
+    assert not any(name.startswith("head.") for name, _ in tower.named_parameters())
+    pixels = torch.zeros(2, 3, 32, 32)
+    assert pooled_output(tower, pixels, pooling="mean").shape == (2, 32)
+    clip = CLIPVisionModel.from_pretrained(towers["clip-vision"])
+    assert dict(prune_tower(clip, pooling="pooler").named_parameters()).keys() == dict(clip.named_parameters()).keys()
+
+
+def test_a_tower_that_sees_nothing_is_told_with_the_first_line_of_its_reason() -> None:
+    class Blind(torch.nn.Module):
+        def forward(self, **inputs) -> None:
+            raise ValueError("\n no eyes \nat all")
+
+    with pytest.raises(ValueError, match=r"no pooled vector for a 8 px picture \(no eyes\)$"):
+        tower_width(Blind(), image_size=8, pooling="pooler")
+
+
+def test_patch_dropout_leaves_one_patch() -> None:
+    dropout = PatchDropout(0.99, num_prefix_tokens=1).train()
+    assert dropout(torch.randn(2, 17, 4)).shape == (2, 2, 4)
+
+
+def test_activations_are_recomputed_where_asked(towers) -> None:
+    tower = CLIPVisionModel.from_pretrained(towers["clip-vision"]).train()
+    seen = []
+    block = tower_blocks(tower)[0][1]
+    block.mlp.register_forward_pre_hook(lambda *_: seen.append(1))
+    for expected in (1, 2):
+        seen.clear()
+        tower(pixel_values=torch.zeros(1, 3, 32, 32)).pooler_output.sum().backward()
+        assert len(seen) == expected
+        checkpoint_activations(tower)

@@ -68,8 +68,8 @@ def tower_width(tower: nn.Module, *, image_size: int, pooling: str) -> int:
         with torch.no_grad():
             pooled = pooled_output(tower, torch.zeros(1, 3, image_size, image_size), pooling=pooling)
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"it gives no pooled vector for a {image_size} px picture ({reason})") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # this file is copied: no errors.one_line
+        raise ValueError(f"it gives no pooled vector for a {image_size} px picture ({reason.strip()})") from None
     finally:
         tower.train(was_training)
     return pooled.shape[-1]

@@ -64,15 +64,17 @@ class Row:
 def parse(words: str) -> dict[str, list[str]]:
     """Flags and their values.
 
-    >>> parse("bank --a 1 2 --b")
-    {'': ['bank'], 'a': ['1', '2'], 'b': []}
+    >>> parse("bank --a 1 2 --b --a 3")
+    {'': ['bank'], 'a': ['3'], 'b': []}
     """
     flags: dict[str, list[str]] = {}
     flag = ""
     for word in shlex.split(words):
         if word.startswith("--"):
             flag = word[2:]
-        flags.setdefault(flag, []).extend([] if word.startswith("--") else [word])
+            flags[flag] = []  # given twice, the later one counts
+        else:
+            flags.setdefault(flag, []).append(word)
     return flags
 
 
@@ -258,10 +260,17 @@ def has_effect(row: Row, folders: Folders, old: Results) -> bool:
     only_old = Folders(folders.old, folders.old)
     for tail, verb in (("", row.verb), ("@export", "bank export")):
         parts = only_old.compare(f"{row.base}{tail}", f"{row.name}{tail}", verb)
-        if any(part.file not in ("manifest.json", "run.json") for part in parts):
+        if any(is_result(part) for part in parts):
             return True
     printed = [old[name]["stdout"].replace(name, "") for name in (row.base or "", row.name)]
     return printed[0] != printed[1]
+
+
+def is_result(part: Part) -> bool:
+    """Whether a place tells what was computed, not what was asked for."""
+    key = part.place.partition(" ")[2]
+    asked = key.startswith(("config", "files")) or "fingerprint" in key
+    return part.file != "run.json" and not (part.file == "manifest.json" and asked)
 
 
 def main() -> int:

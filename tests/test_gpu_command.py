@@ -72,6 +72,7 @@ def wait_until(condition: Any) -> None:
     raise AssertionError("it did not come about within a minute")
 
 
+@pytest.mark.ci
 def test_a_part_that_hangs_is_ended_with_its_child_and_the_next_one_runs(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     parts = [part("hangs", HANGS, str(pids), budget=5), part("good", GOOD)]
@@ -85,6 +86,7 @@ def test_a_part_that_hangs_is_ended_with_its_child_and_the_next_one_runs(tmp_pat
     assert "| hangs | a figure | 7 things/s |" in table and "| hangs | over budget |" in table
 
 
+@pytest.mark.ci
 def test_all_parts_together_keep_to_the_time(tmp_path: Path) -> None:
     parts = [part(f"hangs {i}", HANGS, str(tmp_path / "pids"), budget=3) for i in range(300)]
     start = time.monotonic()

@@ -92,6 +92,7 @@ def test_three_processes_share_the_work(work, bank: Bank, config: BankConfig, fi
     assert files_of(config.out) == files_of(bank.folder)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("renames", range(3))
 @pytest.mark.parametrize("work", [by_part, by_rank])
 def test_one_of_three_is_killed(

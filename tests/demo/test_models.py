@@ -33,6 +33,7 @@ def test_what_ships_is_small_and_says_how_it_was_made(name: str) -> None:
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
 
 
+@pytest.mark.ci
 def test_the_llm_predicts_new_text(tmp_path: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(SHIPPED / "llm", dtype=torch.float32)
     how = Pretraining(steps=1, batch_size=8, seed=12345)

@@ -147,6 +147,7 @@ def test_a_student_trained_anew_is_not_taken_for_exported(finished_student: Path
         export_model(config)
 
 
+@pytest.mark.ci
 def test_transformers_folder(
     finished_student: Path,
     finished_teacher: Path,

@@ -51,10 +51,10 @@ def losses(out: Path) -> list[float]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"micro_batch_size": 3, "patch_dropout": 0.5},
+        pytest.param({"micro_batch_size": 3, "patch_dropout": 0.5}, marks=pytest.mark.ci),
         pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.ci),
         pytest.param({"lora_rank": 2, "ema": 0.9}, marks=pytest.mark.ci),
-        pytest.param({"adaptor_warmup_steps": 3}, marks=pytest.mark.ci),
+        {"adaptor_warmup_steps": 3},
     ],
     ids=str,
 )
@@ -83,6 +83,7 @@ def test_two_processes_with_a_compiled_tower_learn_the_same(settings, graphs, tm
     assert losses(compiled.out) == pytest.approx(losses(plain.out), abs=1e-5)
 
 
+@pytest.mark.ci
 def test_a_killed_run_goes_on_compiled_or_not(settings, graphs, tmp_path, monkeypatch) -> None:
     """Checkpoints name the weights alike, so --compile may be added or left out on the way."""
     settings = {**settings, "save_every": 2, "ema": 0.9}

@@ -156,6 +156,7 @@ class DyingDataset(BankDataset):
         return super().__getitem__(part)
 
 
+@pytest.mark.ci
 def test_a_killed_worker_is_one_clear_line(bank: Bank) -> None:
     dying = DyingDataset([bank], transform=TRANSFORM, batch_size=8)
     with pytest.raises(LLM2CLIPError, match=r"a process that reads pictures died.*fewer --workers") as caught:

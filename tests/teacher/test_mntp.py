@@ -135,6 +135,7 @@ def config(tmp_path, tiny_llm, pictures_csv):
     return make
 
 
+@pytest.mark.ci
 def test_the_step_learns_and_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("the small disc is near the left\n\nthere is a large square in the middle\n" * 3)

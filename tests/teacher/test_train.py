@@ -107,6 +107,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.ci
 def test_equal_runs_write_equal_bytes_whatever_the_speed_settings(config):
     one = train_teacher(config("one"))
     two = train_teacher(config("two", workers=2, save_every=100))

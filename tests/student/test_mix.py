@@ -10,14 +10,18 @@ import pytest
 
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import UsageError
+from llm2clip.student import mix
 from llm2clip.student.mix import (
     check_banks,
     check_batch_size,
     choose_captions,
     default_batch_size,
     kind_weights,
+    open_order,
     wanted_kinds,
 )
+from llm2clip.student.order import ShuffledOrder
+from llm2clip.student.shards import ShardOrder
 
 from .banks import write_test_bank
 
@@ -97,11 +101,24 @@ def test_the_batch_by_default() -> None:
 
 
 def test_rounding_at_the_end_of_the_weights_takes_the_last() -> None:
-    """0.1 is a little less than a third of what three of it add up to."""
-    weights, last = [0.1] * 3, float(np.nextafter(1, 0))
-    assert last * sum(weights) - 0.1 - 0.1 - 0.1 < 0, "here the rounding is the other way"
-    assert choose_captions([0, 1, 2], [1e308, 1e-308, 1e-308], [last, 0.0]) in ([0], [2])
-    assert choose_captions([0, 1, 2], weights, [last, 0.0]) == [2]
+    """Of these four, what is drawn just below 1 is more than their sum, taken one by one."""
+    weights, last = [0.1, 0.3, 0.15, 0.3], float(np.nextafter(1, 0))
+    left = last * sum(weights)
+    for weight in weights:
+        left -= weight
+    assert left > 0
+    assert choose_captions([0, 1, 2, 3], weights, [last, 0.0]) == [3]
+
+
+def test_the_order_of_a_bank_is_handed_its_seed_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = write_test_bank(tmp_path / "a", [Sample(str(i), PictureRef(f"{i}"), {"short": (str(i),)}) for i in range(9)])
+    draws = np.arange(9)
+    wanted = ShuffledOrder(9, seed=3, name="1").samples(draws, lane=0, lanes=1)
+    assert open_order(bank, seed=3, name="1").samples(draws, lane=0, lanes=1).tolist() == wanted.tolist()
+    starts = np.array([0, 4, 9])
+    monkeypatch.setattr(mix, "shard_starts", lambda bank: starts)
+    wanted = ShardOrder(starts, seed=3, name="1").samples(draws[:8], lane=0, lanes=1)
+    assert open_order(bank, seed=3, name="1").samples(draws[:8], lane=0, lanes=1).tolist() == wanted.tolist()
 
 
 def test_draws_come_in_pairs() -> None:

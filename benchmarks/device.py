@@ -65,8 +65,9 @@ def product_rate(device: str, precision: str = "bf16", *, size: int = 8192) -> f
     """FLOP/s of a product of two `size` x `size` matrices of random numbers: the median of a few."""
     import torch
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    from llm2clip.hub import DTYPES
+
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     for _ in range(2):
         a @ b
     return 2 * size**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(PRODUCTS))

@@ -160,7 +160,7 @@ def test_the_batch_is_the_papers_or_all_pictures(
     run: dict[str, Any] = {"bank": (str(bank),), "tower": str(tiny_tower), "dim": 8, "workers": 0, "tracker": "none"}
     with caplog.at_level("INFO", "llm2clip"):
         student = train_student(StudentConfig(**run, out=tmp_path / "s", steps=2))
-    assert "batches of 24: all pictures there are, where the paper takes 4,096" in caplog.text
+    assert "batches of 24: all pictures there are, where the paper takes 4096" in caplog.text
     assert read_manifest(student, "student")["config"]["batch_size"] == 24
     assert json.loads((student / "run.json").read_text())["config"]["batch_size"] == 24
     twice = StudentConfig(**{**run, "bank": (str(bank),) * 2}, out=tmp_path / "s2", steps=1)

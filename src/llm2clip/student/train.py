@@ -74,8 +74,8 @@ def settle_batch_size(config: StudentConfig, accelerator: Any) -> StudentConfig:
     weights = config.bank_weights or [1.0] * len(config.bank)
     num_samples = sum(Bank.open(bank).num_samples for bank, weight in zip(config.bank, weights, strict=True) if weight)
     batch_size = default_batch_size(num_samples, accelerator.num_processes)
-    if accelerator.is_main_process and batch_size < PAPER_BATCH - accelerator.num_processes:
-        logger.info("batches of %s: all pictures there are, where the paper takes %s", f"{batch_size:,}", "4,096")
+    if accelerator.is_main_process and num_samples < PAPER_BATCH:
+        logger.info("batches of %d: all pictures there are, where the paper takes %d", batch_size, PAPER_BATCH)
     return dataclasses.replace(config, batch_size=batch_size)
 
 

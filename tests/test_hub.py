@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,96 @@ from safetensors import safe_open
 
 from llm2clip import LLM2CLIP, hub
 from llm2clip.artifacts import read_manifest, write_json
-from llm2clip.errors import UsageError
+from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.eval.config import EvaluateConfig
+from llm2clip.eval.run import evaluate
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
 from llm2clip.teacher.config import TeacherConfig
-from llm2clip.teacher.model import load_teacher
+from llm2clip.teacher.model import load_teacher, teacher_fingerprint
 from llm2clip.teacher.train import train_teacher
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def manifests_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The manifests opened from here on, by the name of their folder."""
+    read: list[str] = []
+    plain = Path.read_text
+
+    def read_text(path: Path, *args: Any, **options: Any) -> str:
+        read.extend([path.parent.name] if path.name == "manifest.json" else [])
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    return read
+
+
+@pytest.fixture
+def names_found(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names looked up from here on."""
+    found: list[str] = []
+    plain = hub._local_folder
+
+    def look_up(name: str, revision: str | None) -> Path:
+        found.append(Path(name).name)
+        return plain(name, revision)
+
+    monkeypatch.setattr(hub, "_local_folder", look_up)
+    return found
+
+
+def test_evaluate_finds_each_name_and_reads_each_manifest_once(
+    finished_student: Path,
+    finished_teacher: Path,
+    pictures_csv: Path,
+    tmp_path: Path,
+    manifests_read: list[str],
+    names_found: list[str],
+) -> None:
+    shutil.copytree(finished_student, tmp_path / "student")
+    teacher = Path(shutil.copytree(finished_teacher, tmp_path / "teacher"))
+    manifest = {"config": {"attention": "two-way"}, "fingerprint": teacher_fingerprint(teacher)}
+    write_json(teacher / "manifest.json", {"format": "llm2clip/teacher", **manifest})
+    names, data = (str(tmp_path / "student"), str(teacher)), (str(pictures_csv),)
+    del manifests_read[:]
+    evaluate(EvaluateConfig(model=names[0], teacher=names[1], data=data, out=tmp_path / "report", device="cpu"))
+    assert names_found == ["student", "teacher"]
+    assert sorted(manifests_read) == ["student", "teacher"]
+
+
+def test_a_folder_is_described_as_what_it_holds(
+    finished_student: Path, finished_teacher: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    student = hub.find_model(str(finished_student))
+    assert (student.path, student.name, student.kind) == (finished_student, str(finished_student), "student")
+    assert student.made == "student" and str(student) == student.name and hub.find_model(student) is student
+    assert student.config["model_type"] == "llm2clip" and student.manifest["config"]["tower"] == "a/tower"
+    assert hub.find_model(finished_teacher).kind == "sentence-transformers"
+    llm = hub.find_model(tiny_llm)
+    assert (llm.kind, llm.made, llm.config["model_type"], llm.manifest) == ("transformers", "", "llama", {})
+    for file in ("modules.json", "student_config.json"):
+        (tmp_path / file).write_text("{}")
+    assert hub.find_model(tmp_path).kind == "bundle"
+
+
+def test_a_model_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert hub.find_model(tmp_path).kind == "transformers"
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="is unfinished"):
+        hub.find_model(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "llm2clip/teacher"}')
+    assert hub.find_model(tmp_path).made == "teacher"
+
+
+def test_names_that_are_no_place_are_refused(tmp_path: Path) -> None:
+    for name in ("./here", "/nowhere", "~/x", "a/b/c", " ", str(Path(__file__))):
+        with pytest.raises(UsageError, match="is no folder"):
+            hub.find_model(name)
+    with pytest.raises(UsageError, match=r"is no model: it holds no config\.json"):
+        hub.find_model(tmp_path)
 
 
 @pytest.fixture(params=[False, True], ids=["emulated", "in hardware"])

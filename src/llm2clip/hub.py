@@ -1,20 +1,149 @@
-"""The device to run on, and the arithmetic that it is good at: one rule for every verb."""
+"""What a name and a machine stand for: the folder of a model, and the device with the arithmetic it is good at.
+
+A model's name is resolved here and nowhere else, once a verb: the `ModelFolder` is what is handed on from there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from llm2clip.artifacts import RUN, read_json
-from llm2clip.errors import UsageError, one_line
+from llm2clip.artifacts import MANIFEST, RUN, read_json
+from llm2clip.errors import ArtifactError, UsageError, one_line
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each precision that a setting can name, but for "auto"."""
+STUDENT_CONFIG = "student_config.json"
+"""What an exported bundle keeps of its student's config; no other SentenceTransformer has it."""
+PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
+"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The folder of a model, found, checked and read once; whatever opens the model takes this.
+
+    Attributes:
+        path: where it lies on this machine; of a Hub id, its snapshot.
+        name: the folder or Hub id as it was given, for messages.
+        kind: "student" or "bundle" (both ours; a bundle holds its teacher too), "sentence-transformers" (our teachers
+            are such), or "transformers".
+        config: its config.json; empty without one.
+        manifest: its manifest.json, if llm2clip made it; else empty.
+
+    Example:
+        >>> find_model("student").kind                                                  # doctest: +SKIP
+        'student'
+    """
+
+    path: Path
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def made(self) -> str:
+        """What llm2clip calls it: "teacher", "student", "export", ...; "" for a model of another origin."""
+        return made_as(self.manifest)
+
+
+def made_as(manifest: Mapping[str, Any]) -> str:
+    """What kind of artifact a manifest is of: "teacher", "bank", ...; "" if it is none of llm2clip."""
+    return str(manifest.get("format", "")).removeprefix("llm2clip/")
+
+
+def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -> ModelFolder:
+    """The folder of a model, downloaded for a Hub id; one that is found already is returned as it is.
+
+    Args:
+        name: a folder, or a Hub id (org/name).
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        UsageError: if there is no model, or its weights are a pickle.
+        ArtifactError: if it is not finished, or its config.json or manifest.json is damaged.
+    """
+    if isinstance(name, ModelFolder):
+        return name
+    path = _local_folder(str(name), revision)
+    if (path / RUN).exists() and not (path / MANIFEST).exists():
+        raise ArtifactError(f"{name} is unfinished: run the command that makes it again, it goes on where it stopped")
+    config, manifest = (read_json(path / file) if (path / file).exists() else {} for file in ("config.json", MANIFEST))
+    if (path / "modules.json").exists():
+        kind = "bundle" if (path / STUDENT_CONFIG).exists() else "sentence-transformers"
+    elif not config:
+        found = made_as(manifest)
+        raise UsageError(f"{name} is no model: it holds {f'a {found}' if found else 'no config.json'}")
+    else:
+        kind = "student" if config.get("model_type") == "llm2clip" else "transformers"
+    _check_no_pickle(path, str(name))
+    return ModelFolder(path, str(name), kind, config, manifest)
+
+
+def _local_folder(name: str, revision: str | None) -> Path:
+    if name.strip() and Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise UsageError(f"{name or repr(name)} is no folder; give the folder of a model, or a Hub id (org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{name} is no folder here, and no Hub id that can be fetched: {one_line(error)}") from None
+
+
+def _check_no_pickle(folder: Path, name: str) -> None:
+    """Raise if the weights of a model, or of one of its modules, lie in a pickle: reading one can run any code."""
+    for part in model_parts(folder):
+        pickles = [path for pattern in PICKLES for path in part.glob(pattern)]
+        if pickles and not any(part.glob("*.safetensors")):
+            raise UsageError(
+                f"{name} keeps its weights in a pickle ({pickles[0].relative_to(folder)}), which is never loaded; give "
+                "a model with safetensors, or have save_pretrained write this one again where you trust it"
+            )
+
+
+def model_parts(folder: Path) -> Iterator[Path]:
+    """The model's folder and those of its modules, but no checkpoint, adapter or export that lies beside them."""
+    yield folder
+    for module in sorted(path for path in folder.iterdir() if path.is_dir() and MODULE_FOLDER.fullmatch(path.name)):
+        yield from model_parts(module)
+
+
+def missing_weights(model: torch.nn.Module, folder: Path) -> list[str]:
+    """The weights of the transformers models in `model` that the files in `folder` lack: they were drawn at random.
+
+    Each part is opened once more without its numbers, by the class that `model` has for it, for transformers to say
+    what it misses. Poolers may be missing: many encoders are saved without.
+    """
+    from transformers import PreTrainedModel
+
+    classes: dict[str, Any] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            classes.setdefault(module.config.model_type, type(module))
+    missing: list[str] = []
+    for part in model_parts(folder):
+        kind = read_json(part / "config.json").get("model_type", "") if (part / "config.json").exists() else ""
+        if kind in classes and any(part.glob("*.safetensors")):
+            options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "use_safetensors": True}
+            _, report = classes[kind].from_pretrained(part, **options)
+            missing += sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    return missing
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

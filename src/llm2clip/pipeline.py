@@ -22,8 +22,8 @@ from torch.nn.functional import normalize
 
 from llm2clip.data.images import Picture, load_image
 from llm2clip.errors import UsageError
-from llm2clip.hub import pick_device
-from llm2clip.opening import check_match, find_folder, is_bundle, open_bundle, open_student, origin_of
+from llm2clip.hub import ModelFolder, find_model, pick_device
+from llm2clip.opening import check_match, open_bundle, open_student, origin_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -69,8 +69,8 @@ class LLM2CLIP:
     @classmethod
     def from_pretrained(
         cls,
-        student: str | Path,
-        teacher: str | Path | None = None,
+        student: str | Path | ModelFolder,
+        teacher: str | Path | ModelFolder | None = None,
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -95,20 +95,20 @@ class LLM2CLIP:
         """
         from llm2clip.teacher.model import load_teacher
 
-        folder, device = find_folder(student, revision=revision), pick_device(device)
-        if is_bundle(folder):
+        folder, device = find_model(student, revision=revision), pick_device(device)
+        origin = origin_of(folder.manifest)
+        if folder.kind == "bundle":
             if teacher is not None:
-                raise UsageError(f"{student} holds its own teacher; leave the teacher {teacher} out")
-            model, transform, text, manifest = open_bundle(folder, device=device, dtype=dtype)
-            return cls(model, transform, text, origin=origin_of(manifest))
-        model, transform, manifest = open_student(folder, device=device, dtype=dtype)
+                raise UsageError(f"{folder.name} holds its own teacher; leave the teacher {teacher} out")
+            return cls(*open_bundle(folder, device=device, dtype=dtype), origin=origin)
+        model, transform = open_student(folder, device=device, dtype=dtype)
         if teacher is None:
-            return cls(model, transform, origin=origin_of(manifest))
+            return cls(model, transform, origin=origin)
         text = load_teacher(
             teacher, revision=teacher_revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        check_match(model, manifest, text, student_name=student, teacher_name=teacher)
-        return cls(model, transform, text, prompt=manifest.get("prompt"), origin=origin_of(manifest))
+        check_match(model, folder, text, teacher_name=teacher)
+        return cls(model, transform, text, prompt=folder.manifest.get("prompt"), origin=origin)
 
     @property
     def dim(self) -> int:

@@ -137,6 +137,11 @@ def test_multimodal_sentence_transformer_as_a_baseline(
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     report = evaluate(EvaluateConfig(model=str(tmp_path / "st"), data=(str(pictures_csv),), out=tmp_path / "report"))
     assert "captions/long/t2i_r@10" in report["metrics"]
+    weights = load_file(tmp_path / "st" / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "st" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"st lacks weights, such as visual_projection\.weight"):
+        SentenceTransformerEncoder.from_pretrained(tmp_path / "st")
 
 
 def test_folders_that_cannot_serve(tmp_path: Path, folders: dict[str, Path]) -> None:

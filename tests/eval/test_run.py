@@ -20,6 +20,7 @@ from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.run import evaluate
 from llm2clip.export.bundle import save_bundle
+from llm2clip.hub import ModelFolder
 
 KEYS = {
     *(f"captions/{kind}/{way}_r@{k}" for kind in ("short", "long") for way in ("i2t", "t2i") for k in (1, 5, 10)),
@@ -98,6 +99,9 @@ def test_every_setting_of_the_sources_reaches_each_dataset() -> None:
 def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
 
+    kinds = ("student", "sentence-transformers", "transformers")
+    folders = {kind: ModelFolder(tmp_path, kind, kind, {}, {}) for kind in kinds}
+
     class Opened(Exception):
         pass
 
@@ -105,9 +109,9 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
         asked.append((*names, options))
         raise Opened
 
-    def find_model(name: str, *, revision: str | None = None) -> tuple[Path, str]:
+    def find_model(name: str, *, revision: str | None = None) -> ModelFolder:
         asked.append((name, revision))
-        return tmp_path, name
+        return folders[name]
 
     monkeypatch.setattr(run, "find_model", find_model)
     monkeypatch.setattr(run.LLM2CLIP, "from_pretrained", opener)
@@ -127,11 +131,11 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
     for names, expected in (
         ({"teacher": "T"}, [("T", {"revision": "t1", **options})]),
         (
-            {"model": "llm2clip", "teacher": "T"},
-            [("llm2clip", "m1"), (tmp_path, "T", {"teacher_revision": "t1", **options})],
+            {"model": "student", "teacher": "T"},
+            [("student", "m1"), (folders["student"], "T", {"teacher_revision": "t1", **options})],
         ),
-        ({"model": "sentence-transformers"}, [("sentence-transformers", "m1"), (tmp_path, options)]),
-        ({"model": "transformers"}, [("transformers", "m1"), (tmp_path, options)]),
+        ({"model": kinds[1]}, [(kinds[1], "m1"), (folders[kinds[1]], options)]),
+        ({"model": kinds[2]}, [(kinds[2], "m1"), (folders[kinds[2]], options)]),
     ):
         asked.clear()
         with pytest.raises(Opened):

@@ -36,6 +36,7 @@ from llm2clip.cli import run
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.eval.encoders import ClipEncoder
 from llm2clip.export.run import export_model
+from llm2clip.hub import find_model
 from llm2clip.teacher import join as joining
 from llm2clip.teacher.fingerprint import teacher_fingerprint
 
@@ -185,7 +186,7 @@ def test_the_fingerprint_is_that_of_the_members_wherever_they_lie(
 def test_a_members_own_prompt_stays_and_another_takes_its_place(tiny_llm: Path, two_towers, tmp_path: Path) -> None:
     with_prompt = load_teacher(tiny_llm, device="cpu")
     with_prompt.prompts, with_prompt.default_prompt_name = {"caption": "this picture shows "}, "caption"
-    clip = joining.text_half(two_towers["clip"], "clip", kind="clip")
+    clip = joining.text_half(find_model(two_towers["clip"]))
     joined = joining.join([with_prompt, clip], [1.0, 1.0])
     for prompt in (None, "there "):
         parts = [unit(encoder.encode(TEXTS, prompt=prompt)) for encoder in (with_prompt, clip)]
@@ -313,7 +314,7 @@ def test_an_adapter_without_its_model_is_no_member(tiny_llm: Path, two_towers, t
 def test_a_member_that_is_cut_short_stays_so_and_vectors_are_fp32(tiny_llm: Path, two_towers, tmp_path: Path) -> None:
     short = load_teacher(tiny_llm, device="cpu", dtype=torch.bfloat16)
     short.truncate_dim = 8
-    joined = joining.join([short, joining.text_half(two_towers["clip"], "clip", kind="clip")], [1.0, 1.0])
+    joined = joining.join([short, joining.text_half(find_model(two_towers["clip"]))], [1.0, 1.0])
     joined.save_pretrained(str(tmp_path / "out"), create_model_card=False)
     for teacher in (joined, load_teacher(tmp_path / "out", device="cpu")):
         vectors = teacher.encode(TEXTS, convert_to_tensor=True)
@@ -324,5 +325,5 @@ def test_a_member_that_is_cut_short_stays_so_and_vectors_are_fp32(tiny_llm: Path
 def test_a_context_is_no_longer_than_the_tokenizer_says(two_towers, tmp_path: Path) -> None:
     folder = shutil.copytree(two_towers["clip"], tmp_path / "clip")
     t.AutoTokenizer.from_pretrained(folder, model_max_length=9).save_pretrained(folder)
-    half = joining.text_half(folder, "clip", kind="clip")
+    half = joining.text_half(find_model(folder))
     assert half.max_seq_length == 9 and half.preprocess([LONG])["input_ids"].shape == (1, 9)

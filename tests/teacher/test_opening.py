@@ -7,20 +7,13 @@ import logging
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from llm2clip.errors import ArtifactError, UsageError
-from llm2clip.teacher.opening import check_is_text_model, is_decoder, is_from_llm2vec, one_line_errors, resolve_folder
-
-
-def test_a_teacher_that_is_not_finished_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    check_is_text_model(tmp_path, "t")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="t is unfinished"):
-        check_is_text_model(tmp_path, "t")
-    (tmp_path / "manifest.json").write_text('{"format": "llm2clip/teacher"}')
-    check_is_text_model(tmp_path, "t")
+from llm2clip.errors import UsageError
+from llm2clip.hub import find_model
+from llm2clip.teacher.opening import check_weights, find_text_model, is_decoder, is_from_llm2vec, one_line_errors
 
 
 @pytest.mark.parametrize(
@@ -28,15 +21,18 @@ def test_a_teacher_that_is_not_finished_is_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "siglip"}, "is a vision model"),
         ({"model_type": "x", "architectures": ["Dinov2Model"]}, "is a vision model"),
-        ({}, "has no model_type"),
+        ({"hidden_size": 8}, "has no model_type"),
     ],
 )
 def test_what_is_no_text_model_is_refused(config: dict[str, object], words: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=words):
-        check_is_text_model(tmp_path, "t")
+        find_text_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vocab_size": 5}))  # it reads text too
-    check_is_text_model(tmp_path, "t")
+    assert find_text_model(tmp_path).config == {"model_type": "siglip", "vocab_size": 5}
+    (tmp_path / "manifest.json").write_text('{"format": "llm2clip/student"}')
+    with pytest.raises(UsageError, match=r"is no teacher .found: student"):
+        find_text_model(tmp_path)
 
 
 def test_decoders_and_llm2vecs_classes_are_known() -> None:
@@ -48,13 +44,6 @@ def test_decoders_and_llm2vecs_classes_are_known() -> None:
     assert is_from_llm2vec({"auto_map": {"AutoModel": "a/b--c.Qwen2BiModel"}})
     assert not is_from_llm2vec({"architectures": ["LlamaModel"], "auto_map": None})
     assert not is_from_llm2vec({"architectures": ["MyLlamaEncoderModel"]})
-
-
-def test_names_that_are_no_place_are_refused(tmp_path: Path) -> None:
-    assert resolve_folder(tmp_path) == tmp_path
-    for name in ("./here", "/nowhere", "~/x", "a/b/c", " "):
-        with pytest.raises(UsageError, match="is no folder"):
-            resolve_folder(name)
 
 
 def test_logs_are_as_before_whatever_loading_came_to() -> None:
@@ -73,10 +62,39 @@ def test_logs_are_as_before_whatever_loading_came_to() -> None:
     assert (transformers_logging.get_verbosity(), loading.level, list(loading.filters)) == before
 
 
-def test_weights_that_are_missing_are_counted_but_for_poolers() -> None:
-    report = "name | status |\nlayers.0.weight | MISSING |\npooler.weight | MISSING |\nlm_head | UNEXPECTED |"
-    lacking = pytest.raises(UsageError, match=r"a lacks weights of its model, such as layers.0.weight \(1 in all\)")
-    with lacking, one_line_errors("a"):
-        logging.getLogger("transformers.modeling_utils").warning(report)
-    with one_line_errors("a"):
-        logging.getLogger("transformers.modeling_utils").warning("pooler.weight | MISSING |")
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A folder that holds a tiny BERT and, as many encoders, no pooler."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_weights_that_are_missing_are_counted_but_for_poolers(bert: Path) -> None:
+    model, folder = AutoModel.from_pretrained(bert), find_model(bert)
+    assert hasattr(model, "pooler")
+    check_weights(model, folder)
+    weights = load_file(bert / "model.safetensors")
+    for name in ("encoder.layer.0.output.dense.bias", "encoder.layer.0.output.dense.weight"):
+        del weights[name]
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    lacking = r"bert lacks weights of its model, such as encoder\.layer\.0\.output\.dense\.bias \(2 in all\)"
+    with pytest.raises(UsageError, match=lacking):
+        check_weights(model, folder)
+
+
+def test_weights_that_a_module_lacks_are_found_too(bert: Path, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(bert)
+    whole = tmp_path / "whole"
+    (whole / "query_0_Transformer").mkdir(parents=True)
+    bert.rename(whole / "query_0_Transformer" / "0_Transformer")
+    (whole / "modules.json").write_text("[]")
+    check_weights(model, find_model(whole))
+    file = whole / "query_0_Transformer" / "0_Transformer" / "model.safetensors"
+    weights = load_file(file)
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks weights of its model, such as embeddings\.word_embeddings\.weight"):
+        check_weights(model, find_model(whole))

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, one_line
-from llm2clip.hub import cast
+from llm2clip.hub import ModelFolder, cast, find_model, missing_weights
 
 logger = logging.getLogger("llm2clip")
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
@@ -43,35 +43,36 @@ class ClipEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        folder: Path,
+        name: str | Path | ModelFolder,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> ClipEncoder:
-        """Load a model's folder.
+        """Load a model's folder or Hub id.
 
         Raises:
             UsageError: if it does not encode both pictures and texts.
         """
         from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
+        folder = find_model(name)
         options = {"trust_remote_code": trust_remote_code}
         try:
-            config = AutoConfig.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder.path, **options)
             _check_two_towers(MODEL_MAPPING.get(type(config), None), folder)
             model, report = AutoModel.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+                folder.path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
             )
             _check_two_towers(type(model), folder)
             if report["missing_keys"]:
-                raise UsageError(f"--model {folder} lacks weights, such as {sorted(report['missing_keys'])[0]}")
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            processor = AutoImageProcessor.from_pretrained(folder, **options)
+                raise UsageError(f"--model {folder.name} lacks weights, such as {sorted(report['missing_keys'])[0]}")
+            tokenizer = AutoTokenizer.from_pretrained(folder.path, **options)
+            processor = AutoImageProcessor.from_pretrained(folder.path, **options)
         except UsageError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+            raise UsageError(f"--model {folder.name} cannot be loaded: {one_line(error)}") from None
         return cls(cast(model, torch.device(device), dtype), tokenizer, processor)
 
     def prepare_image(self, picture: Any) -> Tensor:
@@ -132,32 +133,36 @@ class SentenceTransformerEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        folder: Path,
+        name: str | Path | ModelFolder,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> SentenceTransformerEncoder:
-        """Load a model's folder.
+        """Load a model's folder or Hub id.
 
         Raises:
             UsageError: if it does not encode pictures.
         """
         from sentence_transformers import SentenceTransformer
 
+        folder = find_model(name)
         try:
             model = SentenceTransformer(
-                str(folder),
+                str(folder.path),
                 device=str(device),
                 trust_remote_code=trust_remote_code,
                 model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
+            missing = missing_weights(model, folder.path)
         except torch.OutOfMemoryError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+            raise UsageError(f"--model {folder.name} cannot be loaded: {one_line(error)}") from None
+        if missing:
+            raise UsageError(f"--model {folder.name} lacks weights, such as {missing[0]}")
         if "image" not in model.modalities:
-            raise UsageError(f"--model {folder} encodes texts only; give it as --teacher")
+            raise UsageError(f"--model {folder.name} encodes texts only; give it as --teacher")
         return cls(cast(model, torch.device(device), dtype))
 
     def prepare_image(self, picture: Any) -> Image.Image:
@@ -177,12 +182,12 @@ class SentenceTransformerEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
 
-def _check_two_towers(model_class: Any, folder: Path) -> None:
+def _check_two_towers(model_class: Any, folder: ModelFolder) -> None:
     """Raise if `model_class` is known and does not encode both; asked before the weights are loaded, and after."""
     needed = ("get_image_features", "get_text_features")
     if model_class is not None and not all(hasattr(model_class, name) for name in needed):
         name = getattr(model_class, "__name__", str(model_class))
         raise UsageError(
-            f"--model {folder} is a {name}, which does not encode pictures and texts into one space; give a student, a "
-            "CLIP or SigLIP (or a text encoder alone as --teacher)"
+            f"--model {folder.name} is a {name}, which does not encode pictures and texts into one space; give a "
+            "student, a CLIP or SigLIP (or a text encoder alone as --teacher)"
         )

@@ -22,8 +22,8 @@ from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
-from llm2clip.hub import DTYPES, pick_device
-from llm2clip.opening import check_unchanged, find_model
+from llm2clip.hub import DTYPES, find_model, pick_device
+from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
@@ -148,8 +148,8 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         assert config.teacher is not None
         teacher = Teacher.from_pretrained(config.teacher, revision=config.teacher_revision, **options)
         return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
-    folder, kind = find_model(config.model, revision=config.model_revision)
-    if kind == "llm2clip":
+    folder = find_model(config.model, revision=config.model_revision)
+    if folder.kind in ("student", "bundle"):
         model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
         if model.teacher is None:
             wanted = model.origin.get("teacher_fingerprint", "unknown")
@@ -159,6 +159,6 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         return model, {"encoder": "llm2clip", "dim": model.dim, **model.origin}
     if config.teacher is not None:
         raise UsageError(f"--model {config.model} encodes texts itself; leave --teacher {config.teacher} out")
-    loader = SentenceTransformerEncoder if kind == "sentence-transformers" else ClipEncoder
+    loader = SentenceTransformerEncoder if folder.kind == "sentence-transformers" else ClipEncoder
     encoder = loader.from_pretrained(folder, **options)
     return encoder, {"encoder": type(encoder.model).__name__}

@@ -16,7 +16,8 @@ from llm2clip.artifacts import read_json, write_json
 from llm2clip.errors import UsageError
 from llm2clip.export.adaptor_module import AdaptorModule
 from llm2clip.export.tower import load_options, save_tower
-from llm2clip.opening import STUDENT_CONFIG, bundle_parts
+from llm2clip.hub import STUDENT_CONFIG
+from llm2clip.opening import bundle_parts
 from llm2clip.pipeline import LLM2CLIP
 from llm2clip.teacher.joined_module import Joined
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llm2clip.artifacts import MANIFEST, file_digest, fingerprint
+from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, read_json
 from llm2clip.errors import UsageError
+from llm2clip.hub import ModelFolder, model_parts
 
 # Facts about where and with what a file was written: they change no vector.
 PLACE_KEYS = {"_name_or_path", "name_or_path", "transformers_version", "__version__", "base_model_name_or_path"}
@@ -34,8 +34,6 @@ SETTINGS_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
-"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -56,11 +54,14 @@ def teacher_fingerprint(teacher: str | Path | SentenceTransformer) -> str:
         if origin is None:
             return fingerprint(memory_digest(teacher))
         folder, settings = origin
-        return folder_fingerprint(folder) if settings is None else fingerprint([folder_fingerprint(folder), settings])
+        found = folder_fingerprint(folder.path, folder.manifest)
+        return found if settings is None else fingerprint([found, settings])
     return folder_fingerprint(Path(teacher))
 
 
-def remember_origin(teacher: SentenceTransformer, folder: Path, *, settings: dict[str, Any] | None = None) -> None:
+def remember_origin(
+    teacher: SentenceTransformer, folder: ModelFolder, *, settings: dict[str, Any] | None = None
+) -> None:
     """Note on `teacher` the folder it came from, and the settings it was given beyond those in the folder."""
     teacher._llm2clip_origin = (folder, settings)  # type: ignore[assignment]
 
@@ -70,15 +71,18 @@ def forget_origin(teacher: SentenceTransformer) -> None:
     teacher._llm2clip_origin = None  # type: ignore[assignment]
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """The fingerprint of a model folder's files."""
+def folder_fingerprint(folder: Path, manifest: Mapping[str, Any] | None = None) -> str:
+    """The fingerprint of a model folder's files; `manifest` is its own, read here if it is not at hand.
+
+    Raises:
+        UsageError: if there is no such folder, or no weights in it.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; expected a teacher, a SentenceTransformer or an LLM")
-    manifest = folder / MANIFEST
-    if manifest.exists():
-        recorded = json.loads(manifest.read_text(encoding="utf-8"))
-        if "fingerprint" in recorded and recorded.get("files") == quick_digests(folder):
-            return str(recorded["fingerprint"])
+    if manifest is None:
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    if "fingerprint" in manifest and manifest.get("files") == quick_digests(folder):
+        return str(manifest["fingerprint"])
     return compute_fingerprint(folder)
 
 
@@ -129,13 +133,6 @@ def memory_digest(teacher: SentenceTransformer) -> list[Any]:
     modules: list[Any] = list(teacher)
     settings = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
     return [digest.hexdigest(), json.loads(json.dumps(settings, default=str)), teacher.prompts]
-
-
-def model_parts(folder: Path) -> Iterator[Path]:
-    """The model's folder and those of its modules, but no checkpoint, adapter or export that lies beside them."""
-    yield folder
-    for module in sorted(path for path in folder.iterdir() if path.is_dir() and MODULE_FOLDER.fullmatch(path.name)):
-        yield from model_parts(module)
 
 
 def _without_place(value: Any) -> Any:

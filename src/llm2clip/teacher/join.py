@@ -13,13 +13,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch.nn.functional import normalize
 
-from llm2clip.artifacts import is_complete, open_output, read_json, write_manifest
+from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.hub import ModelFolder, find_model
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests, remember_origin, teacher_fingerprint
 from llm2clip.teacher.join_config import JoinConfig
 from llm2clip.teacher.joined_module import Joined
 from llm2clip.teacher.model import load_joined, load_teacher
-from llm2clip.teacher.opening import one_line_errors, resolve_folder
+from llm2clip.teacher.opening import check_weights, one_line_errors
 
 logger = logging.getLogger("llm2clip")
 TWO_TOWERS = ("clip", "metaclip_2", "siglip", "siglip2")
@@ -104,12 +105,11 @@ def open_members(config: JoinConfig) -> list[SentenceTransformer]:
     revisions = config.revisions or (None,) * len(config.teachers)
     for name, revision in zip(config.teachers, revisions, strict=True):
         logger.info("reading %s", name)
-        folder = resolve_folder(name, revision)
-        kind = _kind(folder)
-        if kind in TWO_TOWERS:
-            encoder = text_half(folder, name, kind=kind)
+        folder = find_model(name, revision=revision)
+        if folder.kind == "transformers" and folder.config.get("model_type") in TWO_TOWERS:
+            encoder = text_half(folder)
         else:
-            encoder = load_teacher(name, revision=revision, device="cpu", trust_remote_code=config.trust_remote_code)
+            encoder = load_teacher(folder, device="cpu", trust_remote_code=config.trust_remote_code)
         for module in encoder.children():
             if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
                 raise UsageError(
@@ -122,21 +122,22 @@ def open_members(config: JoinConfig) -> list[SentenceTransformer]:
     return encoders
 
 
-def text_half(folder: Path, name: str, *, kind: str) -> SentenceTransformer:
+def text_half(folder: ModelFolder) -> SentenceTransformer:
     """The text encoder of a CLIP or SigLIP, projection included, reading captions as it was trained.
 
     Captions are cut to its context, the closing token kept. SigLIP models read lower-case text padded to that length,
     without an attention mask; see `llm2clip.eval.encoders`, which reads them alike.
     """
-    siglip = kind.startswith("siglip")
-    with one_line_errors(name):
+    siglip = folder.config["model_type"].startswith("siglip")
+    with one_line_errors(folder.name):
         transformer = Transformer(
-            str(folder),
-            model_kwargs={"dtype": "auto"},
+            str(folder.path),
+            model_kwargs={"dtype": "auto", "use_safetensors": True},
             modality_config=TEXT_HALF,
             module_output_name="sentence_embedding",
             do_lower_case=siglip,
         )
+        check_weights(transformer, folder)
         model, tokenizer = transformer.model, transformer.tokenizer
         context = min(int(model.config.text_config.max_position_embeddings), tokenizer.model_max_length)
         transformer.max_seq_length = context
@@ -149,10 +150,3 @@ def text_half(folder: Path, name: str, *, kind: str) -> SentenceTransformer:
     encoder = SentenceTransformer(modules=[transformer], device="cpu")
     remember_origin(encoder, folder)
     return encoder.eval()
-
-
-def _kind(folder: Path) -> str:
-    """The `model_type` of a transformers model's folder; "" for a SentenceTransformer or what is no model."""
-    if (folder / "modules.json").exists() or not (folder / "config.json").exists():
-        return ""
-    return str(read_json(folder / "config.json").get("model_type", ""))

@@ -11,19 +11,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import UsageError
-from llm2clip.hub import cast
+from llm2clip.hub import ModelFolder, cast
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
-from llm2clip.teacher.opening import (
-    check_is_text_model,
-    is_decoder,
-    is_from_llm2vec,
-    one_line_errors,
-    resolve_folder,
-)
+from llm2clip.teacher.opening import check_weights, find_text_model, is_decoder, is_from_llm2vec, one_line_errors
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
 
@@ -34,7 +27,7 @@ PROBE_TOKENS = 6
 
 
 def load_teacher(
-    path_or_id: str | Path,
+    path_or_id: str | Path | ModelFolder,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
@@ -59,47 +52,41 @@ def load_teacher(
         >>> teacher.encode(["a red disc", "a blue square"]).shape                       # doctest: +SKIP
         (2, 4096)
     """
-    teacher = _open(
-        path_or_id, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    ).eval()
+    folder = find_text_model(path_or_id, revision=revision)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if folder.kind == "transformers" and is_decoder(folder.config):
+        teacher = llm_as_encoder(folder, chat_template=None, **options)
+    elif (folder.path / Joined.config_file_name).exists():
+        with one_line_errors(folder.name):
+            teacher = load_joined(folder.path, **options)
+        check_weights(teacher, folder)
+        remember_origin(teacher, folder)
+    else:
+        teacher = _load_embedder(folder, **options)
     return cast(teacher, teacher.device) if dtype is None else teacher
 
 
-def _open(
-    path_or_id: str | Path,
+def _load_embedder(
+    folder: ModelFolder,
     *,
-    revision: str | None,
     device: str | torch.device | None,
     dtype: torch.dtype | str | None,
     trust_remote_code: bool,
 ) -> SentenceTransformer:
-    folder = resolve_folder(path_or_id, revision)
-    check_is_text_model(folder, path_or_id)
-    if not (folder / "modules.json").exists() and is_decoder(read_json(folder / "config.json")):
-        return llm_as_encoder(
-            path_or_id,
-            chat_template=None,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-    if (folder / Joined.config_file_name).exists():
-        with one_line_errors(path_or_id):
-            return load_joined(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    with one_line_errors(path_or_id):
+    """A SentenceTransformer's folder, or that of an encoder, pooled as sentence-transformers does."""
+    with one_line_errors(folder.name):
         teacher = SentenceTransformer(
-            str(folder),
+            str(folder.path),
             device=str(device) if device is not None else None,
             trust_remote_code=trust_remote_code,
             model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
         )
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    if manifest.get("format") == "llm2clip/teacher":
-        restore_attention(teacher, manifest["config"]["attention"])
-    _route_captions(teacher, path_or_id)
+    check_weights(teacher, folder)
+    if folder.made == "teacher":
+        restore_attention(teacher, folder.manifest["config"]["attention"])
+    _route_captions(teacher, folder.name)
     remember_origin(teacher, folder)
-    return teacher
+    return teacher.eval()
 
 
 def load_joined(
@@ -115,13 +102,11 @@ def load_joined(
         trust_remote_code=trust_remote_code,
         model_kwargs={"dtype": dtype} if dtype is not None else None,
     )
-    teacher = SentenceTransformer(modules=[module], device=str(device) if device is not None else None)
-    remember_origin(teacher, folder)
-    return teacher.eval()
+    return SentenceTransformer(modules=[module], device=str(device) if device is not None else None).eval()
 
 
 def llm_as_encoder(
-    path_or_id: str | Path,
+    path_or_id: str | Path | ModelFolder,
     *,
     pooling: str = "mean",
     attention: str = "two-way",
@@ -146,9 +131,8 @@ def llm_as_encoder(
     Raises:
         UsageError: if `path_or_id` is no decoder LLM with a tokenizer.
     """
-    folder = resolve_folder(path_or_id, revision)
-    check_is_text_model(folder, path_or_id)
-    from_llm2vec = is_from_llm2vec(read_json(folder / "config.json"))
+    folder = find_text_model(path_or_id, revision=revision)
+    from_llm2vec = is_from_llm2vec(folder.config)
     trust_remote_code = trust_remote_code and not from_llm2vec
     model_kwargs: dict[str, Any] = {
         "dtype": dtype or "auto",
@@ -157,9 +141,9 @@ def llm_as_encoder(
     }
     if quantize:
         model_kwargs["quantization_config"] = four_bit_config()
-    with one_line_errors(path_or_id):
+    with one_line_errors(folder.name):
         transformer = Transformer(
-            str(folder),
+            str(folder.path),
             model_kwargs=model_kwargs,
             config_kwargs={"trust_remote_code": trust_remote_code},
             processor_kwargs={"trust_remote_code": trust_remote_code},
@@ -168,12 +152,13 @@ def llm_as_encoder(
             modality_config=TEXT_ONLY,
             module_output_name="token_embeddings",
         )
-    prepare_tokenizer(transformer, path_or_id)
+    check_weights(transformer, folder)
+    prepare_tokenizer(transformer, folder.name)
     wrapped = from_llm2vec and speaks_llama_3(transformer.tokenizer)
     if chat_template is None:
         chat_template = wrapped
     elif wrapped and not chat_template:
-        logger.warning("%s was tuned on captions as a user's turn; add --chat-template to keep to that", path_or_id)
+        logger.warning("%s was tuned on captions as a user's turn; add --chat-template to keep to that", folder.name)
     header = use_chat_template(transformer.tokenizer) if chat_template else ""
     encoder = SentenceTransformer(
         modules=[
@@ -185,7 +170,7 @@ def llm_as_encoder(
         device=str(device) if device is not None else None,
     )
     restore_attention(encoder, attention)
-    check_attention(encoder, attention, path_or_id)
+    check_attention(encoder, attention, folder.name)
     settings = {"pooling": pooling, "attention": attention, "max_length": max_length, "chat_template": chat_template}
     remember_origin(encoder, folder, settings=settings)
     return encoder.eval()

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
-from llm2clip.hub import settle_precision
+from llm2clip.hub import ModelFolder, find_model, settle_precision
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import check_tasks, prepare_probe, prepare_tasks
@@ -33,7 +33,7 @@ from llm2clip.teacher.mixture import (
 )
 from llm2clip.teacher.mntp import mask_token_id, store_lines, train_mntp
 from llm2clip.teacher.model import four_bit_config, llm, llm_as_encoder, save
-from llm2clip.teacher.opening import check_is_text_model, one_line_errors, resolve_folder
+from llm2clip.teacher.opening import find_text_model, one_line_errors
 from llm2clip.teacher.probe import CaptionSet, probe_captions
 from llm2clip.teacher.trainer import Run, fit
 from llm2clip.teacher.tuning import (
@@ -73,13 +73,13 @@ def train_teacher(config: TeacherConfig) -> Path:
             shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come just before this
             return out
         check_tasks(config)
-        check_model(config, state)
+        llm_folder = check_model(config, state)
         with state.main_process_first():
             (out / WORK).mkdir(exist_ok=True)
             tasks, facts = prepare_tasks(config, out / WORK)
             check_sizes(tasks, batch_size=config.batch_size)
             probe_set = prepare_probe(config, tasks)
-        model = first_step(config, tasks, out, state) if config.mntp else config.model
+        model = find_model(first_step(config, llm_folder, tasks, state)) if config.mntp else llm_folder
         encoder = build_encoder(config, model, state)
         before = _probe(encoder, probe_set, out / WORK / "before.json", state)
         train(config, encoder, tasks, probe_set, state)
@@ -87,13 +87,14 @@ def train_teacher(config: TeacherConfig) -> Path:
             weights = trained_weights(encoder)
             encoder = build_encoder(config, model, state)
             load_trained(encoder, weights)
-        _finish(config, encoder, probe_set, state, {**facts, "before": before})
+        _finish(config, encoder, llm_folder, probe_set, state, {**facts, "before": before})
     return out
 
 
 def _finish(
     config: TeacherConfig,
     encoder: SentenceTransformer,
+    llm_folder: ModelFolder,
     probe_set: CaptionSet,
     state: PartialState,
     facts: dict[str, Any],
@@ -106,7 +107,7 @@ def _finish(
             if config.save_adapter:
                 llm(encoder).save_pretrained(str(out / "adapter"))
             if config.quantize:
-                move_lora(encoder, _base(config, config.model, state), folder=out / WORK / "adapter")
+                move_lora(encoder, _base(config, llm_folder, state), folder=out / WORK / "adapter")
             facts["merge_error"] = merge_checked(encoder, probe_set, tolerance=MERGE_TOLERANCE[config.precision])
         save(encoder, out, attention=config.attention)
         facts["after"] = probe_captions(lambda texts: _encode(encoder, texts), probe_set) if probe_set else None
@@ -125,25 +126,25 @@ def _finish(
     state.wait_for_everyone()
 
 
-def check_model(config: TeacherConfig, state: PartialState) -> None:
-    """Raise at once if the model cannot be a teacher, before hours of reading captions."""
+def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
+    """The LLM's folder; raises at once if it cannot be a teacher, before hours of reading captions."""
     if config.precision == "fp16" and state.device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU; on a CPU give bf16 or fp32")
     with state.main_process_first():
-        folder = resolve_folder(config.model, config.model_revision)
-        check_is_text_model(folder, config.model)
+        folder = find_text_model(config.model, revision=config.model_revision)
     if config.quantize:
         four_bit_config()
     if config.chat_template or config.mntp:
         with one_line_errors(config.model):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=config.trust_remote_code)
         if config.chat_template:
             turn_of(tokenizer)
         if config.mntp:
             mask_token_id(tokenizer, config.mntp_mask_token)
+    return folder
 
 
-def build_encoder(config: TeacherConfig, model: str | Path, state: PartialState) -> SentenceTransformer:
+def build_encoder(config: TeacherConfig, model: ModelFolder, state: PartialState) -> SentenceTransformer:
     """The LLM as an encoder, with adapters in it if those are to be trained."""
     encoder = _base(config, model, state, quantize=config.quantize)
     if config.tuning == "lora":
@@ -155,7 +156,7 @@ def build_encoder(config: TeacherConfig, model: str | Path, state: PartialState)
 
 
 def _base(
-    config: TeacherConfig, model: str | Path, state: PartialState, *, quantize: bool = False
+    config: TeacherConfig, model: ModelFolder, state: PartialState, *, quantize: bool = False
 ) -> SentenceTransformer:
     return llm_as_encoder(
         model,
@@ -163,7 +164,6 @@ def _base(
         attention=config.attention,
         max_length=config.max_length,
         chat_template=config.chat_template,
-        revision=config.model_revision if model == config.model else None,
         device=state.device,
         dtype=config.load_dtype,
         quantize=quantize,
@@ -171,13 +171,14 @@ def _base(
     )
 
 
-def first_step(config: TeacherConfig, tasks: list[Task], out: Path, state: PartialState) -> Path:
+def first_step(config: TeacherConfig, model: ModelFolder, tasks: list[Task], state: PartialState) -> Path:
     """Masked next-token prediction; returns the folder of the LLM that went through it."""
+    out = Path(config.out)
     with state.main_process_first():
         texts = store_lines(out / WORK / "mntp-text.arrow", config.mntp_text) if config.mntp_text else []
     run = run_settings(config, config.mntp_steps, out)
     return train_mntp(
-        resolve_folder(config.model, config.model_revision),
+        model.path,
         out / WORK / "mntp",
         captions=tasks[0].rows if config.data else [],
         texts=texts,

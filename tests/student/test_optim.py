@@ -233,3 +233,20 @@ def test_the_schedule_by_hand_and_as_a_lambda() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=4.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(cosine_factor, total_steps=10, warmup_steps=2))
     assert schedule.get_last_lr() == [2.0]
+
+
+def test_what_is_left_out_is_the_papers_and_torchs_fused_adamw() -> None:
+    optimizer = build_optimizer(student())
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-5}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert cosine_factor(0, 4) == cosine_factor(0, 4, 1) == 1.0  # a warm-up of one step is none
+    assert cosine_factor(1, 4) == pytest.approx((2 + 2**0.5) / 4) != cosine_factor(1, 4, 1)
+    assert build_optimizer(student(), kind="muon").step() is None  # without a closure there is no loss to return
+
+
+def test_a_module_that_is_the_model_itself_counts_as_one_inside_it() -> None:
+    assert decays(torch.nn.Embedding(5, 3)) == set()
+    assert decays(torch.nn.Linear(3, 3)) == {"weight"}
+    blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False) for _ in range(3)])  # blocks without a name before
+    assert tower_learning_rates(blocks, layer_decay=0.5) == {"0.weight": 0.125, "1.weight": 0.25, "2.weight": 0.5}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, settings_as_flags
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
+@settings_as_flags()
 def run(arguments: list[str]) -> int:
     """Run the verb that `arguments` name and return the exit code; errors go to stderr as one line."""
     group = _group_of_tools(arguments)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
-from llm2clip.errors import UsageError, one_line
+from llm2clip.errors import UsageError, one_line, setting
 from llm2clip.hub import cast
 
 logger = logging.getLogger("llm2clip")
@@ -65,13 +65,15 @@ class ClipEncoder:
             )
             _check_two_towers(type(model), folder)
             if report["missing_keys"]:
-                raise UsageError(f"--model {folder} lacks weights, such as {sorted(report['missing_keys'])[0]}")
+                raise UsageError(
+                    f"{setting('model')} {folder} lacks weights, such as {sorted(report['missing_keys'])[0]}"
+                )
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             processor = AutoImageProcessor.from_pretrained(folder, **options)
         except UsageError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+            raise UsageError(f"{setting('model')} {folder} cannot be loaded: {one_line(error)}") from None
         return cls(cast(model, torch.device(device), dtype), tokenizer, processor)
 
     def prepare_image(self, picture: Any) -> Tensor:
@@ -155,9 +157,9 @@ class SentenceTransformerEncoder:
         except torch.OutOfMemoryError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder} cannot be loaded: {one_line(error)}") from None
+            raise UsageError(f"{setting('model')} {folder} cannot be loaded: {one_line(error)}") from None
         if "image" not in model.modalities:
-            raise UsageError(f"--model {folder} encodes texts only; give it as --teacher")
+            raise UsageError(f"{setting('model')} {folder} encodes texts only; give it as {setting('teacher')}")
         return cls(cast(model, torch.device(device), dtype))
 
     def prepare_image(self, picture: Any) -> Image.Image:
@@ -183,6 +185,6 @@ def _check_two_towers(model_class: Any, folder: Path) -> None:
     if model_class is not None and not all(hasattr(model_class, name) for name in needed):
         name = getattr(model_class, "__name__", str(model_class))
         raise UsageError(
-            f"--model {folder} is a {name}, which does not encode pictures and texts into one space; give a student, a "
-            "CLIP or SigLIP (or a text encoder alone as --teacher)"
+            f"{setting('model')} {folder} is a {name}, which does not encode pictures and texts into one space; give a "
+            f"student, a CLIP or SigLIP (or a text encoder alone as {setting('teacher')})"
         )

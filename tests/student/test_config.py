@@ -9,7 +9,7 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"bank": ()}, "--bank DIR"),
+        ({"bank": ()}, r"give bank=\('DIR',\)"),
         ({"loss": "softmx"}, "did you mean 'softmax'"),
         ({"precision": "fp8"}, "choose from auto, fp32, bf16, fp16"),
         ({"steps": 0}, "^steps is 0"),
@@ -22,9 +22,9 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
         ({"bank_weights": (1.0, 2.0)}, "2 weights for 1 banks"),
         ({"patch_dropout": 1.0}, "^patch_dropout is 1.0"),
         ({"min_crop": 0.0}, "^min_crop is 0.0"),
-        ({"lora_rank": 4, "unlocked_blocks": 1}, "leave out --unlocked-blocks"),
+        ({"lora_rank": 4, "unlocked_blocks": 1}, "leave out unlocked_blocks"),
         ({"captions_per_picture": 0}, "^captions_per_picture is 0"),
-        ({"patience": 2}, "add --val-bank"),
+        ({"patience": 2}, "add val_bank='DIR'"),
         ({"label_smoothing": 0.1, "loss": "sigmoid"}, "softmax"),
         ({"ignore_above": 2.0}, "^ignore_above is 2.0"),
         ({"max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0"),

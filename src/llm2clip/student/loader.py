@@ -149,7 +149,7 @@ class BankLoader:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LLM2CLIPError(
                 f"a process that reads pictures died ({reason}); with too little memory, or too little shared memory "
-                f"in a container (docker run --shm-size), take fewer {setting('workers')}"
+                f"in a container (`docker run --shm-size`), take fewer {setting('workers')}"
             ) from None
 
 

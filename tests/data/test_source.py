@@ -127,10 +127,13 @@ def test_a_file_that_vanishes_is_one_line(shards: Path, source_of: Open) -> None
     ("settings", "complaint"),
     [
         ({"data": ()}, r"no source is given; name one or several, for example data=\('captions.csv',\)"),
-        ({"data": "a.csv"}, "^data is 'a.csv'; give one or several paths"),
-        ({"data": ("",)}, "give one or several paths"),
+        ({"data": "a.csv"}, r"^data is 'a.csv'; give paths, as in data=\('a.csv',\)$"),
+        ({"data": ("",)}, "give paths"),
         ({"data": ("a.csv",), "max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0; it is a share between 0 and 1"),
-        ({"data": ("a.csv",), "captions": ["a"]}, r"^captions is \['a'\]; .* captions={'short': 'caption'}"),
+        (
+            {"data": ("a.csv",), "captions": ["a"]},
+            r"^captions is \['a'\]; give each kind its column, as in captions={'short': 'caption'}",
+        ),
     ],
 )
 def test_impossible_settings(settings: dict[str, object], complaint: str) -> None:

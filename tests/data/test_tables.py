@@ -68,9 +68,9 @@ def test_a_missing_column_is_wrong_use(folder: Path, source_of: Open) -> None:
         UsageError, match=r"has no column 'dense' \(captions={'long': 'dense'}\); its columns are image, sh"
     ):
         source_of(table, captions={"long": "dense"})
-    with pytest.raises(UsageError, match="looks like pictures; name it with image='COLUMN'"):
+    with pytest.raises(UsageError, match="looks like pictures; give image='COLUMN'"):
         source_of(write(folder / "u.csv", [{"a": "0.jpg", "caption": "x"}]))
-    with pytest.raises(UsageError, match=r"looks like captions; name it with captions=\{'KIND': 'COLUMN'\}"):
+    with pytest.raises(UsageError, match=r"looks like captions; give captions=\{'KIND': 'COLUMN'\}"):
         source_of(write(folder / "v.csv", [{"image": "0.jpg", "b": "x"}]))
 
 

@@ -103,13 +103,10 @@ def require(
     if image is not None and image not in columns:
         raise UsageError(f"{where} has no column {image!r} ({setting('image', image)}){_near(image, columns)}; {there}")
     if picture and layout.picture is None:
-        raise UsageError(
-            f"{where} has no column that looks like pictures; name it with {setting('image', 'COLUMN')}; {there}"
-        )
+        raise UsageError(f"{where} has no column that looks like pictures; give {setting('image', 'COLUMN')}; {there}")
     if not layout.captions:
         raise UsageError(
-            f"{where} has no column that looks like captions; name it with "
-            f"{setting('captions', {'KIND': 'COLUMN'})}; {there}"
+            f"{where} has no column that looks like captions; give {setting('captions', {'KIND': 'COLUMN'})}; {there}"
         )
 
 

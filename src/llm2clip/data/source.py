@@ -44,22 +44,18 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
         >>> next(iter(source)).captions                                  # doctest: +SKIP
         {'short': ('a dog',), 'long': ('a brown dog runs over a meadow ...',)}
     """
-    called = written(setting)
+    word = written(setting)
     if not config.data:
         raise UsageError(f"no source is given; name one or several, for example {written(setting, ('captions.csv',))}")
     reading = Reading(
-        captions=config.captions,
-        image=config.image,
-        allow_outside=config.allow_outside,
-        pictures=pictures,
-        called=called,
+        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures, word=word
     )
-    files = [file for spec in config.data for file in find_files(spec, called=called, revision=config.revision)]
+    files = [file for spec in config.data for file in find_files(spec, word=word, revision=config.revision)]
     parts = [part for file in files for part in _parts_of(file, reading)]
     seen = set()
     for part in parts:
         if part.path in seen:
-            raise UsageError(f"{called} names {part.path} twice; name it once")
+            raise UsageError(f"{word} names {part.path} twice; name it once")
         seen.add(part.path)
     for part in parts[:NUM_PARTS_CHECKED]:
         with _naming(part):
@@ -69,12 +65,12 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
 
 def _parts_of(file: File, reading: Reading) -> list[Part]:
     if file.kind == "folder":
-        inside = [local_file(path, called=reading.called) for path in files_in(file.path, called=reading.called)]
+        inside = [local_file(path, word=reading.word) for path in files_in(file.path, word=reading.word)]
         parts = [part for found in inside for part in _parts_of(found, reading)]
         return parts or [FolderPart(file.path, reading)]
     if file.kind in READERS:
         return [READERS[file.kind](file, reading)]
-    what = f"{reading.called} {file.path}"
+    what = f"{reading.word} {file.path}"
     if file.kind in COMPRESSED:
         raise UsageError(f"{what} is compressed; unpack it first, pictures are read by random access")
     other = "URL/*.tar" if is_url(file.path) else "a folder, hf:org/name"

@@ -231,8 +231,7 @@ class Places:
         if not (self.allow_outside or self._is_inside(path)):
             raise BadPicture(
                 OUTSIDE,
-                f"{self.table}: picture {name!r} lies outside the table's folder; move it or add "
-                f"{setting('allow_outside', True)}",
+                f"{self.table}: picture {name!r} lies {OUTSIDE}; move it or add {setting('allow_outside', True)}",
             )
         return PictureRef(path)
 

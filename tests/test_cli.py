@@ -25,7 +25,7 @@ import torch
 
 from llm2clip import cli
 from llm2clip.config import Columns, Texts, Weights, to_dict
-from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.errors import ArtifactError, UsageError, setting
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ class ToyConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise UsageError(f"--batch-size is {self.batch_size}; it must be above 0")
+            raise UsageError(f"{setting('batch_size')} is {self.batch_size}; it must be above 0")
 
 
 @pytest.fixture(autouse=True)
@@ -303,3 +303,17 @@ def test_the_demo_is_found_in_a_checkout_and_nowhere_else(
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "llm2clip" / "cli.py"))
     assert cli.run(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "the demo comes with the repository of llm2clip only: clone it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capture", ["capsys", "capfd"], ids=["frame of hyphens", "frame of lines"])
+def test_the_parsers_frame_is_taken_off(capture: str, seen: list[ToyConfig], request: pytest.FixtureRequest) -> None:
+    """It draws lines only where it takes stdout for UTF-8, as it does what `capfd` puts there."""
+    captured = request.getfixturevalue(capture)
+    for words, says in (
+        ("toy --data a --batch-size 0", "--batch-size is 0; it must be above 0"),
+        ("toy --batch-sise 3", "Missing from llm2clip toy: --data [STR [STR ...]] Sources. (required); "),
+    ):
+        assert cli.run(words.split()) == 2
+        err = captured.readouterr().err
+        assert err.startswith(f"llm2clip: error: {says}") and err.endswith(" (llm2clip toy --help lists the flags)\n")
+        assert not set(err) & set("─│╭╮╰╯") and "---" not in err and "helptext" not in err

@@ -55,12 +55,12 @@ def test_plain_data_and_back(tmp_path: Path) -> None:
 def test_values_that_must_be_above_zero() -> None:
     config.check_positive(a=1e-9, b=1)
     for value in (0, -1, float("nan")):
-        with pytest.raises(UsageError, match=f"^--batch-size is {value}; it must be above 0"):
+        with pytest.raises(UsageError, match=f"^batch_size is {value}; it must be above 0"):
             config.check_positive(steps=1, batch_size=value)
 
 
 def test_the_nearest_name_is_offered() -> None:
-    assert config.check_choice("--precision", "bf16", ["fp32", "bf16"]) == "bf16"
+    assert config.check_choice("precision", "bf16", ["fp32", "bf16"]) == "bf16"
     with pytest.raises(UsageError) as caught:
-        config.check_choice("--precision", "fp23", ["fp32", "bf16"])
-    assert str(caught.value) == "--precision 'fp23' is unknown (did you mean 'fp32'?); choose from fp32, bf16"
+        config.check_choice("precision", "fp23", ["fp32", "bf16"])
+    assert str(caught.value) == "precision 'fp23' is unknown (did you mean 'fp32'?); choose from fp32, bf16"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, settings_as_flags
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
+@settings_as_flags()
 def run(arguments: list[str]) -> int:
     """Run the verb that `arguments` name and return the exit code; errors go to stderr as one line."""
     group = _group_of_tools(arguments)
@@ -189,10 +190,12 @@ def parse(verb: str, arguments: list[str]) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """The parser's framed complaint as one line: its sections without frame, help texts and pointers."""
-    lines = [line for line in box.splitlines() if not line.startswith("╭")]
-    text = "\n".join(line.strip("│╰╯ ") for line in lines)
-    sections = [" ".join(section.split()) for section in re.split(r"\n─{3,}\n|─{3,}", text)]
+    """The parser's framed complaint as one line: its sections without frame, help texts and pointers.
+
+    The frame is drawn with hyphens where stdout is not UTF-8; its first line is its title.
+    """
+    text = "\n".join(line.strip("│╰╯ ") for line in box.splitlines()[1:])
+    sections = [" ".join(section.split()) for section in re.split(r"(?m)^[─-]{3,}$", text)]
     kept = [part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))]
     return re.sub(r"Error parsing [A-Z]\w*: ", "", "; ".join(kept))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 Config = TypeVar("Config")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -88,13 +88,13 @@ def from_file(cls: type[Config], path: str | Path) -> Config:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from None
+        raise UsageError(f"{setting('config')} {path} cannot be read: {error}") from None
     fields = data.get("config", data) if isinstance(data, dict) else data
     if not isinstance(fields, dict):
-        raise UsageError(f"--config {path} holds no JSON object of settings")
+        raise UsageError(f"{setting('config')} {path} holds no JSON object of settings")
     known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for name in fields:
-        check_choice(f"--config {path}: field", name, known)
+        check_choice(f"{setting('config')} {path}: field", name, known)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         bare = field.default is field.default_factory is dataclasses.MISSING
@@ -109,7 +109,7 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
     Raises:
         UsageError: naming the nearest allowed value and all of them.
 
-    >>> check_choice("--precision", "bf16", ["fp32", "bf16"])
+    >>> check_choice("precision", "bf16", ["fp32", "bf16"])
     'bf16'
     """
     allowed = list(allowed)
@@ -130,11 +130,11 @@ def save_interval(asked: int | None, total_steps: int) -> int:
 
 
 def check_positive(**values: float) -> None:
-    """Check that each value is above zero; the keyword is the flag's name.
+    """Check that each value is above zero; the keyword is the setting's name.
 
     Raises:
         UsageError: naming the first that is not.
     """
     for name, value in values.items():
         if not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+            raise UsageError(f"{setting(name)} is {value}; it must be above 0")

@@ -11,6 +11,12 @@ Every message is one line: what was wrong, its value, and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+_as_flags = False
+"""Whether the command line runs, and with it every message names settings as flags; of the whole process."""
+
 
 class LLM2CLIPError(Exception):
     """A run that cannot go on; its message is one line for the user."""
@@ -34,6 +40,39 @@ class TooManyBadSamples(LLM2CLIPError):
 
 class ArtifactError(LLM2CLIPError):
     """A folder written by an earlier stage is unfinished, damaged or of another kind."""
+
+
+@contextmanager
+def settings_as_flags() -> Iterator[None]:
+    """While this runs, `setting` writes flags; for the command line alone, whose user types them."""
+    global _as_flags
+    before, _as_flags = _as_flags, True
+    try:
+        yield
+    finally:
+        _as_flags = before
+
+
+def setting(name: str, value: object = None) -> str:
+    """How a config's field is written in a message: as in Python, or while the command line runs as its flag.
+
+    Args:
+        value: what to give it, where the message says so; in capitals if the user is to choose it.
+
+    >>> setting("batch_size"), setting("precision", "fp32"), setting("bank", ("DIR",))
+    ('batch_size', "precision='fp32'", "bank=('DIR',)")
+    >>> with settings_as_flags():
+    ...     setting("batch_size"), setting("precision", "fp32"), setting("bank", ("DIR",))
+    ('--batch-size', '--precision fp32', '--bank DIR')
+    """
+    if not _as_flags:
+        return name if value is None else f"{name}={value!r}"
+    flag = name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return f"--no-{flag}" if value is False else f"--{flag}"
+    if isinstance(value, Mapping):
+        value = tuple(f"{key}={item}" for key, item in value.items())
+    return " ".join([f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])])
 
 
 def one_line(error: BaseException) -> str:

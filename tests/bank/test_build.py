@@ -155,7 +155,7 @@ def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_pa
 
 
 def test_reuse_of_another_precision_is_refused(bank: Bank, captions_csv, build, tmp_path, encoded) -> None:
-    message = f"{bank.folder} was built in fp32, not bf16: .*; give --precision fp32, or leave it out of --reuse"
+    message = f"{bank.folder} was built in fp32, not bf16: .*; give precision='fp32', or leave it out of reuse"
     with pytest.raises(UsageError, match=message):
         build(captions_csv, tmp_path / "half", precision="bf16", reuse=(bank.folder,))
     assert not (tmp_path / "half").exists()  # else the same --out with the precision named would be refused, too
@@ -173,7 +173,8 @@ def test_another_precision_is_refused(bank: Bank, captions_csv, tiny_llm, tmp_pa
         begin(plan, claims)
 
     monkeypatch.setattr(build_module, "_agree_on_teacher", late)
-    with pytest.raises(UsageError, match=r"begun in bf16, and this process encodes in fp32.*--precision bf16"):
+    says = r"begun in bf16, and this process encodes in fp32.*give precision='bf16' to all"
+    with pytest.raises(UsageError, match=says):
         build_bank(BankConfig(data=(str(captions_csv),), out=tmp_path / "bank", teacher=str(tiny_llm), device="cpu"))
 
 

@@ -17,14 +17,14 @@ def config(**settings: Any) -> BankConfig:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"dtype": "float8"}, "--dtype 'float8' is unknown"),
+        ({"dtype": "float8"}, "^dtype 'float8' is unknown"),
         ({"precision": "bf61"}, "did you mean 'bf16'"),
-        ({"shard_rows": 0}, "--shard-rows is 0"),
-        ({"batch_tokens": -1}, "--batch-tokens is -1"),
+        ({"shard_rows": 0}, "^shard_rows is 0"),
+        ({"batch_tokens": -1}, "^batch_tokens is -1"),
         ({"shard": "3"}, "write i/n"),
         ({"shard": "8/8"}, "with i from 0 to n-1"),
         ({"prompt": "x", "prompt_name": "query"}, "give one of the two"),
-        ({"max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0"),
+        ({"max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0"),
     ],
 )
 def test_refused(settings: dict[str, Any], complaint: str) -> None:
@@ -46,5 +46,5 @@ def test_settings_are_what_decides_the_content() -> None:
 def test_other_configs() -> None:
     with pytest.raises(UsageError, match="'csv' is unknown"):
         BankExportConfig(bank="bank", out="out", to="csv")
-    with pytest.raises(UsageError, match=r"--min-cosine is 1\.5"):
+    with pytest.raises(UsageError, match=r"^min_cosine is 1\.5"):
         BankVerifyConfig(bank="bank", min_cosine=1.5)

@@ -78,10 +78,10 @@ def test_banks_that_do_not_fit(folder: Path, bank: Bank, build) -> None:
 
 def test_banks_of_two_precisions(folder: Path, bank: Bank, build, captions_csv: Path) -> None:
     half = build(folder / "short.csv", folder / "half", precision="bf16")
-    with pytest.raises(UsageError, match=f"{half.folder} was built in bf16, not fp32: .*again with --precision fp32"):
+    with pytest.raises(UsageError, match=f"{half.folder} was built in bf16, not fp32: .*again with precision='fp32'"):
         merge_banks(BankMergeConfig(banks=(bank.folder, half.folder), out=folder / "x"))
     config = {"data": (str(captions_csv),), "out": folder / "x", "device": "cpu"}
-    with pytest.raises(UsageError, match=r"was built in bf16, not fp32: .*; leave out --precision"):
+    with pytest.raises(UsageError, match=r"was built in bf16, not fp32: .*; leave out precision"):
         add_to_bank(BankAddConfig(bank=half.folder, precision="fp32", **config))
     assert not (folder / "x").exists()
     more = Bank.open(add_to_bank(BankAddConfig(bank=half.folder, **config)))

@@ -57,7 +57,7 @@ def test_a_vector_that_is_no_number_stops_the_run(dtype: str, tmp_path: Path) ->
     buffer = ShardBuffer(layout, 0)
     vectors, scale = pack(torch.tensor([[1.0, 2.0], [1e30, float("inf")], [0.0, 0.0]]), dtype)
     buffer.put(np.arange(3), (vectors.numpy().view(STORED[dtype]), None if scale is None else scale.numpy()))
-    with pytest.raises(LLM2CLIPError, match=r"caption 'the one' overflows .* --precision fp32"):
+    with pytest.raises(LLM2CLIPError, match=r"caption 'the one' overflows .* precision='fp32' and dtype='float32'"):
         buffer.check(lambda row: ["a", "the one", "b"][row])
 
 

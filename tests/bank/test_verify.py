@@ -143,7 +143,7 @@ def test_a_single_wrong_vector_is_named(copy: Path) -> None:
     entry["sha256"] = file_digest(copy / entry["file"])
     write_json(copy / "vectors" / "00005.json", shard)
     write_json(copy / "manifest.json", manifest)
-    with pytest.raises(ArtifactError, match=r"the vector of row 87 .* below --min-cosine 0\.999"):
+    with pytest.raises(ArtifactError, match=r"the vector of row 87 .* below min_cosine 0\.999"):
         verify_bank(BankVerifyConfig(bank=copy, device="cpu", sample=120))
     assert verify_bank(BankVerifyConfig(bank=copy, teacher="none"))["files"] == 31
 

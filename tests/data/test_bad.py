@@ -42,7 +42,7 @@ def test_more_than_the_share_stops_with_one_line() -> None:
     with pytest.raises(TooManyBadSamples) as caught:
         bad.check(100)
     assert str(caught.value) == (
-        "6 of 100 samples are bad, above --max-bad-fraction 0.05: 6 truncated picture; "
+        "6 of 100 samples are bad, above max_bad_fraction 0.05: 6 truncated picture; "
         "for example truncated picture: id0: cut.jpg"
     )
 

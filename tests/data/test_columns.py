@@ -74,17 +74,17 @@ def test_missing_columns_are_told_with_those_there_are() -> None:
         return str(caught.value)
 
     assert complaint({"short": "short_captoin"}, None) == (
-        "a.csv has no column 'short_captoin' (--captions short=short_captoin); did you mean 'short_caption'?; "
+        "a.csv has no column 'short_captoin' (captions={'short': 'short_captoin'}); did you mean 'short_caption'?; "
         "its columns are image, short_caption"
     )
     assert complaint({}, "img") == (
-        "a.csv has no column 'img' (--image img); did you mean 'image'?; its columns are image, short_caption"
+        "a.csv has no column 'img' (image='img'); did you mean 'image'?; its columns are image, short_caption"
     )
     assert complaint({}, None, ["a", "caption"]) == (
-        "a.csv has no column that looks like pictures; name it with --image COLUMN; its columns are a, caption"
+        "a.csv has no column that looks like pictures; give image='COLUMN'; its columns are a, caption"
     )
     assert complaint({}, None, ["image", "b"]) == (
-        "a.csv has no column that looks like captions; name it with --captions KIND=COLUMN; its columns are image, b"
+        "a.csv has no column that looks like captions; give captions={'KIND': 'COLUMN'}; its columns are image, b"
     )
 
 

@@ -90,7 +90,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, make_tar: Make, jpeg:
     tar = make_tar(tmp_path / "a.tar", members)
     assert len(list(open_source(SourceConfig(data=(str(tar),), max_bad_fraction=0.1)))) == 36
     with pytest.raises(
-        TooManyBadSamples, match=r"4 of 40 samples are bad, above --max-bad-fraction 0\.05: 4 empty picture"
+        TooManyBadSamples, match=r"4 of 40 samples are bad, above max_bad_fraction 0\.05: 4 empty picture"
     ):
         list(open_source(SourceConfig(data=(str(tar),))))
 
@@ -126,11 +126,14 @@ def test_a_file_that_vanishes_is_one_line(shards: Path, source_of: Open) -> None
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"data": ()}, "no source is given; name one or several, for example --data captions.csv"),
-        ({"data": "a.csv"}, "--data is 'a.csv'; give one or several paths"),
-        ({"data": ("",)}, "give one or several paths"),
-        ({"data": ("a.csv",), "max_bad_fraction": 2.0}, "--max-bad-fraction is 2.0; it is a share between 0 and 1"),
-        ({"data": ("a.csv",), "captions": ["a"]}, r"--captions is \['a'\]; write kind=column"),
+        ({"data": ()}, r"no source is given; name one or several, for example data=\('captions.csv',\)"),
+        ({"data": "a.csv"}, r"^data is 'a.csv'; give paths, as in data=\('a.csv',\)$"),
+        ({"data": ("",)}, "give paths"),
+        ({"data": ("a.csv",), "max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0; it is a share between 0 and 1"),
+        (
+            {"data": ("a.csv",), "captions": ["a"]},
+            r"^captions is \['a'\]; give each kind its column, as in captions={'short': 'caption'}",
+        ),
     ],
 )
 def test_impossible_settings(settings: dict[str, object], complaint: str) -> None:
@@ -142,5 +145,5 @@ def test_errors_name_the_setting_that_was_given(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.md").touch()
     for spec, complaint in (("no.csv", "no such file"), ("empty", "is an empty folder"), ("a.md", "unknown ending")):
-        with pytest.raises(UsageError, match=rf"^--eval-data {tmp_path}/{spec}:? {complaint}"):
+        with pytest.raises(UsageError, match=rf"^eval_data {tmp_path}/{spec}:? {complaint}"):
             open_source(SourceConfig(data=(str(tmp_path / spec),)), setting="eval_data")

@@ -76,7 +76,7 @@ def test_what_is_not_there_or_not_known(shards: Path, spec: str, complaint: str)
     with pytest.raises(UsageError) as caught:
         open_source(SourceConfig(data=(str(shards / spec),)))
     assert complaint in str(caught.value)
-    assert str(caught.value).startswith(f"--data {shards}")
+    assert str(caught.value).startswith(f"data {shards}")
 
 
 def test_upper_case_endings(tmp_path: Path) -> None:

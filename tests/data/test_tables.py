@@ -64,11 +64,13 @@ def test_named_columns_and_lists_of_captions(folder: Path, source_of: Open) -> N
 
 def test_a_missing_column_is_wrong_use(folder: Path, source_of: Open) -> None:
     table = write(folder / "t.csv", ROWS)
-    with pytest.raises(UsageError, match=r"has no column 'dense' \(--captions long=dense\); its columns are image, sh"):
+    with pytest.raises(
+        UsageError, match=r"has no column 'dense' \(captions={'long': 'dense'}\); its columns are image, sh"
+    ):
         source_of(table, captions={"long": "dense"})
-    with pytest.raises(UsageError, match="looks like pictures; name it with --image COLUMN"):
+    with pytest.raises(UsageError, match="looks like pictures; give image='COLUMN'"):
         source_of(write(folder / "u.csv", [{"a": "0.jpg", "caption": "x"}]))
-    with pytest.raises(UsageError, match="looks like captions; name it with --captions KIND=COLUMN"):
+    with pytest.raises(UsageError, match=r"looks like captions; give captions=\{'KIND': 'COLUMN'\}"):
         source_of(write(folder / "v.csv", [{"image": "0.jpg", "b": "x"}]))
 
 
@@ -103,7 +105,7 @@ def test_bad_samples_are_counted_by_cause(folder: Path, source_of: Open, jpeg: b
         "no picture": 1,
     }
     assert source.bad.num_bad == 5
-    with pytest.raises(TooManyBadSamples, match=r"5 of 8 samples are bad, above --max-bad-fraction 0\.5"):
+    with pytest.raises(TooManyBadSamples, match=r"5 of 8 samples are bad, above max_bad_fraction 0\.5"):
         list(source_of(folder / "t.csv", max_bad_fraction=0.5))
 
 
@@ -118,7 +120,7 @@ def test_damaged_rows_are_counted(folder: Path, source_of: Open) -> None:
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/passwd", "https://host/x.jpg"])
 def test_pictures_outside_the_folder_are_refused_at_once(folder: Path, source_of: Open, name: str) -> None:
     table = write(folder / "t.csv", [{"image": name, "caption": "x"}])
-    with pytest.raises(UsageError, match="lies outside the table's folder; move it or add --allow-outside"):
+    with pytest.raises(UsageError, match="lies outside the table's folder; move it or add allow_outside=True"):
         source_of(table)
 
 
@@ -247,15 +249,15 @@ def test_pictures_outside_the_folder_among_others_are_bad_samples(folder: Path, 
     assert [sample.id for sample in source] == ["0.jpg", "1.jpg"]
     assert source.bad.num_bad == 2
     ((cause, count),) = source.bad.counts.items()
-    assert count == 2 and "--allow-outside" in cause
+    assert count == 2 and cause == "outside the table's folder"
     assert "picture '../x.jpg' lies outside the table's folder" in source.bad.examples[cause][0]
-    with pytest.raises(TooManyBadSamples, match=r"2 of 4 samples are bad.*--allow-outside"):
+    with pytest.raises(TooManyBadSamples, match=r"2 of 4 samples are bad.*add allow_outside=True"):
         list(source_of(table, max_bad_fraction=0.1))
 
 
 def test_all_pictures_outside_the_folder_are_that_error_however_many(folder: Path, source_of: Open) -> None:
     rows = [{"image": f"../{i}.jpg", "caption": "x"} for i in range(100)]
-    with pytest.raises(UsageError, match=r"picture '\.\./0\.jpg' lies outside .* add --allow-outside"):
+    with pytest.raises(UsageError, match=r"picture '\.\./0\.jpg' lies outside .* add allow_outside=True"):
         source_of(write(folder / "t.csv", rows))
     source = source_of(write(folder / "t.csv", [*rows, {"image": "0.jpg", "caption": "x"}]))
     assert len(list(source)) == 1 and source.bad.num_bad == 100

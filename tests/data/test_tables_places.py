@@ -27,9 +27,9 @@ def test_relative_to_the_table(tmp_path: Path) -> None:
 def test_outside_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadPicture) as caught:
         inside(tmp_path / "t.csv", name)
-    assert "--allow-outside" in caught.value.cause
+    assert caught.value.cause == "outside the table's folder"
     assert caught.value.detail == (
-        f"{tmp_path}/t.csv: picture {name!r} lies outside the table's folder; move it or add --allow-outside"
+        f"{tmp_path}/t.csv: picture {name!r} lies outside the table's folder; move it or add allow_outside=True"
     )
 
 

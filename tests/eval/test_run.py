@@ -271,7 +271,7 @@ def test_bad_pictures_are_left_out_and_counted(
     assert facts["pictures"] == 23 and facts["captions"] == {"short": 23, "long": 23}
     assert facts["bad"]["num_bad"] == 1 and facts["bad"]["counts"] == {"truncated picture": 1}
     assert "truncated picture" in (tmp_path / "report" / "report.md").read_text()
-    with pytest.raises(TooManyBadSamples, match=r"1 of 24 samples are bad, above --max-bad-fraction 0\.01"):
+    with pytest.raises(TooManyBadSamples, match=r"1 of 24 samples are bad, above max_bad_fraction 0\.01"):
         evaluate(EvaluateConfig(**options, out=tmp_path / "strict", max_bad_fraction=0.01))
     assert not (tmp_path / "strict" / "manifest.json").exists()
 
@@ -338,7 +338,7 @@ def test_wrong_use_is_told_in_a_line(
         evaluate(EvaluateConfig(model=str(finished_student), data=data, out=out))
     with pytest.raises(UsageError, match="does not encode pictures and texts"):
         evaluate(EvaluateConfig(model=str(tiny_tower), data=data, out=tmp_path / "tower"))
-    with pytest.raises(UsageError, match="encodes texts only; give it as --teacher"):
+    with pytest.raises(UsageError, match="encodes texts only; give it as teacher"):
         evaluate(EvaluateConfig(model=str(finished_teacher), data=data, out=tmp_path / "teacher"))
     with pytest.raises(UsageError, match="encodes texts itself"):
         evaluate(EvaluateConfig(model=str(tiny_tower), teacher="t", data=data, out=tmp_path / "both"))

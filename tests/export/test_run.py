@@ -205,7 +205,7 @@ def test_a_folder_with_other_vectors_is_not_called_done(
 
 def test_wrong_use_is_told_in_a_line(finished_student: Path, finished_teacher: Path, tmp_path: Path) -> None:
     student, teacher, out = str(finished_student), str(finished_teacher), tmp_path / "out"
-    with pytest.raises(UsageError, match="add --teacher DIR"):
+    with pytest.raises(UsageError, match="add teacher='DIR'"):
         ExportConfig(model=student, to="sentence-transformers", out=out)
     with pytest.raises(UsageError, match="did you mean 'tower'"):
         ExportConfig(model=student, to="towre", out=out)

@@ -113,7 +113,7 @@ def test_a_machine_that_cannot_compile_is_one_line(settings, tmp_path, monkeypat
         raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
-    with pytest.raises(UsageError, match=r"^--compile does not work here \(No working C\+\+ compiler found\)"):
+    with pytest.raises(UsageError, match=r"^compile does not work here \(No working C\+\+ compiler found\)"):
         train_student(StudentConfig(**settings, compile=True, out=tmp_path / "out"))
 
 

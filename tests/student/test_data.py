@@ -180,7 +180,7 @@ def test_what_does_not_go_together_is_refused(bank: Bank, other: Bank, tmp_path:
     foreign = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 4), teacher="u" * 16)
     with pytest.raises(UsageError, match=r"uuuu.*tttt.*build both with one teacher"):
         BankDataset([bank, foreign], transform=TRANSFORM, batch_size=4)
-    with pytest.raises(UsageError, match="--batch-size 49 is above the 48 pictures"):
+    with pytest.raises(UsageError, match="batch_size 49 is above the 48 pictures"):
         BankDataset([bank], transform=TRANSFORM, batch_size=49)
     with pytest.raises(UsageError, match="does not divide among 3 processes; take 6"):
         BankDataset([bank], transform=TRANSFORM, batch_size=8, num_processes=3)
@@ -193,7 +193,7 @@ def test_what_does_not_go_together_is_refused(bank: Bank, other: Bank, tmp_path:
 def test_a_bank_with_none_of_the_kinds_is_refused(bank: Bank, tmp_path: Path) -> None:
     samples = [Sample("x", bank.picture(0), {"alt": ("a",)})]
     alone = write_test_bank(tmp_path / "bank", samples)
-    with pytest.raises(UsageError, match="has captions of alt, but --mix wants short"):
+    with pytest.raises(UsageError, match="has captions of alt, but mix wants short"):
         BankDataset([bank, alone], transform=TRANSFORM, batch_size=8, mix={"short": 1})
 
 

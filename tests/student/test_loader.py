@@ -125,7 +125,7 @@ def test_bad_pictures_are_counted_by_cause(tmp_path: Path, workers: int) -> None
 def test_too_many_bad_pictures_stop_the_run_at_its_end(tmp_path: Path) -> None:
     bank = damaged(tmp_path / "bank", tmp_path / "pictures", {4, 9})
     batches = BankLoader(dataset_of(bank, 10), max_bad_fraction=0.01).batches(0, 3)
-    with pytest.raises(TooManyBadSamples, match=r"above --max-bad-fraction 0\.01"):
+    with pytest.raises(TooManyBadSamples, match=r"above max_bad_fraction 0\.01"):
         list(batches)
 
 
@@ -159,6 +159,6 @@ class DyingDataset(BankDataset):
 @pytest.mark.ci
 def test_a_killed_worker_is_one_clear_line(bank: Bank) -> None:
     dying = DyingDataset([bank], transform=TRANSFORM, batch_size=8)
-    with pytest.raises(LLM2CLIPError, match=r"a process that reads pictures died.*fewer --workers") as caught:
+    with pytest.raises(LLM2CLIPError, match=r"a process that reads pictures died.*fewer workers") as caught:
         list(BankLoader(dying, workers=1).batches(0, 4))
     assert "\n" not in str(caught.value)

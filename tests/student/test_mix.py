@@ -74,17 +74,17 @@ def test_weights_are_in_the_order_of_each_banks_kinds(tmp_path: Path) -> None:
 def test_a_kind_of_weight_0_is_not_wanted(tmp_path: Path) -> None:
     bank = bank_of(tmp_path / "a", "short", "long")
     assert wanted_kinds([bank], {"short": 1.0, "long": 0.0}) == ["short"]
-    with pytest.raises(UsageError, match="has captions of zh, but --mix wants short"):
+    with pytest.raises(UsageError, match="has captions of zh, but mix wants short"):
         wanted_kinds([bank, bank_of(tmp_path / "b", "zh")], {"short": 1.0, "zh": 0.0})
 
 
 def test_every_bank_is_checked(tmp_path: Path) -> None:
     good, foreign = bank_of(tmp_path / "a", "raw"), bank_of(tmp_path / "b", "raw", teacher="u" * 16)
     for banks in ([good, foreign], [good, good, foreign], [good, foreign, good]):
-        with pytest.raises(UsageError, match=f"--bank {foreign.folder} is of teacher u"):
+        with pytest.raises(UsageError, match=f"^bank {foreign.folder} is of teacher u"):
             check_banks(banks)
     foreign.num_samples = 0
-    with pytest.raises(UsageError, match=f"--bank {foreign.folder} holds no samples"):
+    with pytest.raises(UsageError, match=f"^bank {foreign.folder} holds no samples"):
         check_banks([good, foreign])
 
 

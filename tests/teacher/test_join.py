@@ -272,11 +272,11 @@ def test_what_comes_back_is_compared_before_it_is_done(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teachers": ("a",)}, "--teachers names 1; give two or more"),
-        ({"weights": (1, 2, 3)}, "--weights has 3 values for 2 teachers"),
-        ({"weights": (1, 0)}, "--weights has 0; each must be above 0"),
-        ({"weights": (1, float("nan"))}, "--weights has nan"),
-        ({"revisions": ("main",)}, "--revisions has 1 values for 2 teachers"),
+        ({"teachers": ("a",)}, "^teachers names 1; give two or more"),
+        ({"weights": (1, 2, 3)}, "^weights has 3 values for 2 teachers"),
+        ({"weights": (1, 0)}, "^weights has 0; each must be above 0"),
+        ({"weights": (1, float("nan"))}, "^weights has nan"),
+        ({"revisions": ("main",)}, "^revisions has 1 values for 2 teachers"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:

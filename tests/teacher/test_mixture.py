@@ -146,7 +146,7 @@ def test_wrong_weights_and_sizes_are_named():
     ):
         with pytest.raises(UsageError, match="give each task a weight"):
             task_weights(names, wrong)
-    with pytest.raises(UsageError, match=r"nli has 8 usable rows.*--batch-size 8 or less"):
+    with pytest.raises(UsageError, match=r"nli has 8 usable rows.*give batch_size=8 or less"):
         check_sizes(tasks, batch_size=10)
     for wrong in ("short", "short+", "short+long+raw"):
         with pytest.raises(UsageError, match="two kinds"):

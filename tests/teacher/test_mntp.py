@@ -172,7 +172,7 @@ def test_every_weight_can_be_trained(config):
 
 
 def test_what_cannot_work_ends_in_one_line(config, tmp_path):
-    with pytest.raises(UsageError, match="24 texts, fewer than --mntp-batch-size 25"):
+    with pytest.raises(UsageError, match="24 texts, fewer than mntp_batch_size 25"):
         train_teacher(config("a", mntp_batch_size=25))
     with pytest.raises(SourceError, match="cannot be read"):
         train_teacher(config("b", mntp_text=(str(tmp_path / "none.txt"),)))

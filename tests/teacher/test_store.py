@@ -47,7 +47,9 @@ def test_many_rows_cross_the_chunks(tmp_path):
 
 
 def test_no_pairs_at_all_is_an_error_that_says_what_to_type(tmp_path):
-    with pytest.raises(SourceError, match=r"two different captions of the kinds long\+short; .*--captions"):
+    with pytest.raises(
+        SourceError, match=r"two different captions of the kinds long\+short; .*captions={'KIND': 'COLUMN'}"
+    ):
         store_captions(
             tmp_path / "a", [sample(0, raw=("a", "b"))], kinds={("long", "short"): 1}, same=False, bad=BadSamples(0.5)
         )

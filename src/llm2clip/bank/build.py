@@ -26,7 +26,7 @@ from llm2clip.bank.reuse import Reuse, check_reuse
 from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.data.source import open_source
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.hub import pick_device, pick_precision
 from llm2clip.progress import human_bytes
 
@@ -157,8 +157,8 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
     begun = TeacherFacts(**read_json(out / TEACHER))
     if begun.fingerprint != teacher.fingerprint:
         raise UsageError(
-            f"--out {out} holds a bank by another teacher: its fingerprint is {begun.fingerprint} ({begun.name}), that "
-            f"of {teacher.name} is {teacher.fingerprint}; name a new folder"
+            f"{setting('out')} {out} holds a bank by another teacher: its fingerprint is {begun.fingerprint} "
+            f"({begun.name}), that of {teacher.name} is {teacher.fingerprint}; name a new folder"
         )
     if begun.name == teacher.name:
         return settings
@@ -206,7 +206,8 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
     if begun.precision != plan.teacher.precision:
         raise UsageError(
             f"{plan.out} was begun in {begun.precision}, and this process encodes in {plan.teacher.precision}: it may "
-            f"start again now that the bank is begun; in a new folder give --precision {begun.precision} to all"
+            "start again now that the bank is begun; in a new folder give "
+            f"{setting('precision', begun.precision)} to all"
         )
     return begun
 

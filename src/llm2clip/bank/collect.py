@@ -21,7 +21,7 @@ from llm2clip.bank.hashes import HASH_BYTES, HashIndex, as_hashes, digest, text_
 from llm2clip.bank.table import FACTS, TABLE, Table, has_table
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import PictureRef, Sample
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.progress import track
 
 CHUNK_CAPTIONS = 16384
@@ -66,7 +66,10 @@ def collect(intake: Intake, folder: Path) -> dict[str, Any]:
             writer.add(sample)
         intake.bad.check(writer.num_samples + intake.bad.num_bad)
         if not writer.num_samples:
-            raise SourceError("no sample with a caption was found; check --data, and --captions kind=column")
+            raise SourceError(
+                f"no sample with a caption was found; check {setting('data')}, and "
+                f"{setting('captions', {'KIND': 'COLUMN'})}"
+            )
         facts = {**writer.close(), "source_fingerprint": intake.fingerprint, "bad": intake.bad.to_json()}
         facts["files"] = {path.name: _file_facts(path) for path in sorted(working.glob("*.npy"))}
         write_json(working / FACTS, facts)
@@ -136,7 +139,9 @@ class TableWriter:
         for kind, texts in sample.captions.items():
             code = self._kinds.setdefault(kind, len(self._kinds))
             if code >= MAX_KINDS:
-                raise UsageError(f"more than {MAX_KINDS} kinds of caption; the last was {kind!r}: check --captions")
+                raise UsageError(
+                    f"more than {MAX_KINDS} kinds of caption; the last was {kind!r}: check {setting('captions')}"
+                )
             self._samples_of[kind] = self._samples_of.get(kind, 0) + 1
             self._captions_of[kind] = self._captions_of.get(kind, 0) + len(texts)
             for text in texts:

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from llm2clip.bank.dtypes import DTYPES
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 FORMATS = ("parquet", "datasets")
 SPEED_FIELDS = ("out", "reuse", "shard", "device", "batch_tokens", "compile")
@@ -44,7 +44,7 @@ class EncodeConfig:
         Raises:
             UsageError: for an impossible value.
         """
-        check_choice("--precision", self.precision, PRECISIONS)
+        check_choice(setting("precision"), self.precision, PRECISIONS)
         if self.batch_tokens is not None:
             check_positive(batch_tokens=self.batch_tokens)
         self.part()
@@ -59,7 +59,7 @@ class EncodeConfig:
             return 0, 1
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if not match or int(match[1]) >= int(match[2]):
-            raise UsageError(f"--shard is {self.shard!r}; write i/n with i from 0 to n-1, for example 0/8")
+            raise UsageError(f"{setting('shard')} is {self.shard!r}; write i/n with i from 0 to n-1, for example 0/8")
         return int(match[1]), int(match[2])
 
 
@@ -85,10 +85,13 @@ class BankConfig(EncodeConfig, SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_encoding()
-        check_choice("--dtype", self.dtype, DTYPES)
+        check_choice(setting("dtype"), self.dtype, DTYPES)
         check_positive(shard_rows=self.shard_rows)
         if self.prompt is not None and self.prompt_name is not None:
-            raise UsageError(f"--prompt {self.prompt!r} and --prompt-name {self.prompt_name}: give one of the two")
+            raise UsageError(
+                f"{setting('prompt')} {self.prompt!r} and {setting('prompt_name')} {self.prompt_name}: give one of "
+                "the two"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""
@@ -173,7 +176,7 @@ class BankVerifyConfig:
     def __post_init__(self) -> None:
         check_positive(sample=self.sample)
         if not 0 < self.min_cosine <= 1:
-            raise UsageError(f"--min-cosine is {self.min_cosine}; it must be in (0, 1]")
+            raise UsageError(f"{setting('min_cosine')} is {self.min_cosine}; it must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,5 +195,5 @@ class BankExportConfig:
     """Only captions of these kinds; by default all."""
 
     def __post_init__(self) -> None:
-        check_choice("--to", self.to, FORMATS)
+        check_choice(setting("to"), self.to, FORMATS)
         check_positive(rows_per_file=self.rows_per_file)

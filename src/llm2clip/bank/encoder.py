@@ -27,7 +27,7 @@ from llm2clip.bank.tokens import (
     plan_batches,
     tokenise,
 )
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
 
 logger = logging.getLogger("llm2clip")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -97,7 +97,7 @@ class CaptionEncoder:
             self._forward(self._own_features(["a", "b"]))
         except (RuntimeError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
-            raise UsageError(f"--compile does not work here ({detail}); leave it out") from error
+            raise UsageError(f"{setting('compile')} does not work here ({detail}); leave it out") from error
 
     def prepare(self, texts: list[str]) -> Prepared:
         """Tokenise and plan batches; runs in another thread than `run`."""
@@ -152,17 +152,19 @@ class CaptionEncoder:
             yield places, vectors, counts
         elif len(places) == 1:
             raise LLM2CLIPError(
-                f"one caption of {counts[0]} tokens does not fit into the memory of {self.device}; give --precision "
-                "bf16, --device cpu, or a teacher of a smaller --max-length"
+                f"one caption of {counts[0]} tokens does not fit into the memory of {self.device}; give "
+                f"{setting('precision', 'bf16')}, {setting('device', 'cpu')}, or a teacher of a smaller "
+                f"{setting('max_length')}"
             )
         else:
             del features
             if not self._said_halved:
                 self._said_halved = True
                 logger.warning(
-                    "a batch does not fit into the memory of %s: it is encoded in halves; a --batch-tokens below %s "
+                    "a batch does not fit into the memory of %s: it is encoded in halves; a %s below %s "
                     "saves the vain attempts",
                     self.device,
+                    setting("batch_tokens"),
                     f"{self.batch_tokens:,}",
                 )
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from llm2clip.bank.config import BankExportConfig
 from llm2clip.bank.files import one_line_disk_errors
 from llm2clip.bank.reader import Bank
 from llm2clip.config import check_choice, to_dict
+from llm2clip.errors import setting
 from llm2clip.progress import Progress
 
 
@@ -29,7 +30,7 @@ def export_bank(config: BankExportConfig) -> Path:
     """
     bank, out = Bank.open(config.bank), Path(config.out)
     for kind in config.kinds:
-        check_choice("--kinds", kind, bank.kinds)
+        check_choice(setting("kinds"), kind, bank.kinds)
     settings = {key: value for key, value in to_dict(config).items() if key != "out"}
     identity = {**settings, "bank_fingerprint": bank.fingerprint}
     with one_line_disk_errors(out), open_output(out, "bank-export", config=identity):

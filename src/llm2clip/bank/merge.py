@@ -19,6 +19,7 @@ from llm2clip.bank.table import Table, joined
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import Sample
 from llm2clip.data.source import Source, open_source
+from llm2clip.errors import setting
 
 ADDED = "added"
 
@@ -33,7 +34,7 @@ def merge_banks(config: BankMergeConfig) -> Path:
     teacher = teacher_of_all(banks)
     for bank in banks[1:]:
         check_same_teacher(bank, teacher)
-        check_same_precision(bank, teacher, remedy=f"build it again with --precision {teacher.precision}")
+        check_same_precision(bank, teacher, remedy=f"build it again with {setting('precision', teacher.precision)}")
 
     def intake() -> Intake:
         return Intake(
@@ -77,7 +78,7 @@ def add_to_bank(config: BankAddConfig) -> Path:
         auto_precision=recorded.precision,
     )
     check_same_teacher(bank, teacher)
-    check_same_precision(bank, teacher, remedy="leave out --precision")
+    check_same_precision(bank, teacher, remedy=f"leave out {setting('precision')}")
     settings = {**config.settings(), "teacher": teacher.name, "teacher_revision": teacher.revision}
 
     def intake() -> Intake:

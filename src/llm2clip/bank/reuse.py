@@ -13,7 +13,7 @@ from llm2clip.bank.hashes import Hashes, HashIndex
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.shards import ShardBuffer
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 
 class Reuse:
@@ -77,7 +77,9 @@ def check_reuse(banks: Sequence[Bank], teacher: TeacherFacts, dtype: str) -> Non
     for bank in banks:
         check_same_teacher(bank, teacher)
         precision = bank.manifest["teacher"]["precision"]
-        check_same_precision(bank, teacher, remedy=f"give --precision {precision}, or leave it out of --reuse")
+        check_same_precision(
+            bank, teacher, remedy=f"give {setting('precision', precision)}, or leave it out of {setting('reuse')}"
+        )
         if bank.dtype not in (dtype, "float32"):
             raise UsageError(
                 f"{bank.folder} holds {bank.dtype} vectors, which cannot become {dtype} without loss; leave it out"

@@ -19,7 +19,7 @@ from llm2clip.artifacts import read_json, to_disk
 from llm2clip.bank.dtypes import STORED, Stored, num_blocks, row_bytes
 from llm2clip.bank.files import temporary_name, write_array, write_facts
 from llm2clip.bank.reader import VECTORS, Bank
-from llm2clip.errors import LLM2CLIPError
+from llm2clip.errors import LLM2CLIPError, setting
 
 PARTS = {"vectors": ".npy", "scale": ".scale.npy", "tokens": ".tokens.npy"}
 
@@ -116,7 +116,7 @@ class ShardBuffer:
             text = text_of(self.layout.rows(self.shard)[int(bad.argmax())])
             raise LLM2CLIPError(
                 f"the vector of caption {text[:60]!r} overflows {self.layout.dtype}; "
-                "use --precision fp32 and --dtype float32 in a new folder"
+                f"use {setting('precision', 'fp32')} and {setting('dtype', 'float32')} in a new folder"
             )
 
     def write(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from llm2clip.bank.load import facts_of, load_for_encoding
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.reuse import check_same_teacher, find_teacher, teacher_of
 from llm2clip.bank.table import Table
-from llm2clip.errors import ArtifactError
+from llm2clip.errors import ArtifactError, setting
 from llm2clip.hub import pick_device
 from llm2clip.progress import human_bytes, track
 
@@ -128,7 +128,7 @@ def check_vectors(bank: Bank, config: BankVerifyConfig) -> dict[str, Any]:
     if not cosine[worst] >= config.min_cosine:
         raise ArtifactError(
             f"{bank.folder}: the vector of row {rows[worst]} ({texts[worst][:60]!r}) has cosine {cosine[worst]:.5f} to "
-            f"the one encoded now, below --min-cosine {config.min_cosine}"
+            f"the one encoded now, below {setting('min_cosine')} {config.min_cosine}"
         )
     return {"sample": len(rows), "min_cosine": float(cosine.min()), "mean_cosine": float(cosine.mean())}
 

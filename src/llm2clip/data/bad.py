@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from llm2clip.errors import LLM2CLIPError, TooManyBadSamples
+from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, setting
 
 logger = logging.getLogger("llm2clip")
 MAX_EXAMPLES = 5
@@ -97,6 +97,6 @@ class BadSamples:
         causes = sorted(self.counts, key=lambda cause: -self.counts[cause])
         listed = ", ".join(f"{self.counts[cause]} {cause}" for cause in causes[:4])
         raise TooManyBadSamples(
-            f"{self.num_bad} of {total} samples are bad, above --max-bad-fraction {self.max_fraction}: {listed}; "
-            f"for example {causes[0]}: {self.examples[causes[0]][0]}"
+            f"{self.num_bad} of {total} samples are bad, above {setting('max_bad_fraction')} {self.max_fraction}: "
+            f"{listed}; for example {causes[0]}: {self.examples[causes[0]][0]}"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.data.bad import BadSamples
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 PICTURE_COLUMNS = (
     "image jpg jpeg png webp img picture photo pic image_path img_path picture_path photo_path image_filepath "
@@ -97,15 +97,16 @@ def require(
         for column in split_columns(value, columns):
             if column not in columns:
                 raise UsageError(
-                    f"{where} has no column {column!r} (--captions {kind}={value}){_near(column, columns)}; {there}"
+                    f"{where} has no column {column!r} ({setting('captions', {kind: value})})"
+                    f"{_near(column, columns)}; {there}"
                 )
     if image is not None and image not in columns:
-        raise UsageError(f"{where} has no column {image!r} (--image {image}){_near(image, columns)}; {there}")
+        raise UsageError(f"{where} has no column {image!r} ({setting('image', image)}){_near(image, columns)}; {there}")
     if picture and layout.picture is None:
-        raise UsageError(f"{where} has no column that looks like pictures; name it with --image COLUMN; {there}")
+        raise UsageError(f"{where} has no column that looks like pictures; give {setting('image', 'COLUMN')}; {there}")
     if not layout.captions:
         raise UsageError(
-            f"{where} has no column that looks like captions; name it with --captions KIND=COLUMN; {there}"
+            f"{where} has no column that looks like captions; give {setting('captions', {'KIND': 'COLUMN'})}; {there}"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llm2clip.config import Columns
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,9 @@ class SourceConfig:
             UsageError: for an impossible value.
         """
         if isinstance(self.data, str) or not all(isinstance(spec, str) and spec.strip() for spec in self.data):
-            raise UsageError(f"--data is {self.data!r}; give one or several paths, for example --data captions.csv")
+            raise UsageError(f"{setting('data')} is {self.data!r}; give paths, as in {setting('data', ('a.csv',))}")
         if not isinstance(self.captions, Mapping):
-            raise UsageError(f"--captions is {self.captions!r}; write kind=column, for example short=caption")
+            example = setting("captions", {"short": "caption"})
+            raise UsageError(f"{setting('captions')} is {self.captions!r}; give each kind its column, as in {example}")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")
+            raise UsageError(f"{setting('max_bad_fraction')} is {self.max_bad_fraction}; it is a share between 0 and 1")

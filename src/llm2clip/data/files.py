@@ -153,7 +153,7 @@ def check_columns(path: str, samples: Sequence[Mapping[str, Any]], reading: Read
     require(layout, columns, path, captions=reading.captions, image=None, picture=reading.pictures)
 
 
-def files_in(folder: str, *, flag: str = "--data") -> list[str]:
+def files_in(folder: str, *, word: str = "data") -> list[str]:
     """The files that a folder stands for: tars, tables, or the Arrow files of a saved dataset; none: its pictures.
 
     Raises:
@@ -161,14 +161,14 @@ def files_in(folder: str, *, flag: str = "--data") -> list[str]:
     """
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if not names:
-        raise UsageError(f"{flag} {folder} is an empty folder")
+        raise UsageError(f"{word} {folder} is an empty folder")
     if "manifest.json" in names and "run.json" in names:
-        raise UsageError(f"{flag} {folder} was made by llm2clip; {flag} takes pictures and captions")
+        raise UsageError(f"{word} {folder} was made by llm2clip; {word} takes pictures and captions")
     if "dataset_dict.json" in names:
         splits = [name for name in names if os.path.exists(os.path.join(folder, name, "state.json"))]
         if len(splits) != 1 and "train" not in splits:
             named = ", ".join(splits) or "none"
-            raise UsageError(f"{flag} {folder} holds the splits {named}; name one, as {folder}/SPLIT")
+            raise UsageError(f"{word} {folder} holds the splits {named}; name one, as {folder}/SPLIT")
         folder = os.path.join(folder, "train" if "train" in splits else splits[0])
         return _by_ending(folder, sorted(os.listdir(folder)), ".arrow")
     if "state.json" in names and "dataset_info.json" in names:
@@ -185,7 +185,7 @@ def files_in(folder: str, *, flag: str = "--data") -> list[str]:
     found = [paths for paths in tables if paths]
     if len(found) > 1 or (found and not found[0][0].endswith(".parquet") and len(found[0]) > 1):
         listed = ", ".join(os.path.basename(path) for paths in found for path in paths[:3])
-        raise UsageError(f"{flag} {folder} holds several tables ({listed}); name the one that is meant")
+        raise UsageError(f"{word} {folder} holds several tables ({listed}); name the one that is meant")
     return found[0] if found else []
 
 
@@ -202,13 +202,13 @@ class FolderPart:
         try:
             files = list(_files_below(path))
         except OSError as error:
-            raise SourceError(f"{reading.flag} {path} cannot be read: {error}") from None
+            raise SourceError(f"{reading.word} {path} cannot be read: {error}") from None
         self._groups = _group([name for name, _ in files])
         self.size = fingerprint(files)
 
     def check(self) -> None:
         """Check that there are pictures with captions."""
-        where = f"{self.reading.flag} {self.path}"
+        where = f"{self.reading.word} {self.path}"
         if not self._groups:
             raise UsageError(
                 f"{where} holds no pictures, tars or tables; give a folder of one of them, or a file in it"

@@ -46,8 +46,8 @@ class Reading:
     allow_outside: bool = False
     pictures: bool = True
     """Whether pictures are needed; if not, they are neither looked for nor checked."""
-    flag: str = "--data"
-    """What errors call the source."""
+    word: str = "data"
+    """What errors call the source: its setting, as the user writes it."""
 
 
 class Part(Protocol):

@@ -17,6 +17,7 @@ from llm2clip.data.spec import File, find_files, local_file
 from llm2clip.data.tables import OUTSIDE, TABLES, TablePart
 from llm2clip.data.urls import is_url, suffix
 from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import setting as written
 
 READERS: dict[str, Callable[[File, Reading], Part]] = {"tar": tar_part, **dict.fromkeys(TABLES, TablePart)}
 """File name ending -> what reads such files; a further format is a row here, or in `tables.TABLES`."""
@@ -43,18 +44,18 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
         >>> next(iter(source)).captions                                  # doctest: +SKIP
         {'short': ('a dog',), 'long': ('a brown dog runs over a meadow ...',)}
     """
-    flag = f"--{setting.replace('_', '-')}"
+    word = written(setting)
     if not config.data:
-        raise UsageError(f"no source is given; name one or several, for example {flag} captions.csv")
+        raise UsageError(f"no source is given; name one or several, for example {written(setting, ('captions.csv',))}")
     reading = Reading(
-        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures, flag=flag
+        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures, word=word
     )
-    files = [file for spec in config.data for file in find_files(spec, flag=flag, revision=config.revision)]
+    files = [file for spec in config.data for file in find_files(spec, word=word, revision=config.revision)]
     parts = [part for file in files for part in _parts_of(file, reading)]
     seen = set()
     for part in parts:
         if part.path in seen:
-            raise UsageError(f"{flag} names {part.path} twice; name it once")
+            raise UsageError(f"{word} names {part.path} twice; name it once")
         seen.add(part.path)
     for part in parts[:NUM_PARTS_CHECKED]:
         with _naming(part):
@@ -64,12 +65,12 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
 
 def _parts_of(file: File, reading: Reading) -> list[Part]:
     if file.kind == "folder":
-        inside = [local_file(path, flag=reading.flag) for path in files_in(file.path, flag=reading.flag)]
+        inside = [local_file(path, word=reading.word) for path in files_in(file.path, word=reading.word)]
         parts = [part for found in inside for part in _parts_of(found, reading)]
         return parts or [FolderPart(file.path, reading)]
     if file.kind in READERS:
         return [READERS[file.kind](file, reading)]
-    what = f"{reading.flag} {file.path}"
+    what = f"{reading.word} {file.path}"
     if file.kind in COMPRESSED:
         raise UsageError(f"{what} is compressed; unpack it first, pictures are read by random access")
     other = "URL/*.tar" if is_url(file.path) else "a folder, hf:org/name"

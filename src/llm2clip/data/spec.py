@@ -39,36 +39,36 @@ class File:
         return "folder" if not is_url(self.path) and os.path.isdir(self.path) else suffix(self.path)[1:]
 
 
-def find_files(spec: str, *, flag: str = "--data", revision: str | None = None) -> list[File]:
+def find_files(spec: str, *, word: str = "data", revision: str | None = None) -> list[File]:
     """The files and folders that `spec` stands for, sorted.
 
     Raises:
-        UsageError: if there are none, or one of a brace range is missing; errors call the source by its `flag`.
+        UsageError: if there are none, or one of a brace range is missing; errors call the source by `word`.
         SourceError: if a remote place cannot be listed, or a Hub dataset not be fetched.
     """
     if spec.startswith("hf:") and not spec.startswith("hf://"):
-        return _find_hub(spec, flag, revision)
-    return _find_remote(spec, flag) if is_url(spec) else _find_local(spec, flag)
+        return _find_hub(spec, word, revision)
+    return _find_remote(spec, word) if is_url(spec) else _find_local(spec, word)
 
 
-def expand_braces(text: str, *, flag: str = "--data") -> Iterator[str]:
+def expand_braces(text: str, *, word: str = "data") -> Iterator[str]:
     """`text` with each `{a,b}` and `{00..12}` replaced by its members, leftmost slowest; zeros in front are kept.
 
     >>> list(expand_braces("{a,b}/{08..10}.tar"))[1:4]
     ['a/09.tar', 'a/10.tar', 'b/08.tar']
     """
-    choices = [list(_choices(piece, flag)) for piece in re.split(r"(\{[^{}]*\})", text)]
+    choices = [list(_choices(piece, word)) for piece in re.split(r"(\{[^{}]*\})", text)]
     if (total := math.prod(map(len, choices))) > MAX_EXPANSION:
-        raise UsageError(f"{flag} {text} stands for {total} files; name at most {MAX_EXPANSION}")
+        raise UsageError(f"{word} {text} stands for {total} files; name at most {MAX_EXPANSION}")
     return map("".join, itertools.product(*choices))
 
 
-def _choices(piece: str, flag: str) -> Iterator[str]:
+def _choices(piece: str, word: str) -> Iterator[str]:
     numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
     if numbers:
         first, last = numbers.groups()
         if int(last) - int(first) >= MAX_EXPANSION:
-            raise UsageError(f"{flag}: range {piece} is too long; name at most {MAX_EXPANSION} files")
+            raise UsageError(f"{word}: range {piece} is too long; name at most {MAX_EXPANSION} files")
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         return (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
     if piece.startswith("{") and "," in piece:
@@ -76,35 +76,35 @@ def _choices(piece: str, flag: str) -> Iterator[str]:
     return iter([piece])
 
 
-def local_file(path: str, *, flag: str = "--data", label: str = "") -> File:
+def local_file(path: str, *, word: str = "data", label: str = "") -> File:
     """A file or folder on this machine."""
     try:
         return File(os.path.abspath(path), 0 if os.path.isdir(path) else os.stat(path).st_size, label)
     except OSError as error:
-        raise SourceError(f"{flag} {path} cannot be read: {error.strerror}") from None
+        raise SourceError(f"{word} {path} cannot be read: {error.strerror}") from None
 
 
-def _find_local(spec: str, flag: str) -> list[File]:
+def _find_local(spec: str, word: str) -> list[File]:
     spec = os.path.expanduser(spec)
     if os.path.exists(spec):  # also names that really hold braces or stars
-        return [local_file(spec, flag=flag)]
+        return [local_file(spec, word=word)]
     paths: list[str] = []
     missing: list[str] = []
-    for part in expand_braces(spec, flag=flag):
+    for part in expand_braces(spec, word=word):
         found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part] * os.path.exists(part)
         paths += found
         missing += [part] * (not found)
     if not paths:
         what = "nothing matches" if glob.has_magic(spec) or missing != [spec] else "no such file or folder"
-        raise UsageError(f"{flag} {spec}: {what}; give a path, glob, brace range, hf:org/name or URL")
+        raise UsageError(f"{word} {spec}: {what}; give a path, glob, brace range, hf:org/name or URL")
     if missing:
-        raise UsageError(f"{flag} {spec}: {missing[0]} is missing ({len(missing)} missing in all, {len(paths)} found)")
-    return [local_file(path, flag=flag) for path in paths]
+        raise UsageError(f"{word} {spec}: {missing[0]} is missing ({len(missing)} missing in all, {len(paths)} found)")
+    return [local_file(path, word=word) for path in paths]
 
 
-def _find_remote(spec: str, flag: str) -> list[File]:
+def _find_remote(spec: str, word: str) -> list[File]:
     files: list[File] = []
-    parts = expand_braces(spec, flag=flag)
+    parts = expand_braces(spec, word=word)
     try:
         for part in parts:
             filesystem, path = filesystem_of(part)
@@ -114,33 +114,33 @@ def _find_remote(spec: str, flag: str) -> list[File]:
             else:
                 files.append(File(part, filesystem.info(path).get("size") or 0))
     except FileNotFoundError as error:
-        raise UsageError(f"{flag} {spec}: {error} does not exist, or its server does not answer") from None
+        raise UsageError(f"{word} {spec}: {error} does not exist, or its server does not answer") from None
     except url_errors() as error:
-        raise SourceError(f"{flag} {spec} cannot be reached: {error}") from None
+        raise SourceError(f"{word} {spec} cannot be reached: {error}") from None
     if not files:
-        raise UsageError(f"{flag} {spec}: nothing matches")
+        raise UsageError(f"{word} {spec}: nothing matches")
     return files
 
 
-def _find_hub(spec: str, flag: str, revision: str | None) -> list[File]:
+def _find_hub(spec: str, word: str, revision: str | None) -> list[File]:
     """The Arrow files of a Hub dataset, fetched once by `datasets`: of the split named, the only one, or "train"."""
     form = HUB_ID.fullmatch(spec)
     if form is None:
-        raise UsageError(f"{flag} {spec} is no Hub dataset; write hf:org/name or hf:org/name:split")
-    dataset = _load_dataset(f"{flag} {spec}", form["id"], form["config"], revision)
+        raise UsageError(f"{word} {spec} is no Hub dataset; write hf:org/name or hf:org/name:split")
+    dataset = _load_dataset(f"{word} {spec}", form["id"], form["config"], revision)
     splits, listed = list(dataset), ", ".join(dataset)
     split = form["split"] or (splits[0] if len(splits) == 1 else "train")
     if split not in splits:
         raise UsageError(
-            f"{flag} {spec} has no split {split!r}; it has {listed}"
+            f"{word} {spec} has no split {split!r}; it has {listed}"
             if form["split"]
-            else f"{flag} {spec} has the splits {listed}; name one, as {spec}:{splits[0]}"
+            else f"{word} {spec} has the splits {listed}; name one, as {spec}:{splits[0]}"
         )
     if not form["split"] and len(splits) > 1:
         logger.info("%s: taking the split train of %s", spec, listed)
     label = f"{form['id']}{'/' + form['config'] if form['config'] else ''}:{split}"
     paths = [cached["filename"] for cached in dataset[split].cache_files]
-    return [local_file(path, flag=flag, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
+    return [local_file(path, word=word, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
 
 
 def _load_dataset(what: str, name: str, config: str | None, revision: str | None) -> Any:

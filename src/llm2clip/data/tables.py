@@ -26,11 +26,11 @@ from llm2clip.data.images import check_file, check_header
 from llm2clip.data.sample import PictureRef, Reading, Sample
 from llm2clip.data.spec import File
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import SourceError, UsageError, setting
 
 NUM_ROWS_PEEKED = 100
 """Rows of a JSON table whose keys are taken for its columns."""
-OUTSIDE = "outside the table's folder (--allow-outside allows it)"
+OUTSIDE = "outside the table's folder"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 TEXT_BATCH_ROWS, PICTURE_BATCH_ROWS = 4096, 64
 Captions = Mapping[str, tuple[str, ...]]
@@ -231,7 +231,7 @@ class Places:
         if not (self.allow_outside or self._is_inside(path)):
             raise BadPicture(
                 OUTSIDE,
-                f"{self.table}: picture {name!r} lies outside the table's folder; move it or add --allow-outside",
+                f"{self.table}: picture {name!r} lies {OUTSIDE}; move it or add {setting('allow_outside', True)}",
             )
         return PictureRef(path)
 

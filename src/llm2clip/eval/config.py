@@ -8,7 +8,7 @@ from typing import Any
 
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 SPEED_FIELDS = ("out", "batch_size", "device")
 """Fields that do not decide the scores (beyond rounding)."""
@@ -52,11 +52,12 @@ class EvaluateConfig(SourceConfig):
             UsageError: for an impossible value or combination.
         """
         super().__post_init__()
-        check_choice("--precision", self.precision, PRECISIONS)
+        check_choice(setting("precision"), self.precision, PRECISIONS)
         check_positive(batch_size=self.batch_size)
         if self.model is None and self.teacher is None:
             raise UsageError(
-                "nothing to score: give --model DIR, and for a student --teacher DIR, or --teacher DIR alone"
+                f"nothing to score: give {setting('model', 'DIR')}, and for a student {setting('teacher', 'DIR')}, or "
+                f"{setting('teacher', 'DIR')} alone"
             )
 
     def settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm2clip.data.bad import BadPicture, BadSamples
 from llm2clip.data.sample import Sample
-from llm2clip.errors import LLM2CLIPError
+from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.progress import Progress
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
@@ -118,7 +118,7 @@ def finite(vectors: np.ndarray, what: str) -> np.ndarray:
     if bad:
         raise LLM2CLIPError(
             f"the model gives NaN or infinity for {bad} of {len(vectors)} {what}; its weights are broken, or the "
-            "precision is too low for it: try --precision fp32"
+            f"precision is too low for it: try {setting('precision', 'fp32')}"
         )
     return vectors
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
-from llm2clip.errors import UsageError, one_line
+from llm2clip.errors import UsageError, one_line, setting
 from llm2clip.hub import ModelFolder, cast, find_model, missing_weights
 
 logger = logging.getLogger("llm2clip")
@@ -66,13 +66,15 @@ class ClipEncoder:
             )
             _check_two_towers(type(model), folder)
             if report["missing_keys"]:
-                raise UsageError(f"--model {folder.name} lacks weights, such as {sorted(report['missing_keys'])[0]}")
+                raise UsageError(
+                    f"{setting('model')} {folder.name} lacks weights, such as {sorted(report['missing_keys'])[0]}"
+                )
             tokenizer = AutoTokenizer.from_pretrained(folder.path, **options)
             processor = AutoImageProcessor.from_pretrained(folder.path, **options)
         except UsageError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder.name} cannot be loaded: {one_line(error)}") from None
+            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded: {one_line(error)}") from None
         return cls(cast(model, torch.device(device), dtype), tokenizer, processor)
 
     def prepare_image(self, picture: Any) -> Tensor:
@@ -158,11 +160,11 @@ class SentenceTransformerEncoder:
         except torch.OutOfMemoryError:
             raise
         except LOAD_ERRORS as error:
-            raise UsageError(f"--model {folder.name} cannot be loaded: {one_line(error)}") from None
+            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded: {one_line(error)}") from None
         if missing:
-            raise UsageError(f"--model {folder.name} lacks weights, such as {missing[0]}")
+            raise UsageError(f"{setting('model')} {folder.name} lacks weights, such as {missing[0]}")
         if "image" not in model.modalities:
-            raise UsageError(f"--model {folder.name} encodes texts only; give it as --teacher")
+            raise UsageError(f"{setting('model')} {folder.name} encodes texts only; give it as {setting('teacher')}")
         return cls(cast(model, torch.device(device), dtype))
 
     def prepare_image(self, picture: Any) -> Image.Image:
@@ -188,6 +190,6 @@ def _check_two_towers(model_class: Any, folder: ModelFolder) -> None:
     if model_class is not None and not all(hasattr(model_class, name) for name in needed):
         name = getattr(model_class, "__name__", str(model_class))
         raise UsageError(
-            f"--model {folder.name} is a {name}, which does not encode pictures and texts into one space; give a "
-            "student, a CLIP or SigLIP (or a text encoder alone as --teacher)"
+            f"{setting('model')} {folder.name} is a {name}, which does not encode pictures and texts into one space; give a "
+            f"student, a CLIP or SigLIP (or a text encoder alone as {setting('teacher')})"
         )

@@ -13,7 +13,7 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from llm2clip.artifacts import read_json, write_json
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.export.adaptor_module import AdaptorModule
 from llm2clip.export.tower import load_options, save_tower
 from llm2clip.hub import STUDENT_CONFIG
@@ -59,7 +59,7 @@ def text_leg(model: LLM2CLIP) -> list[torch.nn.Module]:
         if not isinstance(module, Joined) and not type(module).__module__.startswith("sentence_transformers."):
             raise UsageError(
                 f"the teacher's module {type(module).__name__} comes with code of its own, which one folder cannot "
-                "hold; use --to transformers and keep the teacher beside it"
+                f"hold; use {setting('to', 'transformers')} and keep the teacher beside it"
             )
     config = model.student.config
     adaptor = AdaptorModule(config.teacher_dim, config.projection_dim, config.adaptor_blocks)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import read_json
-from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.errors import ArtifactError, UsageError, setting
 
 TITLES = {
     "sentence-transformers": "LLM2CLIP: texts and pictures in one space",
@@ -51,13 +51,13 @@ def read_scores(report: Path) -> dict[str, float]:
         UsageError: if it is no report.
     """
     if not report.is_file():
-        raise UsageError(f"--report {report} is no file; give the report.json that evaluate wrote")
+        raise UsageError(f"{setting('report')} {report} is no file; give the report.json that evaluate wrote")
     try:
         data = read_json(report)
     except ArtifactError:
         data = None
     if not isinstance(data, dict) or not isinstance(data.get("metrics"), dict):
-        raise UsageError(f"--report {report} holds no metrics; give the report.json that evaluate wrote")
+        raise UsageError(f"{setting('report')} {report} holds no metrics; give the report.json that evaluate wrote")
     return dict(data["metrics"])
 
 

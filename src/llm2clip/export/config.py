@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.config import check_choice, to_dict
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 TARGETS = ("sentence-transformers", "transformers", "tower")
 
@@ -45,9 +45,11 @@ class ExportConfig:
         Raises:
             UsageError: for an impossible value or combination.
         """
-        check_choice("--to", self.to, TARGETS)
+        check_choice(setting("to"), self.to, TARGETS)
         if self.to == "sentence-transformers" and self.teacher is None:
-            raise UsageError("--to sentence-transformers puts the teacher into the folder: add --teacher DIR")
+            raise UsageError(
+                f"{setting('to', self.to)} puts the teacher into the folder: add {setting('teacher', 'DIR')}"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""

@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from llm2clip.artifacts import forget_unused
-from llm2clip.errors import LLM2CLIPError, UsageError, one_line
+from llm2clip.errors import LLM2CLIPError, UsageError, one_line, setting
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.journal import find_tracker
 
@@ -41,7 +41,7 @@ def start_accelerator(config: StudentConfig) -> Any:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
     except ValueError as error:
-        raise UsageError(f"--precision {config.precision} cannot be had here ({error}); take fp32") from None
+        raise UsageError(f"{setting('precision')} {config.precision} cannot be had here ({error}); take fp32") from None
     if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
         raise UsageError(
             f"accelerate is set to {accelerator.distributed_type.value}; a student trains under DDP or FSDP version 2: "
@@ -62,13 +62,14 @@ def check_sharding(config: StudentConfig, plugin: Any) -> None:
     """
     if plugin.activation_checkpointing:
         raise UsageError(
-            "accelerate is set to fsdp_activation_checkpointing; turn it off and give --gradient-checkpointing"
+            "accelerate is set to fsdp_activation_checkpointing; turn it off and give "
+            f"{setting('gradient_checkpointing', True)}"
         )
     old = Version(torch.__version__).release < (2, 14)
     if old and config.adaptor_warmup_steps and config.precision != "fp32":
         raise UsageError(
-            f"--adaptor-warmup-steps under FSDP2 in {config.precision} needs torch 2.14 (this is {torch.__version__}); "
-            "take --precision fp32, DDP or no warm-up"
+            f"{setting('adaptor_warmup_steps')} under FSDP2 in {config.precision} needs torch 2.14 (this is "
+            f"{torch.__version__}); take {setting('precision', 'fp32')}, DDP or no warm-up"
         )
 
 
@@ -118,5 +119,5 @@ def compile_tower(tower: Any, *, device: torch.device) -> None:
     try:
         torch.compile(torch.neg, options=options)(torch.ones(2, device=device))
     except (RuntimeError, OSError) as error:
-        raise UsageError(f"--compile does not work here ({one_line(error)}); leave it out") from None
+        raise UsageError(f"{setting('compile')} does not work here ({one_line(error)}); leave it out") from None
     tower.compile(options=options)

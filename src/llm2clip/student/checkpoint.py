@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import atomic_path, read_json, to_disk
-from llm2clip.errors import ArtifactError
+from llm2clip.errors import ArtifactError, setting
 from llm2clip.student.pieces import Pieces, file_name, local_part, write_pieces
 
 FOLDER = "checkpoints"
@@ -147,7 +147,7 @@ def _finish_checkpoint(temporary: Path, target: Path, state: Mapping[str, Any]) 
         if not (temporary / file_name(number, num_files)).exists():
             raise ArtifactError(
                 f"process {number} wrote its part of {target.name} elsewhere: "
-                "--out must be a folder that all machines see"
+                f"{setting('out')} must be a folder that all machines see"
             )
     (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     to_disk(temporary / "state.json")

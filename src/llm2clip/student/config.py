@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm2clip.config import PRECISIONS, Weights, check_choice, check_positive, to_dict
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 LOSSES = ("softmax", "sigmoid")
 OPTIMIZERS = ("adamw", "muon")
@@ -131,11 +131,11 @@ class StudentConfig:
         Raises:
             UsageError: for an impossible value or combination.
         """
-        check_choice("--loss", self.loss, LOSSES)
-        check_choice("--optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("--precision", self.precision, PRECISIONS)
-        check_choice("--init", self.init, INITS)
-        check_choice("--tracker", self.tracker, TRACKERS)
+        check_choice(setting("loss"), self.loss, LOSSES)
+        check_choice(setting("optimizer"), self.optimizer, OPTIMIZERS)
+        check_choice(setting("precision"), self.precision, PRECISIONS)
+        check_choice(setting("init"), self.init, INITS)
+        check_choice(setting("tracker"), self.tracker, TRACKERS)
         positive = ["dim", "captions_per_picture", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
         positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "val_every"]
         optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience", "save_every")
@@ -149,46 +149,58 @@ class StudentConfig:
         for name, value in vars(self).items():
             numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it takes finite numbers")
+                raise UsageError(f"{setting(name)} is {value}; it takes finite numbers")
         if self.seed >= 2**63:
-            raise UsageError(f"--seed is {self.seed}; it must be below 2**63")
+            raise UsageError(f"{setting('seed')} is {self.seed}; it must be below 2**63")
 
     def _check_ranges(self) -> None:
         for name in ("label_smoothing", "soft_targets", "patch_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
+                raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in [0, 1)")
         not_negative = ("warmup_steps", "adaptor_warmup_steps", "weight_decay", "lora_rank", "workers", "seed")
         for name in (*not_negative, "unlocked_blocks"):
             if (getattr(self, name) or 0) < 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be below 0")
+                raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must not be below 0")
         for name in ("min_crop", "layer_decay"):
             if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in (0, 1]")
+                raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in (0, 1]")
         if not -1 <= (self.ignore_above or 0) <= 1:
-            raise UsageError(f"--ignore-above is {self.ignore_above}; it is a cosine, from -1 to 1")
+            raise UsageError(f"{setting('ignore_above')} is {self.ignore_above}; it is a cosine, from -1 to 1")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it is a share between 0 and 1")
+            raise UsageError(f"{setting('max_bad_fraction')} is {self.max_bad_fraction}; it is a share between 0 and 1")
         if self.batch_size is not None and self.batch_size < 2:
-            raise UsageError(f"--batch-size is {self.batch_size}; it must be at least 2, for there to be a negative")
+            raise UsageError(
+                f"{setting('batch_size')} is {self.batch_size}; it must be at least 2, for there to be a negative"
+            )
 
     def _check_combinations(self) -> None:
         if not self.bank:
-            raise UsageError("nothing to train on: give --bank DIR, made by llm2clip build-bank")
+            raise UsageError(f"nothing to train on: give {setting('bank', ('DIR',))}, made by llm2clip build-bank")
         if self.steps is not None and self.epochs is not None:
-            raise UsageError(f"--steps {self.steps} and --epochs {self.epochs} exclude each other; give one")
+            raise UsageError(
+                f"{setting('steps')} {self.steps} and {setting('epochs')} {self.epochs} exclude each other; give one"
+            )
         if not isinstance(self.mix, Mapping) or any(weight < 0 for weight in self.mix.values()):
-            raise UsageError(f"--mix is {self.mix!r}; write kind=weight with weights from 0 up, such as short=0.5")
+            raise UsageError(
+                f"{setting('mix')} is {self.mix!r}; give kinds weights from 0 up, such as "
+                f"{setting('mix', {'short': 0.5})}"
+            )
         if self.mix and not sum(self.mix.values()):
-            raise UsageError("--mix gives every kind the weight 0; give at least one a weight above 0")
+            raise UsageError(f"{setting('mix')} gives every kind the weight 0; give at least one a weight above 0")
         if self.bank_weights and (len(self.bank_weights) != len(self.bank) or min(self.bank_weights) < 0):
             number = f"{len(self.bank_weights)} weights for {len(self.bank)} banks"
-            raise UsageError(f"--bank-weights has {number}; give one each, from 0 up")
+            raise UsageError(f"{setting('bank_weights')} has {number}; give one each, from 0 up")
         if self.lora_rank and self.unlocked_blocks is not None:
-            raise UsageError("--lora-rank trains adapters in a locked tower; leave out --unlocked-blocks")
+            raise UsageError(
+                f"{setting('lora_rank')} trains adapters in a locked tower; leave out {setting('unlocked_blocks')}"
+            )
         if (self.label_smoothing or self.soft_targets) and self.loss == "sigmoid":
-            raise UsageError("--label-smoothing and --soft-targets are for --loss softmax; leave one of the two out")
+            raise UsageError(
+                f"{setting('label_smoothing')} and {setting('soft_targets')} are for {setting('loss', 'softmax')}; "
+                "leave one of the two out"
+            )
         if self.patience is not None and self.val_bank is None:
-            raise UsageError("--patience needs scores to wait for; add --val-bank DIR")
+            raise UsageError(f"{setting('patience')} needs scores to wait for; add {setting('val_bank', 'DIR')}")
 
     def settings(self) -> dict[str, object]:
         """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""

@@ -19,7 +19,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadPicture
 from llm2clip.data.images import load_image
 from llm2clip.data.sample import PictureRef
-from llm2clip.errors import LLM2CLIPError, SourceError
+from llm2clip.errors import LLM2CLIPError, SourceError, setting
 from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, open_order, wanted_kinds
 from llm2clip.student.order import Ints, Mixture, key_of, uniforms
 from llm2clip.student.pixels import MIN_CROP, NUM_DRAWS
@@ -128,6 +128,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         self.num_processes = num_processes
         self.banks, self.transform, self.batch_size = list(banks), transform, batch_size
         self.seed, self.min_crop, self.num_captions = seed, min_crop, captions_per_picture
+        self.mix_setting = setting("mix")  # written here: a loader process may be a fresh one, without the command line
         self.kinds = wanted_kinds(banks, mix or {})
         self.kind_weights = [kind_weights(bank, mix or {}) for bank in banks]
         self.orders = [open_order(bank, seed=seed, name=str(i)) for i, bank in enumerate(banks)]
@@ -215,7 +216,11 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
                 packed[..., pixels.shape[-1] :] = 255  # as Pillow fills it
                 return sample, rows
         sample_id, cause, detail = bad[-1]
-        hint = "choose another --mix" if cause == NO_CAPTION else "are the pictures where they were when it was built?"
+        hint = (
+            f"choose another {self.mix_setting}"
+            if cause == NO_CAPTION
+            else "are the pictures where they were when it was built?"
+        )
         raise SourceError(
             f"{len(bad) - before} samples of {self.banks[bank].folder} tried for one place cannot be used, the last "
             f"({sample_id}) for: {cause}, {detail}; {hint}"

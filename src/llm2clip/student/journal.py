@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.artifacts import json_bytes
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.progress import Progress
 
 logger = logging.getLogger("llm2clip")
@@ -80,8 +80,8 @@ class Journal:
             line, name = lines[bad[0][0]], bad[0][1]
             raise LLM2CLIPError(
                 f"the {name.replace('grad_', 'gradient ')} is {line[name]} at step {line['step']}; checkpoints of "
-                f"earlier steps are kept in {self._out}: lower --learning-rate, add --warmup-steps or take --precision "
-                "fp32, in a new --out"
+                f"earlier steps are kept in {self._out}: lower {setting('learning_rate')}, add "
+                f"{setting('warmup_steps')} or take {setting('precision', 'fp32')}, in a new {setting('out')}"
             )
         if self._accelerator.is_main_process:
             last = lines[-1]
@@ -121,7 +121,9 @@ def find_tracker(name: str) -> list[str]:
     if name == "none":
         return []
     if not importlib.util.find_spec(name):
-        raise UsageError(f"--tracker {name} needs its package: pip install {name}, or use --tracker none")
+        raise UsageError(
+            f"{setting('tracker')} {name} needs its package: pip install {name}, or use {setting('tracker', 'none')}"
+        )
     return [name]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip.data.bad import BadSamples
-from llm2clip.errors import LLM2CLIPError
+from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.student.data import BankDataset, Batch, Part
 
 CHUNK = 64
@@ -149,7 +149,7 @@ class BankLoader:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LLM2CLIPError(
                 f"a process that reads pictures died ({reason}); with too little memory, or too little shared memory "
-                "in a container (docker run --shm-size), take fewer --workers"
+                f"in a container (`docker run --shm-size`), take fewer {setting('workers')}"
             ) from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llm2clip.bank.reader import Bank
 from llm2clip.config import check_choice
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.student.order import Order, ShuffledOrder
 from llm2clip.student.shards import ShardOrder, shard_starts
 
@@ -20,13 +20,16 @@ def check_banks(banks: Sequence[Bank]) -> None:
         UsageError: if there is none, one is empty, or they are of different teachers.
     """
     if not banks:
-        raise UsageError("no bank to draw from: give --bank DIR, with a weight above 0 if --bank-weights is given")
+        raise UsageError(
+            f"no bank to draw from: give {setting('bank', ('DIR',))}, with a weight above 0 if "
+            f"{setting('bank_weights')} is given"
+        )
     for bank in banks:
         if not bank.num_samples:
-            raise UsageError(f"--bank {bank.folder} holds no samples; leave it out")
+            raise UsageError(f"{setting('bank')} {bank.folder} holds no samples; leave it out")
         if bank.teacher_fingerprint != banks[0].teacher_fingerprint:
             raise UsageError(
-                f"--bank {bank.folder} is of teacher {bank.teacher_fingerprint}, {banks[0].folder} of "
+                f"{setting('bank')} {bank.folder} is of teacher {bank.teacher_fingerprint}, {banks[0].folder} of "
                 f"{banks[0].teacher_fingerprint}; build both with one teacher"
             )
 
@@ -39,9 +42,13 @@ def check_batch_size(batch_size: int, num_processes: int, *, num_samples: int) -
     """
     if batch_size % num_processes:
         fit = batch_size // num_processes * num_processes or num_processes
-        raise UsageError(f"--batch-size {batch_size} does not divide among {num_processes} processes; take {fit}")
+        raise UsageError(
+            f"{setting('batch_size')} {batch_size} does not divide among {num_processes} processes; take {fit}"
+        )
     if batch_size > num_samples:
-        raise UsageError(f"--batch-size {batch_size} is above the {num_samples} pictures to draw from; lower it")
+        raise UsageError(
+            f"{setting('batch_size')} {batch_size} is above the {num_samples} pictures to draw from; lower it"
+        )
 
 
 def default_batch_size(num_samples: int, num_processes: int) -> int:
@@ -60,12 +67,14 @@ def wanted_kinds(banks: Sequence[Bank], mix: Mapping[str, float]) -> list[str]:
         UsageError: if `mix` names a kind that no bank has, or a bank has none of its kinds.
     """
     there = sorted({kind for bank in banks for kind in bank.kinds})
-    wanted = [check_choice("--mix: kind of caption", kind, there) for kind, weight in mix.items() if weight > 0]
+    wanted = [
+        check_choice(f"{setting('mix')}: kind of caption", kind, there) for kind, weight in mix.items() if weight > 0
+    ]
     for bank in banks:
         if mix and not set(wanted) & set(bank.kinds):
             raise UsageError(
-                f"--bank {bank.folder} has captions of {', '.join(bank.kinds)}, but --mix wants {', '.join(wanted)}; "
-                "give one of its kinds a weight, or leave the bank out"
+                f"{setting('bank')} {bank.folder} has captions of {', '.join(bank.kinds)}, but {setting('mix')} wants "
+                f"{', '.join(wanted)}; give one of its kinds a weight, or leave the bank out"
             )
     return wanted or there
 

@@ -144,7 +144,9 @@ def tower_learning_rates(tower: nn.Module, *, layer_decay: float) -> dict[str, f
     blocks = [name for name, _ in tower_blocks(tower)]
     rates, depth = {}, 0
     for name, _ in tower.named_parameters():
-        inside = next((i for i, block in enumerate(blocks, start=1) if name.startswith(f"{block.removeprefix('.')}.")), None)
+        inside = next(
+            (i for i, block in enumerate(blocks, start=1) if name.startswith(f"{block.removeprefix('.')}.")), None
+        )
         if inside is not None:
             depth = inside
         elif depth:  # modules are named in the order of their definition: past the blocks, that is after them

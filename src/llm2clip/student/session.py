@@ -17,7 +17,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from llm2clip.bank.reader import Bank
 from llm2clip.config import to_dict
 from llm2clip.data.bad import BadSamples
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.student.accelerator import compile_tower, fail_together
 from llm2clip.student.checkpoint import (
     load_best,
@@ -173,8 +173,8 @@ class Session:
     def _check_origin(self, origin: dict[str, Any]) -> None:
         if origin != self.origin:
             raise UsageError(
-                f"--out {self.out} was begun with other contents of --tower or --bank ({origin}, now {self.origin}); "
-                "name a new folder"
+                f"{setting('out')} {self.out} was begun with other contents of {setting('tower')} or {setting('bank')} "
+                f"({origin}, now {self.origin}); name a new folder"
             )
 
     def _freeze_for_warmup(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.student.model import Student
 from llm2clip.student.tower import tower_blocks
 
@@ -37,7 +37,7 @@ def lock_tower(student: Student, *, unlocked_blocks: int) -> None:
     """
     blocks = tower_blocks(student.tower)
     if unlocked_blocks > len(blocks):
-        raise UsageError(f"--unlocked-blocks is {unlocked_blocks}, but the tower has {len(blocks)} blocks")
+        raise UsageError(f"{setting('unlocked_blocks')} is {unlocked_blocks}, but the tower has {len(blocks)} blocks")
     student.tower.requires_grad_(False)
     if not unlocked_blocks:
         return

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadPicture
 from llm2clip.data.images import load_image
-from llm2clip.errors import LLM2CLIPError
+from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.metrics import recall_both_ways
 from llm2clip.student.transform import ImageTransform
 
@@ -102,9 +102,10 @@ def validate(
     everyone = _all_parts(parts, world)
     ids = [sample for numbers, _ in everyone for sample in numbers]
     if not ids:
-        raise LLM2CLIPError(f"--val-bank {bank.folder}: none of its {bank.num_samples} pictures can be read")
+        raise LLM2CLIPError(f"{setting('val_bank')} {bank.folder}: none of its {bank.num_samples} pictures can be read")
     if len(ids) < bank.num_samples:
-        logger.warning("--val-bank: %d of %d pictures cannot be read", bank.num_samples - len(ids), bank.num_samples)
+        unread = bank.num_samples - len(ids)
+        logger.warning("%s: %d of %d pictures cannot be read", setting("val_bank"), unread, bank.num_samples)
     return retrieval_scores(torch.cat([vectors for _, vectors in everyone]), ids, captions)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 MARK = "CAPTION"
 LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
@@ -46,13 +46,13 @@ def turn_of(tokenizer: Any) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         if speaks_llama_3(tokenizer):
             return LLAMA_3
-        raise UsageError("--chat-template: this model's tokenizer has no chat template; leave the flag out")
+        raise UsageError(f"{setting('chat_template')}: this model's tokenizer has no chat template; leave it out")
     first = _render(tokenizer, [("user", MARK)])
     later = _render(tokenizer, [("user", "x"), ("assistant", "y"), ("user", MARK)])
     special = [text for text in tokenizer.get_added_vocab() if text]
     closing = _first_special(first.split(MARK, 1)[1], special)
     if closing is None:
-        raise UsageError("--chat-template: this tokenizer's template closes a turn with no special token")
+        raise UsageError(f"{setting('chat_template')}: this tokenizer's template closes a turn with no special token")
     # What stands before the caption both in a first and in a later turn is the turn's own header: a system message
     # stands only before the first, the end of the assistant's turn only before the later one.
     common = _common_end(first.split(MARK, 1)[0], later.rsplit(MARK, 1)[0])

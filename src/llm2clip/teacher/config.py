@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm2clip.config import PRECISIONS, Texts, Weights, check_choice, check_positive
 from llm2clip.data.config import SourceConfig
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 ATTENTIONS = ("two-way", "causal")
 POOLINGS = ("mean", "last-token", "weighted")
@@ -129,11 +129,11 @@ class TeacherConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("--attention", self.attention, ATTENTIONS)
-        check_choice("--pooling", self.pooling, POOLINGS)
-        check_choice("--tuning", self.tuning, TUNINGS)
-        check_choice("--precision", self.precision, PRECISIONS)
-        check_choice("--positives", self.positives, POSITIVES)
+        check_choice(setting("attention"), self.attention, ATTENTIONS)
+        check_choice(setting("pooling"), self.pooling, POOLINGS)
+        check_choice(setting("tuning"), self.tuning, TUNINGS)
+        check_choice(setting("precision"), self.precision, PRECISIONS)
+        check_choice(setting("positives"), self.positives, POSITIVES)
         positive: tuple[str, ...] = (
             "max_length",
             "lora_rank",
@@ -149,35 +149,40 @@ class TeacherConfig(SourceConfig):
                 check_positive(**{name: getattr(self, name)})
         for name in ("adaptor_layers", "eval_every", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
+                raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be 0 or more")
         for name in ("lora_dropout", "attention_dropout", "mntp_mask"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be in [0, 1)")
+                raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in [0, 1)")
         if self.eval_pictures < 2:
-            raise UsageError(f"--eval-pictures is {self.eval_pictures}; telling pictures apart takes 2 or more")
+            raise UsageError(
+                f"{setting('eval_pictures')} is {self.eval_pictures}; telling pictures apart takes 2 or more"
+            )
         if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed is {self.seed}; it must be in 0..{2**32 - 1}")
+            raise UsageError(f"{setting('seed')} is {self.seed}; it must be in 0..{2**32 - 1}")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         lora = self.tuning == "lora"
         dropout = self.attention_dropout or (lora and self.lora_dropout)
+        steps, epochs = f"{setting('steps')} {self.steps}", f"{setting('epochs')} {self.epochs}"
+        data, text_pairs = setting("data", ("SOURCE",)), setting("text_pairs", ("FILE.jsonl",))
+        batch_size, quantize, mntp = setting("batch_size"), setting("quantize"), setting("mntp")
+        lora_tuning, mntp_text = setting("tuning", "lora"), setting("mntp_text", ("FILE",))
         wrong = {
-            "nothing to train on: give --data SOURCE or --text-pairs FILE.jsonl": not self.data and not self.text_pairs,
-            f"--steps {self.steps} and --epochs {self.epochs} exclude each other; give one": self.steps and self.epochs,
-            f"--batch-size is {self.batch_size}; a query needs another's text as negative, give 2 or more": (
+            f"nothing to train on: give {data} or {text_pairs}": not self.data and not self.text_pairs,
+            f"{steps} and {epochs} exclude each other; give one": self.steps and self.epochs,
+            f"{batch_size} is {self.batch_size}; a query needs another's text as negative, give 2 or more": (
                 self.batch_size < 2
             ),
-            "--tuning frozen leaves nothing to train; add --adaptor-layers 4": (
+            f"{setting('tuning', 'frozen')} leaves nothing to train; add {setting('adaptor_layers', 4)}": (
                 self.tuning == "frozen" and not self.adaptor_layers
             ),
-            "--quantize trains adapters only; add --tuning lora": self.quantize and not lora,
-            "--quantize and --mntp exclude each other: that step needs the full weights": self.quantize and self.mntp,
-            "--save-adapter needs --tuning lora": self.save_adapter and not lora,
-            "--positives same needs dropout to tell the two apart; add --attention-dropout 0.3": (
-                self.positives == "same" and not dropout
-            ),
-            "--mntp has nothing to read; give --data SOURCE or --mntp-text FILE": (
+            f"{quantize} trains adapters only; add {lora_tuning}": self.quantize and not lora,
+            f"{quantize} and {mntp} exclude each other: that step needs the full weights": self.quantize and self.mntp,
+            f"{setting('save_adapter')} needs {lora_tuning}": self.save_adapter and not lora,
+            f"{setting('positives', 'same')} needs dropout to tell the two apart; add "
+            f"{setting('attention_dropout', 0.3)}": (self.positives == "same" and not dropout),
+            f"{mntp} has nothing to read; give {data} or {mntp_text}": (
                 self.mntp and not self.data and not self.mntp_text
             ),
         }

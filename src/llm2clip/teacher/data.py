@@ -9,7 +9,7 @@ from typing import Any
 from llm2clip.artifacts import read_json, write_json
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.source import open_source
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.teacher.config import CAPTIONS_TASK, TeacherConfig, for_eval
 from llm2clip.teacher.mixture import Task, parse_kinds, task_weights
 from llm2clip.teacher.probe import CaptionSet, first_captions, sampled_captions
@@ -26,10 +26,10 @@ def check_tasks(config: TeacherConfig) -> None:
     """
     names = config.task_names
     if len(set(names)) < len(names):
-        raise UsageError(f"--text-pairs: two tasks have one name ({', '.join(names)}); rename a file")
+        raise UsageError(f"{setting('text_pairs')}: two tasks have one name ({', '.join(names)}); rename a file")
     for name in config.instructions:
         if name not in names:
-            raise UsageError(f"--instructions {name}: no such task; there are {', '.join(names)}")
+            raise UsageError(f"{setting('instructions')} {name}: no such task; there are {', '.join(names)}")
     task_weights(names, config.source_weights)
     parse_kinds(config.pair_weights)
 
@@ -52,10 +52,10 @@ def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[s
         given = share_of_negatives(rows)
         if 0 < given < 1 and not config.random_negative:
             logger.warning(
-                "%s: its negatives are not used: %.0f%% of the rows have one, and --no-random-negative leaves the "
-                "others without",
+                "%s: its negatives are not used: %.0f%% of the rows have one, and %s leaves the others without",
                 file,
                 100 * given,
+                setting("random_negative", False),
             )
         tasks.append(
             Task(
@@ -80,7 +80,9 @@ def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
         source = open_source(for_eval(config), pictures=False, setting="eval_data")
         held_out = first_captions(source, limit=config.eval_pictures)
         if not held_out:
-            raise UsageError(f"--eval-data {' '.join(config.eval_data)}: no picture has two different captions")
+            raise UsageError(
+                f"{setting('eval_data')} {' '.join(config.eval_data)}: no picture has two different captions"
+            )
         return held_out
     return sampled_captions(tasks[0].rows, limit=config.eval_pictures, seed=config.seed) if config.data else []
 

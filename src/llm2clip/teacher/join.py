@@ -14,7 +14,7 @@ from sentence_transformers.base.modules import Transformer
 from torch.nn.functional import normalize
 
 from llm2clip.artifacts import is_complete, open_output, write_manifest
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests, remember_origin, teacher_fingerprint
 from llm2clip.teacher.join_config import JoinConfig
@@ -113,11 +113,13 @@ def open_members(config: JoinConfig) -> list[SentenceTransformer]:
         for module in encoder.children():
             if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
                 raise UsageError(
-                    f"--teachers {name} has a module that is not sentence-transformers' own ({type(module).__name__}); "
-                    "join others, or the members of a joined teacher themselves"
+                    f"{setting('teachers')} {name} has a module that is not sentence-transformers' own "
+                    f"({type(module).__name__}); join others, or the members of a joined teacher themselves"
                 )
         if getattr(getattr(encoder[0], "model", None), "_hf_peft_config_loaded", False):
-            raise UsageError(f"--teachers {name} is an adapter on another model's weights; merge it into them first")
+            raise UsageError(
+                f"{setting('teachers')} {name} is an adapter on another model's weights; merge it into them first"
+            )
         encoders.append(encoder)
     return encoders
 

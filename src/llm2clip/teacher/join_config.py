@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.config import to_dict
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,15 @@ class JoinConfig:
             UsageError: for an impossible value or combination.
         """
         if len(self.teachers) < 2:
-            raise UsageError(f"--teachers names {len(self.teachers)}; give two or more to be joined")
-        for flag, values in (("--weights", self.weights), ("--revisions", self.revisions)):
+            raise UsageError(f"{setting('teachers')} names {len(self.teachers)}; give two or more to be joined")
+        for name, values in (("weights", self.weights), ("revisions", self.revisions)):
             if values and len(values) != len(self.teachers):
-                raise UsageError(f"{flag} has {len(values)} values for {len(self.teachers)} teachers; give one each")
+                raise UsageError(
+                    f"{setting(name)} has {len(values)} values for {len(self.teachers)} teachers; give one each"
+                )
         for weight in self.weights:
             if not (weight > 0 and math.isfinite(weight)):
-                raise UsageError(f"--weights has {weight}; each must be above 0")
+                raise UsageError(f"{setting('weights')} has {weight}; each must be above 0")
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""

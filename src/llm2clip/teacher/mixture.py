@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from llm2clip.data.pairs import Kinds, draw_pair
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 
 Row = dict[str, Any]
 Key = tuple[int, int, int]
@@ -162,8 +162,8 @@ def check_sizes(tasks: list[Task], *, batch_size: int) -> None:
     for task in tasks:
         if len(task) < batch_size:
             raise UsageError(
-                f"{task.name} has {len(task)} usable rows, fewer than --batch-size {batch_size}; "
-                f"give --batch-size {len(task)} or less, or more data"
+                f"{task.name} has {len(task)} usable rows, fewer than {setting('batch_size')} {batch_size}; "
+                f"give {setting('batch_size', len(task))} or less, or more data"
             )
 
 
@@ -177,11 +177,14 @@ def task_weights(names: list[str], weights: Mapping[str, float]) -> list[float] 
         return None
     for name in weights:
         if name not in names:
-            raise UsageError(f"--source-weights {name}={weights[name]}: no such task; there are {', '.join(names)}")
+            raise UsageError(
+                f"{setting('source_weights', {name: weights[name]})}: no such task; there are {', '.join(names)}"
+            )
     missing = [name for name in names if name not in weights]
     if missing or not all(0 <= weight < math.inf for weight in weights.values()) or not sum(weights.values()):
         raise UsageError(
-            f"--source-weights: give each task a weight, one of them above 0; {missing or dict(weights)} is wrong"
+            f"{setting('source_weights')}: give each task a weight, one of them above 0; {missing or dict(weights)} is "
+            "wrong"
         )
     return [float(weights[name]) for name in names]
 
@@ -196,7 +199,10 @@ def parse_kinds(weights: Mapping[str, float]) -> dict[Kinds, float] | None:
     for name, weight in weights.items():
         kinds = name.split("+")
         if len(kinds) != 2 or not all(kinds) or not 0 <= weight < math.inf:
-            raise UsageError(f"--pair-weights {name}={weight}: write two kinds and a weight, as in short+long=1")
+            raise UsageError(
+                f"{setting('pair_weights', {name: weight})}: write two kinds and a weight, as in "
+                f"{setting('pair_weights', {'short+long': 1})}"
+            )
         first, second = sorted(kinds)
         parsed[first, second] = weight
     return parsed or None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.teacher.mixture import BatchOrder, Key
 from llm2clip.teacher.opening import one_line_errors
 from llm2clip.teacher.store import open_rows, write_rows
@@ -157,7 +157,9 @@ def train_mntp(
         captions, texts, tokenizer, share=share, mask_id=mask_token_id(tokenizer, mask_token), seed=run.seed
     )
     if len(data) < batch_size:
-        raise UsageError(f"--mntp has {len(data)} texts, fewer than --mntp-batch-size {batch_size}")
+        raise UsageError(
+            f"{setting('mntp')} has {len(data)} texts, fewer than {setting('mntp_batch_size')} {batch_size}"
+        )
     order = BatchOrder([len(data)], batch_size=batch_size, steps=run.steps, seed=run.seed, num_parts=num_processes)
     prepare_model(causal_lm, run)
     trainer = MaskedTrainer(
@@ -168,7 +170,7 @@ def train_mntp(
         order=order,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
-    run_trainer(trainer, smaller="--mntp-batch-size")
+    run_trainer(trainer, smaller="mntp_batch_size")
     if is_sharded(causal_lm):  # one process puts the whole together again
         weights = trained_weights(causal_lm)
         causal_lm, _ = load()
@@ -211,7 +213,9 @@ def mask_token_id(tokenizer: Any, mask_token: str | None) -> int:
     token = mask_token if mask_token is not None else BLANK
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise UsageError(f"--mntp-mask-token {token!r} is not one token of this LLM's vocabulary; give one that is")
+        raise UsageError(
+            f"{setting('mntp_mask_token')} {token!r} is not one token of this LLM's vocabulary; give one that is"
+        )
     return int(ids[0])
 
 
@@ -227,7 +231,7 @@ def store_lines(path: Path, files: Iterable[str]) -> Any:
         write_rows(path, _lines(files), {"text": pa.string()})
     rows = open_rows(path)
     if not len(rows):
-        raise SourceError(f"--mntp-text {' '.join(files)} holds no text")
+        raise SourceError(f"{setting('mntp_text')} {' '.join(files)} holds no text")
     return rows
 
 
@@ -237,4 +241,4 @@ def _lines(files: Iterable[str]) -> Iterator[dict[str, str]]:
             with Path(name).open(encoding="utf-8-sig") as file:
                 yield from ({"text": line.strip()} for line in file if line.strip())
         except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"--mntp-text {name} cannot be read: {error}") from None
+            raise SourceError(f"{setting('mntp_text')} {name} cannot be read: {error}") from None

@@ -14,7 +14,7 @@ from llm2clip.artifacts import atomic_path, read_json, write_json
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.pairs import Kinds, possible_pairs
 from llm2clip.data.sample import Sample
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.progress import track
 from llm2clip.teacher.mixture import text_key
 
@@ -74,8 +74,8 @@ def store_captions(
             needed = "a caption" if same else f"two different captions{_allowed(kinds)}"
             found = ", ".join(sorted(stored.found)) or "none"
             raise SourceError(
-                f"no picture of --data has {needed}; the kinds are {found}; give more caption columns with --captions "
-                "kind=column"
+                f"no picture of {setting('data')} has {needed}; the kinds are {found}; give more caption columns with "
+                f"{setting('captions', {'KIND': 'COLUMN'})}"
             )
         logger.info("captions: %s pictures to learn from", f"{count:,}")
     return open_rows(path)
@@ -154,7 +154,9 @@ def _usable(sample: Sample) -> tuple[dict[str, list[str]], list[tuple[str, str]]
             if len(text) > MAX_CHARACTERS:
                 faults.append(("caption too long", f"{kind} has {len(text):,} characters; at most {MAX_CHARACTERS:,}"))
             elif FILE_NAME.fullmatch(text):
-                faults.append(("caption is a file name", f"{kind} is {text[:80]}; see --captions kind=column"))
+                faults.append(
+                    ("caption is a file name", f"{kind} is {text[:80]}; see {setting('captions', {'KIND': 'COLUMN'})}")
+                )
             else:
                 captions.setdefault(kind, []).append(text)
     return captions, faults
@@ -181,21 +183,21 @@ class _TripletFile:
                         if row is not None:
                             yield row
         except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"--text-pairs {self.path} cannot be read: {error}") from None
+            raise SourceError(f"{setting('text_pairs')} {self.path} cannot be read: {error}") from None
         if not self.seen:
-            raise SourceError(f"--text-pairs {self.path} holds no text; leave the file out")
+            raise SourceError(f"{setting('text_pairs')} {self.path} holds no text; leave the file out")
 
     def _parse(self, number: int, line: str) -> dict[str, str | None] | None:
         where = f"{self.path.name}:{number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise SourceError(f"--text-pairs {self.path}, line {number} is no JSON ({error.msg})") from None
+            raise SourceError(f"{setting('text_pairs')} {self.path}, line {number} is no JSON ({error.msg})") from None
         if not isinstance(row, dict) or "query" not in row or "positive" not in row:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise SourceError(
-                f"--text-pairs {self.path}, line {number} needs the keys query and positive (negative, instruction "
-                f"if any); it has {found}"
+                f"{setting('text_pairs')} {self.path}, line {number} needs the keys query and positive (negative, "
+                f"instruction if any); it has {found}"
             )
         self._note_instruction(where, row.get("instruction"))
         texts = {name: _as_text(row.get(name)) for name in TRIPLET_FIELDS[:3]}
@@ -211,8 +213,8 @@ class _TripletFile:
             self.instruction = str(instruction)
         elif instruction != self.instruction:
             raise UsageError(
-                f"--text-pairs {where}: instruction {str(instruction)[:60]!r} differs from {self.instruction[:60]!r}; "
-                "give each task its own file"
+                f"{setting('text_pairs')} {where}: instruction {str(instruction)[:60]!r} differs from "
+                f"{self.instruction[:60]!r}; give each task its own file"
             )
 
 

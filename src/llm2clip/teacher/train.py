@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
-from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
+from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
@@ -101,7 +101,7 @@ def _finish(
 ) -> None:
     """Merge, check and save the trained model; the manifest comes last."""
     out = Path(config.out)
-    probed_on = "--eval-data" if config.eval_data else "a sample of the training captions"
+    probed_on = "held-out captions" if config.eval_data else "a sample of the training captions"
     if state.is_main_process:
         if config.tuning == "lora":
             if config.save_adapter:
@@ -129,7 +129,7 @@ def _finish(
 def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
     """The LLM's folder; raises at once if it cannot be a teacher, before hours of reading captions."""
     if config.precision == "fp16" and state.device.type == "cpu":
-        raise UsageError("--precision fp16 needs a GPU; on a CPU give bf16 or fp32")
+        raise UsageError(f"{setting('precision', 'fp16')} needs a GPU; on a CPU give bf16 or fp32")
     with state.main_process_first():
         folder = find_text_model(config.model, revision=config.model_revision)
     if config.quantize:
@@ -206,7 +206,9 @@ def train(
     sizes = [len(task) for task in tasks]
     steps = config.steps or count_steps(sizes, batch_size=config.batch_size, epochs=config.epochs or 1)
     if config.batch_size % state.num_processes:
-        raise UsageError(f"--batch-size {config.batch_size} is no multiple of the {state.num_processes} processes")
+        raise UsageError(
+            f"{setting('batch_size')} {config.batch_size} is no multiple of the {state.num_processes} processes"
+        )
     order = BatchOrder(
         sizes,
         batch_size=config.batch_size,
@@ -261,7 +263,7 @@ def merge_checked(encoder: SentenceTransformer, captions: CaptionSet, *, toleran
     if not error <= tolerance:
         raise LLM2CLIPError(
             f"merging the adapter moved a caption's vector by {error:.2g} (allowed {tolerance}); "
-            "train with --precision fp32 or keep the adapter apart with --save-adapter"
+            f"train with {setting('precision', 'fp32')} or keep the adapter apart with {setting('save_adapter', True)}"
         )
     return max(error, 0.0)
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llm2clip.config import save_interval
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.progress import Progress
 from llm2clip.teacher.loss import CaptionLoss
 from llm2clip.teacher.mixture import BatchOrder, Mixture
@@ -129,11 +129,11 @@ def on_one_device(arguments: Any) -> Any:
     return arguments
 
 
-def run_trainer(trainer: Any, *, smaller: str = "--micro-batch-size") -> None:
+def run_trainer(trainer: Any, *, smaller: str = "micro_batch_size") -> None:
     """Run a trainer to its end, from its last whole checkpoint if there is one.
 
     Args:
-        smaller: the flag for the number of texts in memory at once.
+        smaller: the setting for the number of texts in memory at once.
 
     Raises:
         LLM2CLIPError: if the loss is no longer a number, or memory runs out.
@@ -147,8 +147,8 @@ def run_trainer(trainer: Any, *, smaller: str = "--micro-batch-size") -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise LLM2CLIPError(
-            f"out of memory ({str(error).split('. GPU ')[0].rstrip('.')}); give a smaller {smaller}, "
-            "--gradient-checkpointing or, for adapters alone, --quantize"
+            f"out of memory ({str(error).split('. GPU ')[0].rstrip('.')}); give a smaller {setting(smaller)}, "
+            f"{setting('gradient_checkpointing', True)} or, for adapters alone, {setting('quantize', True)}"
         ) from error
 
 
@@ -188,7 +188,7 @@ def check_prompt(encoder: SentenceTransformer, prompt: str) -> None:
         raise UsageError(f"the end of the instruction {prompt!r} melts into the caption's first token; reword it")
     limit = encoder.max_seq_length
     if limit is not None and length + 8 > limit:
-        raise UsageError(f"the instruction takes {length} of --max-length {limit} tokens; shorten it")
+        raise UsageError(f"the instruction takes {length} of {setting('max_length')} {limit} tokens; shorten it")
 
 
 def _query_prompts(encoder: SentenceTransformer, instruction: str) -> dict[str, str]:
@@ -267,7 +267,9 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.every and self.probe is not None and is_sharded(kwargs["model"]):
-            logger.warning("--eval-every: no scores on the way, as one process alone cannot run a sharded model")
+            logger.warning(
+                "%s: no scores on the way, as one process alone cannot run a sharded model", setting("eval_every")
+            )
         self.progress = Progress(state.max_steps, description=self.description, unit="steps", initial=state.global_step)
         self.progress.__enter__()
         if self.path.exists():
@@ -290,7 +292,8 @@ class Log(TrainerCallback):
             return
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
             raise LLM2CLIPError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower --learning-rate or use --precision bf16"
+                f"the loss is {logs['loss']} at step {state.global_step}; lower {setting('learning_rate')} or use "
+                f"{setting('precision', 'bf16')}"
             )
         if self.progress is not None:
             self.note = f"loss {float(logs['loss']):.4g}"

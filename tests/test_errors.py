@@ -21,12 +21,6 @@ from llm2clip.teacher.config import TeacherConfig
 PACKAGE = Path(llm2clip.__file__).parent
 NOT_YET = {
     "artifacts.py",
-    "bank/load.py",
-    "eval/run.py",
-    "export/run.py",
-    "opening.py",
-    "student/start.py",
-    "teacher/model.py",
 }
 
 

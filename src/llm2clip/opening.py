@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from llm2clip.artifacts import MANIFEST, read_json
-from llm2clip.errors import ArtifactError, UsageError, one_line
+from llm2clip.errors import ArtifactError, UsageError, one_line, setting
 from llm2clip.hub import STUDENT_CONFIG, ModelFolder, cast, missing_weights
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def check_unchanged(out: Path, model: str | Path, before: str | None) -> None:
     now = read_json(manifest).get("fingerprint") if manifest.exists() else None
     if None not in (before, now) and before != now:
         raise UsageError(
-            f"--out {out} was made of {model} when it had fingerprint {before}; it has {now} now: name a new folder or "
-            f"delete {out}"
+            f"{setting('out')} {out} was made of {model} when it had fingerprint {before}; it has {now} now: name a "
+            f"new folder or delete {out}"
         )
 
 

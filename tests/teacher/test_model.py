@@ -164,7 +164,7 @@ def test_an_llm_that_does_not_listen_is_refused(llm_of, monkeypatch):
     from llm2clip.teacher import model
 
     monkeypatch.setattr(model, "restore_attention", lambda encoder, attention: None)
-    with pytest.raises(UsageError, match=r"keeps its causal attention.*--attention causal"):
+    with pytest.raises(UsageError, match=r"keeps its causal attention.*attention=.causal"):
         llm_as_encoder(llm_of("llama"))
 
 

@@ -50,9 +50,9 @@ class Watch(TrainerCallback):
             os._exit(9)
 
 original = trainer.run_trainer
-def watched(trainer):
+def watched(trainer, **options):
     trainer.add_callback(Watch())
-    original(trainer)
+    original(trainer, **options)
 
 settings = {**settings, "data": tuple(settings["data"]), "out": Path(settings["out"])}
 state.AcceleratorState.__init__ = pretend

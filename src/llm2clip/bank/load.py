@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llm2clip.config import check_choice
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.hub import DTYPES
 from llm2clip.teacher.model import load_teacher, teacher_fingerprint
 
@@ -92,8 +92,11 @@ def resolve_prompt(teacher: SentenceTransformer, prompt: str | None, prompt_name
         return prompt
     if prompt_name is not None:
         if not teacher.prompts:
-            raise UsageError(f"--prompt-name is {prompt_name!r}, but this teacher has no prompts; use --prompt TEXT")
-        return teacher.prompts[check_choice("--prompt-name", prompt_name, teacher.prompts)] or ""
+            raise UsageError(
+                f"{setting('prompt_name')} is {prompt_name!r}, but this teacher has no prompts; use "
+                f"{setting('prompt', 'TEXT')}"
+            )
+        return teacher.prompts[check_choice(setting("prompt_name"), prompt_name, teacher.prompts)] or ""
     return teacher.prompts.get(teacher.default_prompt_name or "") or ""
 
 

@@ -190,6 +190,6 @@ def _check_two_towers(model_class: Any, folder: ModelFolder) -> None:
     if model_class is not None and not all(hasattr(model_class, name) for name in needed):
         name = getattr(model_class, "__name__", str(model_class))
         raise UsageError(
-            f"{setting('model')} {folder.name} is a {name}, which does not encode pictures and texts into one space; give a "
-            f"student, a CLIP or SigLIP (or a text encoder alone as {setting('teacher')})"
+            f"{setting('model')} {folder.name} is a {name}, which does not encode pictures and texts into one space; "
+            f"give a student, a CLIP or SigLIP (or a text encoder alone as {setting('teacher')})"
         )

@@ -15,7 +15,7 @@ from llm2clip.artifacts import is_complete, open_output, read_json, write_json, 
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.source import open_source
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
@@ -90,7 +90,8 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
     for name, source in sources.items():
         if source.fingerprint != done["datasets"][name]["fingerprint"]:
             raise UsageError(
-                f"--data {name} has changed since --out {config.out}: name a new folder or delete that one"
+                f"{setting('data')} {name} has changed since {setting('out')} {config.out}: name a new folder or "
+                "delete that one"
             )
 
 
@@ -108,7 +109,7 @@ def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> 
     bad.merge(source.bad)
     bad.check(total)
     if not samples:
-        raise SourceError(f"--data {' '.join(config.data)} holds no usable picture")
+        raise SourceError(f"{setting('data')} {' '.join(config.data)} holds no usable picture")
     captions = Captions.of(samples)
     before = getattr(encoder, "num_cut", None)
     texts = torch.from_numpy(encode_captions(captions.texts, encoder, batch_size=config.batch_size))
@@ -154,11 +155,14 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         if model.teacher is None:
             wanted = model.origin.get("teacher_fingerprint", "unknown")
             raise UsageError(
-                f"--model {config.model} reads the vectors of its teacher (fingerprint {wanted}); add --teacher DIR"
+                f"{setting('model')} {config.model} reads the vectors of its teacher (fingerprint {wanted}); add "
+                f"{setting('teacher', 'DIR')}"
             )
         return model, {"encoder": "llm2clip", "dim": model.dim, **model.origin}
     if config.teacher is not None:
-        raise UsageError(f"--model {config.model} encodes texts itself; leave --teacher {config.teacher} out")
+        raise UsageError(
+            f"{setting('model')} {config.model} encodes texts itself; leave {setting('teacher')} {config.teacher} out"
+        )
     loader = SentenceTransformerEncoder if folder.kind == "sentence-transformers" else ClipEncoder
     encoder = loader.from_pretrained(folder, **options)
     return encoder, {"encoder": type(encoder.model).__name__}

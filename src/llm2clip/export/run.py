@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.export.bundle import save_bundle
 from llm2clip.export.card import read_scores, write_card
 from llm2clip.export.check import PROBE_TEXTS, compare, encode_fresh, probe_embeds, probe_pictures
@@ -48,7 +48,7 @@ def export_model(config: ExportConfig) -> Path:
         model = _open(config, device)
         facts = facts_of(model, config)
         if config.to == "sentence-transformers" and model.teacher is None:
-            raise UsageError("the model has no teacher; add --teacher DIR")
+            raise UsageError(f"the model has no teacher; add {setting('teacher', 'DIR')}")
         emulated = any(is_emulated(part, device) for part in _parts(model))
         for part in _parts(model):
             cast(part, device)  # where its precision would be emulated: to float32

@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
-from llm2clip.errors import UsageError, one_line
+from llm2clip.errors import UsageError, one_line, setting
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.tower import (
     build_tower,
@@ -62,7 +62,7 @@ def start_student(
     """
     config = open_tower_config(tower, revision=revision)
     pooling = pooling or default_pooling(config)
-    with _one_line(f"--tower {tower}"):
+    with _one_line(f"{setting('tower')} {tower}"):
         model = (
             build_tower(config, pooling=pooling)
             if init == "random"
@@ -100,24 +100,26 @@ def open_tower_config(tower: str, *, revision: str | None = None) -> Any:
     path = Path(tower)
     if path.is_dir() and not (path / "config.json").exists():
         detail = "a SentenceTransformer (a teacher?)" if (path / "modules.json").exists() else "no config.json in it"
-        raise UsageError(f"--tower {tower} is no vision model: {detail}; name the folder or Hub id of one")
+        raise UsageError(f"{setting('tower')} {tower} is no vision model: {detail}; name the folder or Hub id of one")
     if not path.exists() and tower.startswith((".", "/", "~")):
-        raise UsageError(f"--tower {tower} does not exist; name the folder or Hub id of a vision model")
-    with _one_line(f"--tower {tower}"):
+        raise UsageError(f"{setting('tower')} {tower} does not exist; name the folder or Hub id of a vision model")
+    with _one_line(f"{setting('tower')} {tower}"):
         config = AutoConfig.from_pretrained(tower, revision=revision, trust_remote_code=False)
     if config.model_type == "llm2clip":
-        raise UsageError(f"--tower {tower} is a student; write its tower with `llm2clip export --to tower` first")
+        raise UsageError(
+            f"{setting('tower')} {tower} is a student; write its tower with `llm2clip export --to tower` first"
+        )
     config = vision_half(config)
     if config.model_type.startswith("siglip2"):
         raise UsageError(
-            f"--tower {tower} is a SigLIP2 of variable resolution (NaFlex); take one of fixed resolution, such as "
-            "google/siglip2-so400m-patch14-224"
+            f"{setting('tower')} {tower} is a SigLIP2 of variable resolution (NaFlex); take one of fixed resolution, "
+            "such as google/siglip2-so400m-patch14-224"
         )
     model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", "") != "pixel_values":
         raise UsageError(
-            f"--tower {tower} is no vision model (model_type {config.model_type!r}); name a CLIP, SigLIP, DINOv2, ViT "
-            "or timm tower (an LLM goes to train-teacher --model)"
+            f"{setting('tower')} {tower} is no vision model (model_type {config.model_type!r}); name a CLIP, "
+            "SigLIP, DINOv2, ViT or timm tower (an LLM goes to `llm2clip train-teacher --model`)"
         )
     return config
 
@@ -159,7 +161,7 @@ def open_transform(tower: str, *, image_size: int | None = None, revision: str |
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ImportError) or (Path(tower) / "preprocessor_config.json").exists():
             raise UsageError(
-                f"--tower {tower}: its preprocessor_config.json cannot be used ({one_line(error)})"
+                f"{setting('tower')} {tower}: its preprocessor_config.json cannot be used ({one_line(error)})"
             ) from None
         logger.info("%s has no preprocessor_config.json: its pictures are prepared as CLIP's", tower)
         processor = CLIPImageProcessor(size={"shortest_edge": native}, crop_size={"height": native, "width": native})

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, setting
 from llm2clip.hub import ModelFolder, cast
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
@@ -158,7 +158,11 @@ def llm_as_encoder(
     if chat_template is None:
         chat_template = wrapped
     elif wrapped and not chat_template:
-        logger.warning("%s was tuned on captions as a user's turn; add --chat-template to keep to that", folder.name)
+        logger.warning(
+            "%s was tuned on captions as a user's turn; add %s to keep to that",
+            folder.name,
+            setting("chat_template", True),
+        )
     header = use_chat_template(transformer.tokenizer) if chat_template else ""
     encoder = SentenceTransformer(
         modules=[
@@ -214,7 +218,7 @@ def check_attention(encoder: SentenceTransformer, attention: str, name: str | Pa
     moved = not torch.allclose(states[0, 0], states[1, 0], rtol=1e-4, atol=1e-6)
     if moved != (attention == "two-way"):
         has = "two-way" if moved else "causal"
-        raise UsageError(f"{name} keeps its {has} attention whatever its config says; give --attention {has}")
+        raise UsageError(f"{name} keeps its {has} attention whatever its config says; give {setting('attention', has)}")
 
 
 def prepare_tokenizer(transformer: Transformer, name: str | Path) -> None:
@@ -246,7 +250,7 @@ def four_bit_config() -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UsageError("--quantize needs bitsandbytes: pip install 'llm2clip[quantize]'") from None
+        raise UsageError(f"{setting('quantize')} needs bitsandbytes: pip install 'llm2clip[quantize]'") from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

@@ -14,6 +14,8 @@ from PIL import Image
 from llm2clip import LLM2CLIP, Bank, EvaluateConfig, ExportConfig, Student, evaluate, export_model, load_teacher
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.verify import verify_bank
+from llm2clip.export.adaptor_module import AdaptorModule
+from llm2clip.student.model import StudentModelConfig
 from llm2clip.teacher.fingerprint import compute_fingerprint, teacher_fingerprint
 
 TEACHERS = ("lora", "full", "joined")
@@ -66,7 +68,7 @@ def test_a_teacher_in_half_precision_is_still_that(old: Path, texts: list[str], 
     teacher = load_teacher(old / "teachers/lora", device="cpu", dtype="auto")
     assert {weight.dtype for weight in teacher.parameters()} == {torch.bfloat16}
     found = np.asarray(teacher.encode(texts), np.float32)
-    # equal where both were made; a CPU that has bf16 rounds elsewhere, by parts of 256
+    # equal to the last bit on one machine; a CPU that has bf16 rounds at other places, each time to 8 bits
     np.testing.assert_allclose(found, vectors["teacher lora auto"], atol=1 / 32)
 
 
@@ -91,6 +93,8 @@ def test_a_bundle_runs_by_its_own_code(tower: str, old: Path, texts: list[str], 
 
     folder = old / f"exports/{tower}-sentence-transformers"
     model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    adaptor = model[0].sub_modules["text"][-2]
+    assert type(adaptor).__name__ == "AdaptorModule" and not isinstance(adaptor, AdaptorModule)
     np.testing.assert_allclose(model.encode(texts), vectors[f"student {tower} text"], **CLOSE)
     np.testing.assert_allclose(model.encode(pictures(old, 2)), vectors[f"student {tower} image"][:2], **CLOSE)
 
@@ -98,12 +102,15 @@ def test_a_bundle_runs_by_its_own_code(tower: str, old: Path, texts: list[str], 
 @pytest.mark.parametrize("tower", TEACHER_OF)
 def test_a_transformers_export_opens_with_automodel(tower: str, old: Path, vectors: dict[str, np.ndarray]) -> None:
     """As today's class, which AutoModel takes once llm2clip is imported, and by the code in the folder."""
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder = old / f"exports/{tower}-transformers"
     place = json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"]
     own = get_class_from_dynamic_module(place, str(folder))
+    # which has put its own class in the place of ours, as ours had been by the import
+    AutoConfig.register("llm2clip", StudentModelConfig, exist_ok=True)
+    AutoModel.register(StudentModelConfig, Student, exist_ok=True)
     today = AutoModel.from_pretrained(folder)
     assert isinstance(today, Student) and not issubclass(own, Student)
     inputs = AutoImageProcessor.from_pretrained(folder)(images=pictures(old, 2), return_tensors="pt")
@@ -158,10 +165,9 @@ def test_evaluate_gives_the_same_scores(tower: str, old: Path, tmp_path: Path) -
     assert found == before and len(set(before.values())) > 4
 
 
-@pytest.mark.parametrize("tower", TEACHER_OF)
-def test_a_tower_is_exported_today(tower: str, old: Path, tmp_path: Path) -> None:
-    config = ExportConfig(model=str(old / "students" / tower), to="tower", out=tmp_path / "tower", device="cpu")
-    out, before = export_model(config), old / f"exports/{tower}-tower"
+def test_a_tower_is_exported_today(old: Path, tmp_path: Path) -> None:
+    config = ExportConfig(model=str(old / "students/clip"), to="tower", out=tmp_path / "tower", device="cpu")
+    out, before = export_model(config), old / "exports/clip-tower"
     assert (out / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
 
 

@@ -46,8 +46,8 @@ def texts(old: Path) -> list[str]:
     return list(json.loads((old / "texts.json").read_text()))
 
 
-def pictures(old: Path, count: int = 6) -> list[Image.Image]:
-    """The pictures of those vectors; the first two have the towers' size, so that no library can resize them."""
+def images(old: Path, count: int = 6) -> list[Image.Image]:
+    """The images of those vectors; the first two have the towers' size, so that no library can resize them."""
     return [Image.open(old / f"pictures/{i}.png") for i in range(count)]
 
 
@@ -82,7 +82,7 @@ def test_a_student_gives_its_vectors(
     teacher = None if kind == "sentence-transformers" else old / "teachers" / TEACHER_OF[tower]
     model = LLM2CLIP.from_pretrained(folder, teacher=teacher, device="cpu")
     np.testing.assert_allclose(model.encode_text(texts), vectors[f"student {tower} text"], **CLOSE)
-    np.testing.assert_allclose(model.encode_image(pictures(old)), vectors[f"student {tower} image"], **CLOSE)
+    np.testing.assert_allclose(model.encode_image(images(old)), vectors[f"student {tower} image"], **CLOSE)
     if teacher is not None:
         assert model.origin["teacher_fingerprint"] == manifest(teacher)["fingerprint"]
 
@@ -96,7 +96,7 @@ def test_a_bundle_runs_by_its_own_code(tower: str, old: Path, texts: list[str], 
     adaptor = model[0].sub_modules["text"][-2]
     assert type(adaptor).__name__ == "AdaptorModule" and not isinstance(adaptor, AdaptorModule)
     np.testing.assert_allclose(model.encode(texts), vectors[f"student {tower} text"], **CLOSE)
-    np.testing.assert_allclose(model.encode(pictures(old, 2)), vectors[f"student {tower} image"][:2], **CLOSE)
+    np.testing.assert_allclose(model.encode(images(old, 2)), vectors[f"student {tower} image"][:2], **CLOSE)
 
 
 @pytest.mark.parametrize("tower", TEACHER_OF)
@@ -113,7 +113,7 @@ def test_a_transformers_export_opens_with_automodel(tower: str, old: Path, vecto
     AutoModel.register(StudentModelConfig, Student, exist_ok=True)
     today = AutoModel.from_pretrained(folder)
     assert isinstance(today, Student) and not issubclass(own, Student)
-    inputs = AutoImageProcessor.from_pretrained(folder)(images=pictures(old, 2), return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(folder)(images=images(old, 2), return_tensors="pt")
     embeds = torch.from_numpy(vectors[f"teacher {TEACHER_OF[tower]} float32"])
     for model in (today.eval(), own.from_pretrained(folder).eval()):
         with torch.inference_mode():
@@ -130,7 +130,7 @@ def test_a_tower_is_one_of_its_family(tower: str, class_name: str, old: Path, ve
     folder = old / f"exports/{tower}-tower"
     model, report = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    inputs = transformers.AutoImageProcessor.from_pretrained(folder)(images=pictures(old, 2), return_tensors="pt")
+    inputs = transformers.AutoImageProcessor.from_pretrained(folder)(images=images(old, 2), return_tensors="pt")
     with torch.inference_mode():
         pooled = model(inputs["pixel_values"]).pooler_output
     np.testing.assert_allclose(pooled.numpy(), vectors[f"tower {tower}"], **CLOSE)
@@ -182,4 +182,4 @@ def test_a_student_is_exported_today(
     export_model(ExportConfig(model=student, teacher=teacher, to=kind, out=tmp_path / "out", device="cpu"))
     again = LLM2CLIP.from_pretrained(tmp_path / "out", teacher if kind == "transformers" else None, device="cpu")
     np.testing.assert_allclose(again.encode_text(texts), vectors[f"student {tower} text"], **CLOSE)
-    np.testing.assert_allclose(again.encode_image(pictures(old)), vectors[f"student {tower} image"], **CLOSE)
+    np.testing.assert_allclose(again.encode_image(images(old)), vectors[f"student {tower} image"], **CLOSE)

@@ -5,7 +5,8 @@ Run it with the code of that commit, on a CPU; it writes the archive beside itse
     git worktree add --detach ../llm2clip-54488bc 54488bc
     PYTHONPATH=../llm2clip-54488bc/src OMP_NUM_THREADS=1 python tests/made_by_54488bc/make.py
 
-Folders written since must not be added: the point of the archive is that it is old. Pictures and captions are given to
+Made again, all but the seconds in logs and the order of names in a peft config are the same bytes. Do not add folders
+that later code wrote: the point of the archive is that it is old. Images and captions are given to
 that code by memory:// URLs, because a bank holds whole paths and those of a machine are no business of an archive.
 """
 
@@ -78,7 +79,7 @@ def make_models() -> None:
     model_at("models/dinov2", t.Dinov2Model(dino), t.BitImageProcessor(**sizes))
 
 
-def make_pictures() -> None:
+def make_images() -> None:
     """Eight PNGs, two of them of the towers' size, and their captions, in `pictures` and in fsspec's memory."""
     import fsspec
     import numpy as np
@@ -190,7 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_models()
-        make_pictures()
+        make_images()
         make_folders()
         Path("texts.json").write_text(json.dumps(TEXTS))
         np.savez("vectors.npz", **compute_vectors())

@@ -94,6 +94,12 @@ def test_no_circle_inside_a_folder(folder: str) -> None:
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
+@pytest.mark.parametrize("name", ["model", "tower", "adaptor"])
+def test_what_is_copied_into_a_students_folder_needs_no_llm2clip(name: str) -> None:
+    """AutoModel runs these files where llm2clip is not installed; they may import each other alone."""
+    assert set(imports_of(SOURCE / "student" / f"{name}.py")) <= {f"llm2clip.student.{n}" for n in ("tower", "adaptor")}
+
+
 def test_every_file_has_a_place() -> None:
     places = {file.relative_to(SOURCE).parts[0].removesuffix(".py") for file in FILES}
     assert places <= STAGES | CORE | TOP

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from llm2clip.errors import setting
-
 POOLINGS = ("pooler", "cls", "mean")
 # Their pooler is an extra layer that self-supervised checkpoints leave random: take the normed class token instead.
 _CLASS_TOKEN_FAMILIES = ("vit", "deit", "vit_msn", "vit_mae", "beit", "ijepa")
@@ -101,9 +99,7 @@ def resize_tower(tower: Any, *, image_size: int) -> Any:
     if isinstance(patch, int) and image_size % patch:
         low = image_size // patch * patch
         fitting = f"{low} or {low + patch}" if low else str(patch)
-        raise ValueError(
-            f"{setting('image_size')} {image_size} is no multiple of the patch size {patch}; use {fitting}"
-        )
+        raise ValueError(f"image_size {image_size} is no multiple of the patch size {patch}; use {fitting}")
     resized = AutoModel.from_config(config)
     if getattr(tower, "pooler", 0) is None:
         resized.pooler = None
@@ -189,9 +185,7 @@ def add_patch_dropout(tower: Any, *, rate: float, image_size: int) -> None:
     embeddings = getattr(tower, "embeddings", None)
     patch = getattr(tower.config, "patch_size", None)
     if tower.config.model_type.startswith("dinov3") or embeddings is None or not isinstance(patch, int):
-        raise ValueError(
-            f"{setting('patch_dropout')} does not work for {tower.config.model_type} towers; leave it at 0"
-        )
+        raise ValueError(f"patch_dropout does not work for {tower.config.model_type} towers; leave it at 0")
     with torch.no_grad():
         num_tokens = embeddings(torch.zeros(1, 3, image_size, image_size)).shape[1]
     drop = PatchDropout(rate, num_prefix_tokens=num_tokens - (image_size // patch) ** 2)

@@ -224,3 +224,26 @@ def test_precision_set_for_training_is_put_back() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_the_histograms_by_hand() -> None:
+    vectors = np.array([[1, 0], [3, 0], [-1, 0], [0, 2]], np.float32)
+    profile = similarity_profile(vectors, ["a", "a", "b", "c"], bins=4)
+    assert profile["edges"] == [-1, -0.5, 0, 0.5, 1]
+    assert profile["positive"] == [0, 0, 0, 1]  # two alike: 1, in the last bin, which holds its upper edge
+    assert profile["negative"] == [2, 0, 3, 0]  # opposite twice: -1; at right angles three times: 0
+    assert (profile["positive_mean"], profile["negative_mean"], profile["captions"]) == (1.0, -0.4, 4)
+    assert profile["alignment"] == 0
+    # distances squared: 0, 4 twice, 2 three times
+    wanted = np.log((1 + 2 * np.exp(-8) + 3 * np.exp(-4)) / 6)
+    assert profile["uniformity"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_ids_may_be_lists_arrays_or_tensors_on_either_side() -> None:
+    vectors = np.eye(3, dtype=np.float32)
+    sides = ([5, 7, 5], np.array([5, 7, 5]), torch.tensor([5, 7, 5]))
+    for first in sides:
+        for second in sides:
+            ranks, back = match_ranks(vectors[[0, 1, 2]], vectors[[2, 1, 0]], first, second)
+            assert ranks.tolist() == back.tolist() == [1, 1, 1]
+    assert caption_retrieval_accuracy(vectors[[0, 1, 0]], torch.tensor([5, 7, 5])) == 1.0

@@ -81,14 +81,19 @@ def test_a_teacher_learns_to_tell_captions_apart(config):
 
 
 @pytest.mark.parametrize("step", [3, 8])
-def test_a_killed_run_goes_on_to_the_same_bytes(step, config, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_bytes(step, config, monkeypatch, caplog):
     whole = train_teacher(config("whole"))
     with monkeypatch.context() as patch:
         kill_at(step, patch)
         with pytest.raises(Killed):
             train_teacher(config("killed"))
     assert not (config("killed").out / "manifest.json").exists()
-    resumed = train_teacher(config("killed"))
+    saved = step // SETTINGS["save_every"] * SETTINGS["save_every"]
+    assert [path.name for path in config("killed").out.rglob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    with caplog.at_level("INFO", logger="llm2clip"), monkeypatch.context() as patch:
+        kill_at(saved - 1, patch)  # a step that is not gone through again
+        resumed = train_teacher(config("killed"))
+    assert f"going on from step {saved}" in caplog.text
     assert files_of(resumed) == files_of(whole)
     steps = [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) == list(range(1, 11))

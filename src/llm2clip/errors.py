@@ -19,23 +19,38 @@ _as_flags = False
 
 
 class LLM2CLIPError(Exception):
-    """A run that cannot go on; its message is one line for the user."""
+    """A run that cannot go on; its message is one line for the user. All others here are kinds of it.
+
+    Attributes:
+        exit_code: what the command line ends with, 1, or 2 for wrong use.
+
+    Example:
+        >>> issubclass(ArtifactError, LLM2CLIPError), LLM2CLIPError.exit_code, UsageError.exit_code
+        (True, 1, 2)
+    """
 
     exit_code = 1
 
 
 class UsageError(LLM2CLIPError, ValueError):
-    """A wrong argument, setting or combination of them; the message says what to type."""
+    """A wrong argument, setting or combination of them; the message says what to type.
+
+    Example:
+        >>> from llm2clip import StudentConfig
+        >>> StudentConfig(bank=("bank",), tower="tower", out="student", precision="fp8")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        llm2clip.errors.UsageError: precision 'fp8' ...
+    """
 
     exit_code = 2
 
 
 class SourceError(LLM2CLIPError):
-    """A source of pictures and captions, as a whole, cannot be read."""
+    """A source of pictures and captions, as a whole, cannot be read: damaged, empty, or not what its name says."""
 
 
 class TooManyBadSamples(LLM2CLIPError):
-    """More samples were bad than `--max-bad-fraction` allows."""
+    """More samples were bad than `max_bad_fraction` allows, 0.05 by default; the causes are counted in the message."""
 
 
 class ArtifactError(LLM2CLIPError):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from llm2clip.artifacts import MANIFEST, RUN, read_json
+from llm2clip.compat import cpu_has_bf16
 from llm2clip.errors import ArtifactError, UsageError, one_line
 
 Config = TypeVar("Config")
@@ -183,14 +184,6 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (AVX512_BF16, AMX, or Arm's)."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def settle_precision(config: Config, out: Path) -> Config:

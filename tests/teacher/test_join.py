@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
+from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import SentenceTransformer
 
 from llm2clip import (
@@ -305,7 +306,7 @@ def test_what_cannot_be_a_member(
 
 def test_an_adapter_without_its_model_is_no_member(tiny_llm: Path, two_towers, tmp_path: Path, monkeypatch) -> None:
     adapted = load_teacher(tiny_llm, device="cpu")
-    adapted[0].model._hf_peft_config_loaded = True  # as transformers marks one; saved, it would be the adapter alone
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted[0].model)  # saved, it would be that alone
     monkeypatch.setattr(joining, "load_teacher", lambda *args, **options: adapted)
     with pytest.raises(UsageError, match="is an adapter on another model's weights"):
         join_all(tmp_path / "out", two_towers["clip"], tiny_llm)

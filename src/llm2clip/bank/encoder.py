@@ -80,7 +80,8 @@ class CaptionEncoder:
         self.device = torch.device(teacher.device)
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         self.ahead = can_tokenise_ahead(teacher)
-        self.varlen = self.ahead and take_over_flattening(teacher[0])
+        self.first_position = take_over_flattening(teacher[0]) if self.ahead else None
+        self.varlen = self.first_position is not None
         self.dim = int(self._forward(self._own_features(["a"])).shape[1])
         self._said_halved = False
         if compile:
@@ -181,7 +182,7 @@ class CaptionEncoder:
             ids = [block.arrays["input_ids"][block.start[place] : block.start[place + 1]].tolist() for place in places]
             features = dict(first.data_collator([{"input_ids": row} for row in ids]))
             features.pop("labels", None)
-            features["position_ids"] = features["position_ids"] + first._flatten_position_offset
+            features["position_ids"] = features["position_ids"] + self.first_position
         else:
             features = {name: torch.from_numpy(array) for name, array in pad(block, places, first.tokenizer).items()}
         features = self._to_device(features)
@@ -225,11 +226,16 @@ class CaptionEncoder:
         return wait
 
 
-def take_over_flattening(transformer: Any) -> bool:
-    """Whether a transformer runs without padding (flash attention); from here on its batches are laid flat by us."""
-    flat = bool(transformer.can_flatten_inputs)
+def take_over_flattening(transformer: Any) -> int | None:
+    """The first position of a text where a transformer runs without padding (flash attention), None where it pads.
+
+    From here on its batches are laid flat by us.
+    """
+    if not transformer.can_flatten_inputs:
+        return None
+    first_position = int(transformer.preprocess(["a"])["position_ids"].min())  # RoBERTa's begin after the padding's
     transformer.can_flatten_inputs = False  # so that `tokenise` gets plain lists from it
-    return flat
+    return first_position
 
 
 def token_counts(features: dict[str, Any], num_texts: int) -> NDArray[np.int64]:

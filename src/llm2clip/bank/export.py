@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from llm2clip.artifacts import atomic_path, fingerprint, is_complete, open_outpu
 from llm2clip.bank.config import BankExportConfig
 from llm2clip.bank.files import one_line_disk_errors
 from llm2clip.bank.reader import Bank
+from llm2clip.compat import datasets_state
 from llm2clip.config import check_choice, to_dict
 from llm2clip.errors import setting
 from llm2clip.progress import Progress
@@ -76,16 +76,7 @@ def write_datasets(bank: Bank, out: Path, config: BankExportConfig) -> list[str]
                 _write_arrow(table, temporary)
     info = DatasetInfo(features=Features.from_arrow_schema(schema))
     info.write_to_directory(str(out))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": fingerprint([bank.fingerprint, list(config.kinds)]),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    write_json(out / "state.json", state)
+    write_json(out / "state.json", datasets_state(names, fingerprint([bank.fingerprint, list(config.kinds)])))
     return names
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
+from llm2clip.compat import attention_of
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, setting
 from llm2clip.hub import DTYPES
@@ -66,7 +67,7 @@ def use_flash_attention(teacher: SentenceTransformer) -> bool:
     if importlib.util.find_spec("flash_attn") is None or not hasattr(first, "unpad_inputs"):
         return False
     before = torch.as_tensor(teacher.encode(PROBES, convert_to_tensor=True)).float()
-    earlier = first.model.config._attn_implementation
+    earlier = attention_of(first.model)
     try:
         first.model.set_attn_implementation("flash_attention_2")
         first.unpad_inputs = None  # looks again whether padding can be dropped

@@ -27,7 +27,7 @@ NUM_PARTS_CHECKED = 64
 
 
 def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "data") -> Source:
-    """The source that `config.data` names; its files are found and their beginnings checked, nothing more is read.
+    r"""The source that `config.data` names; its files are found and their beginnings checked, nothing more is read.
 
     Args:
         config: the shared flags of every stage.
@@ -40,9 +40,14 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
         SourceError: if a file cannot be read.
 
     Example:
-        >>> source = open_source(SourceConfig(data=("captions.csv",)))   # doctest: +SKIP
-        >>> next(iter(source)).captions                                  # doctest: +SKIP
-        {'short': ('a dog',), 'long': ('a brown dog runs over a meadow ...',)}
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     table = Path(folder, "captions.csv")
+        ...     _ = table.write_text("image,short_caption,caption\ndog.jpg,a dog,a brown dog on a meadow\n")
+        ...     source = open_source(SourceConfig(data=(str(table),)), pictures=False)
+        ...     next(iter(source)).captions
+        {'short': ('a dog',), 'raw': ('a brown dog on a meadow',)}
     """
     word = written(setting)
     if not config.data:

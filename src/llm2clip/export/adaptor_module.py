@@ -25,6 +25,7 @@ class AdaptorModule(Module):
         num_blocks: residual blocks of the adaptor.
     """
 
+    __module__ = "adaptor_module"  # a saved model refers to the file beside it, also when a loaded one is saved again
     config_keys = ["teacher_dim", "projection_dim", "num_blocks"]  # noqa: RUF012  (the base class reads it)
 
     def __init__(self, teacher_dim: int, projection_dim: int, num_blocks: int = 4) -> None:
@@ -71,7 +72,3 @@ def model_folder(path: Path) -> Path:
     """The model's folder above one of its modules': the nearest with the settings that a SentenceTransformer saves."""
     marked = (folder for folder in path.parents if (folder / "config_sentence_transformers.json").exists())
     return next(marked, path)
-
-
-# What a saved model refers to is the file beside it, also when a loaded one is saved again.
-AdaptorModule.__module__ = "adaptor_module"

@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 
 from llm2clip.artifacts import forget_unused
+from llm2clip.compat import forget_precision
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line, setting
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.journal import find_tracker
@@ -28,11 +29,10 @@ def start_accelerator(config: StudentConfig) -> Any:
             of sharing the work that a student cannot.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
     trackers = find_tracker(config.tracker) or None
-    AcceleratorState._reset_state()  # another stage in this process may have had another precision
+    forget_precision()  # another stage in this process may have had another precision
     try:
         accelerator = Accelerator(
             mixed_precision="no" if config.precision == "fp32" else config.precision,

@@ -35,7 +35,8 @@ class Adaptor(nn.Module):
         num_blocks: 4 in the paper; its Table 8 gives 76.7 (one), 76.8 (two), 77.9 (four) text-to-image.
 
     Example:
-        >>> Adaptor(8, 4, num_blocks=2)(torch.ones(3, 8)).shape
+        >>> adaptor = Adaptor(teacher_dim=8, projection_dim=4, num_blocks=2)  # random weights, float32
+        >>> adaptor(torch.ones(3, 8, dtype=torch.float16)).shape  # vectors of a bank, in any float dtype
         torch.Size([3, 4])
     """
 

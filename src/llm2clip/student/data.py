@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -260,7 +259,5 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
 
 def empty_shared(shape: tuple[int, ...]) -> Tensor:
     """An uninitialised uint8 tensor; in a loader process in shared memory, which saves a copy on the way out."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage: Any = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # as torch's own default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    empty = torch.empty(shape, dtype=torch.uint8)
+    return empty if get_worker_info() is None else empty.share_memory_()

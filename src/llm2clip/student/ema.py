@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 COUNT = "num_updates"
 
@@ -46,7 +47,7 @@ class Average:
         self._follow(model)
         weights = dict(model.named_parameters())
         averages = [self.values[name] for name in weights]
-        torch._foreach_lerp_(averages, [p.detach() for p in weights.values()], 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in weights.values()], num_updates)
         self.values[COUNT].add_(1)
 
     @contextlib.contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from llm2clip.compat import take_back_signal_handler
 from llm2clip.data.bad import BadSamples
 from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.student.data import BankDataset, Batch, Part
@@ -138,7 +137,7 @@ class BankLoader:
         )
         try:
             iterator = iter(chunks_of)
-            _let_only_the_loader_raise()
+            take_back_signal_handler()
             for chunk in iterator:
                 if isinstance(chunk, LLM2CLIPError):
                     raise chunk
@@ -151,19 +150,6 @@ class BankLoader:
                 f"a process that reads pictures died ({reason}); with too little memory, or too little shared memory "
                 f"in a container (`docker run --shm-size`), take fewer {setting('workers')}"
             ) from None
-
-
-def _let_only_the_loader_raise() -> None:
-    """Take back the signal handler by which torch raises anywhere in this process when a worker dies.
-
-    The loader notices by itself, at the latest five seconds after it waits for that worker, and says it in one line.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    if (
-        getattr(handler, "__module__", "").startswith("torch.")
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _Parts:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.tensor import DTensor
 
 from llm2clip.artifacts import to_disk
@@ -120,7 +121,9 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def _offset(tensor: DTensor) -> list[int]:
     """Where this process's shard lies in the whole."""
-    return list(tensor.__create_chunk_list__()[0].offsets)
+    data = create_default_local_save_plan({"": tensor}, is_coordinator=False).items[0].tensor_data
+    assert data is not None  # it is a tensor
+    return list(data.chunk.offsets)
 
 
 def _is_copy(tensor: DTensor) -> bool:

@@ -230,7 +230,8 @@ class Session:
             torch.compiler.reset()  # torch 2.9 would go on with what it compiled for a frozen tower
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             del self.model
-            self.accelerator._models.clear()
+            self.accelerator.free_memory()  # it holds the old hooks, and the optimizer
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
             self.model = self.accelerator.prepare_model(self.student)
 
     def save(self) -> None:

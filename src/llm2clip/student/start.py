@@ -75,7 +75,7 @@ def start_student(
         width = tower_width(model, image_size=image_size, pooling=pooling)
     transform = open_transform(tower, image_size=image_size, revision=revision)
     vision_config = copy.deepcopy(model.config)  # transformers writes its attention choice into a shared one
-    vision_config._name_or_path = ""  # a local path says nothing where the student is used
+    vision_config.name_or_path = ""  # a local path says nothing where the student is used
     student_config = StudentModelConfig(
         vision_config=vision_config,
         tower_dim=width,

@@ -47,12 +47,13 @@ class ImageTransform:
         image_size: height and width that come out.
         resize: an int, what the shorter side becomes; or height and width, whatever the picture's shape.
         resample: Pillow's number of the filter; training always uses bicubic, as the paper does.
-        mean, std: per channel, for pixels scaled to 0..1; applied on the device by the student.
+        mean, std: per channel, for pixels scaled to 0..1; applied on the device by the student. By default CLIP's.
 
     Example:
         >>> transform = ImageTransform(image_size=(32, 32), resize=32)
-        >>> transform(Image.new("RGB", (64, 48))).shape
-        torch.Size([3, 32, 32])
+        >>> pixels = transform(Image.new("RGB", (64, 48), "red"))
+        >>> pixels.shape, pixels.dtype, pixels[:, 0, 0].tolist()
+        (torch.Size([3, 32, 32]), torch.uint8, [255, 0, 0])
     """
 
     image_size: tuple[int, int]

@@ -116,7 +116,7 @@ def open_members(config: JoinConfig) -> list[SentenceTransformer]:
                     f"{setting('teachers')} {name} has a module that is not sentence-transformers' own "
                     f"({type(module).__name__}); join others, or the members of a joined teacher themselves"
                 )
-        if getattr(getattr(encoder[0], "model", None), "_hf_peft_config_loaded", False):
+        if getattr(getattr(encoder[0], "model", None), "peft_config", None):
             raise UsageError(
                 f"{setting('teachers')} {name} is an adapter on another model's weights; merge it into them first"
             )

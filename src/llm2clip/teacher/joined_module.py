@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 MODEL_FILE = "config_sentence_transformers.json"
+FILE = "joined_module.py"
 
 
 class Joined(Router):
@@ -32,6 +33,7 @@ class Joined(Router):
             put before a text unless the caller names one; `lower_case`, whether it reads lower-cased text.
     """
 
+    __module__ = "joined_module"  # a saved model refers to the file beside it, also when a loaded one is saved again
     config_file_name = "joined_config.json"
     config_keys = ["members"]  # noqa: RUF012  (the base class reads it)
 
@@ -89,8 +91,3 @@ class Joined(Router):
 
 def _rebuild(sub_modules: dict[str, list[nn.Module]], members: list[dict[str, Any]]) -> Joined:
     return Joined(sub_modules, members).eval()
-
-
-# What a saved model refers to is the file beside it, also when a loaded one is saved again.
-Joined.__module__ = "joined_module"
-FILE = "joined_module.py"

@@ -23,7 +23,7 @@ from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.teacher.mixture import BatchOrder, Key
 from llm2clip.teacher.opening import one_line_errors
 from llm2clip.teacher.store import open_rows, write_rows
-from llm2clip.teacher.trainer import Log, Run, TrainedWeights, on_one_device, prepare_model, run_trainer
+from llm2clip.teacher.trainer import Log, OneDevice, Run, TrainedWeights, prepare_model, run_trainer
 from llm2clip.teacher.tuning import is_sharded, load_trained, trained_weights, with_lora
 
 KEEP, REPLACE = 0.1, 0.1
@@ -96,6 +96,10 @@ def pad(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, Tenso
     return {name: torch.tensor(value) for name, value in filled.items()}
 
 
+class StepArguments(OneDevice, TrainingArguments):  # type: ignore[misc]
+    """Arguments of the trainer on masked texts."""
+
+
 class MaskedTrainer(TrainedWeights, Trainer):  # type: ignore[misc]
     """transformers' trainer, reading masked texts in a `BatchOrder`."""
 
@@ -164,7 +168,7 @@ def train_mntp(
     prepare_model(causal_lm, run)
     trainer = MaskedTrainer(
         model=causal_lm,
-        args=on_one_device(TrainingArguments(**run.arguments(batch_size=order.batch_size))),
+        args=StepArguments(**run.arguments(batch_size=order.batch_size)),
         callbacks=[Log(run.log, description="masked next-token prediction")],
         texts=data,
         order=order,

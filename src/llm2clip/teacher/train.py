@@ -62,6 +62,13 @@ def train_teacher(config: TeacherConfig) -> Path:
     Raises:
         UsageError: for settings that cannot work.
         SourceError: if there is nothing to learn from.
+        TooManyBadSamples: if more samples than `max_bad_fraction` cannot be read.
+        LLM2CLIPError: if memory runs out or the loss is no longer a number.
+
+    Example:
+        >>> settings = TeacherConfig(data=("captions.csv",), model="Qwen/Qwen3-0.6B", out="teacher", steps=1000)
+        >>> train_teacher(settings)                                                    # doctest: +SKIP
+        PosixPath('teacher')
     """
     # The others wait while the first process reads the captions, which may take longer than torch's half hour.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))

@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llm2clip.compat import OwnWeights
 from llm2clip.config import save_interval
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.progress import Progress
@@ -98,9 +99,7 @@ def fit(
     instructions = {task.name: _query_prompts(encoder, task.instruction) for task in mixture.tasks}
     for prompts in instructions.values():
         check_prompt(encoder, prompts["query"])
-    arguments = on_one_device(
-        SentenceTransformerTrainingArguments(**run.arguments(batch_size=order.batch_size), prompts=instructions)
-    )
+    arguments = PairArguments(**run.arguments(batch_size=order.batch_size), prompts=instructions)
     prepare_model(llm(encoder), run)
     trainer = PairTrainer(
         model=encoder,
@@ -117,16 +116,6 @@ def fit(
     )
     run_trainer(trainer)
     encoder.eval()
-
-
-def on_one_device(arguments: Any) -> Any:
-    """Trainer arguments for one device a process, also where the process sees several GPUs and torchrun is not used.
-
-    By itself the trainer would share each batch among them by torch's DataParallel, which fails at features that are no
-    tensors, such as the length of a prompt.
-    """
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
 
 
 def run_trainer(trainer: Any, *, smaller: str = "micro_batch_size") -> None:
@@ -205,13 +194,30 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-class TrainedWeights:
+class OneDevice:
+    """Trainer arguments for one device a process, also where the process sees several GPUs and torchrun is not used.
+
+    By itself the trainer would share each batch among them by torch's DataParallel, which fails at features that are no
+    tensors, such as the length of a prompt.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """0 or 1."""
+        return min(1, super().n_gpu)  # type: ignore[misc]
+
+
+class PairArguments(OneDevice, SentenceTransformerTrainingArguments):  # type: ignore[misc]
+    """Arguments of the trainer on pairs."""
+
+
+class TrainedWeights(OwnWeights):
     """Checkpoints hold the weights in training only: the adapters, or all of them in full tuning."""
 
     model: Any
     args: Any
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, **options: Any) -> None:
         """Write the weights in training; every process takes part, as each may hold a shard of them."""
         weights = trained_weights(self.model)
         if self.args.should_save:
@@ -219,8 +225,9 @@ class TrainedWeights:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, str(folder / WEIGHTS))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(model if model is not None else self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+    def load_weights(self, folder: Path, model: Any = None) -> None:
+        """Read the weights in training."""
+        load_trained(model if model is not None else self.model, load_file(folder / WEIGHTS))
 
 
 class PairTrainer(TrainedWeights, SentenceTransformerTrainer):  # type: ignore[misc]

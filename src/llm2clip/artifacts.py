@@ -23,6 +23,8 @@ from llm2clip.errors import ArtifactError, UsageError
 MANIFEST = "manifest.json"
 RUN = "run.json"
 LOCK = ".lock"
+BEGIN_SECONDS = 10.0
+"""How long a process waits for others that are just beginning on a folder it shares with them."""
 FORMAT_VERSION = 1
 
 
@@ -178,7 +180,7 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
     if folder.is_dir() and any(_is_foreign(path) for path in folder.iterdir()) and not (folder / RUN).exists():
         raise UsageError(f"--out {folder} is in use: it holds files of another program; name a new folder")
     made, failed = not folder.is_dir(), False
-    lock = try_lock(folder / LOCK, seconds=10.0 if shared else 0.2)  # as long as others may take to begin, or to end
+    lock = try_lock(folder / LOCK, seconds=BEGIN_SECONDS if shared else 0.2)  # or until another has just ended
     if lock is None:
         raise UsageError(f"--out {folder} is in use by another process; wait for it or name another folder")
     try:
@@ -221,12 +223,14 @@ def try_lock(path: Path, *, seconds: float = 0.0) -> BaseFileLock | None:
     """
     lock = FileLock(path, thread_local=False)
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=seconds)
         except Timeout:
             return None
-        except FileNotFoundError:  # who had it has just removed file and folder
+        except (FileExistsError, FileNotFoundError):  # another made or removed the folder at the same moment
+            if path.parent.is_file() or path.parent.is_symlink():
+                raise
             continue
         except OSError as error:
             if error.filename is not None:

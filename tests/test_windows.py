@@ -122,7 +122,7 @@ print(len(found))
 
 
 def import_all(package: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Import every module of `package` in a fresh process, where llm2clip finds of the standard library what Windows has."""
+    """Import all of `package` in a fresh process, where llm2clip finds of the standard library what Windows has."""
     names = {"POSIX_MODULES": POSIX_MODULES, "MISSING": MISSING, "PACKAGE": package}
     code = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + IMPORT_ALL
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)

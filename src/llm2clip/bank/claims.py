@@ -15,14 +15,7 @@ CLAIMS = ".claims"
 
 
 class Claims(contextlib.AbstractContextManager["Claims"]):
-    """The tasks that this process holds, each by a file of its name in a hidden folder of the bank.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, Claims(Path(folder)) as claims:
-        ...     claims.take("table")
-        True
-    """
+    """The tasks that this process holds, each by a file of its name in a hidden folder of the bank."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / CLAIMS
@@ -30,8 +23,7 @@ class Claims(contextlib.AbstractContextManager["Claims"]):
 
     def take(self, task: str) -> bool:
         """Claim a task; returns False if somebody has it."""
-        lock = try_lock(self._folder / task)
-        if lock is not None:
+        if lock := try_lock(self._folder / task):
             self._held[task] = lock
         return lock is not None
 

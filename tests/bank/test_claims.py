@@ -36,6 +36,7 @@ def test_a_thread_may_take_what_another_gives_back(tmp_path: Path) -> None:
             assert pool.submit(claims.take, "a").result()
         assert not take_elsewhere(tmp_path, "a")
         claims.release("a")
+        assert not list((tmp_path / CLAIMS).iterdir())
         assert take_elsewhere(tmp_path, "a")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -10,6 +11,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +78,6 @@ def test_a_refused_run_does_not_take_the_folder_of_another(tmp_path: Path) -> No
         ):
             pass
         assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
-
-
-def test_of_several_the_last_to_fail_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ZeroDivisionError),
-        artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True),
-    ):
-        fail_in(tmp_path / "x", shared=True)
-        assert (tmp_path / "x" / "run.json").exists(), "another is still at work"
-        raise ZeroDivisionError
-    assert not (tmp_path / "x").exists()
-    with artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True):
-        fail_in(tmp_path / "x", shared=True)
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
@@ -176,20 +165,6 @@ def test_a_name_that_is_no_utf8_survives_in_json(tmp_path: Path) -> None:
     assert artifacts.fingerprint(settings) != artifacts.fingerprint({**settings, "data": "b\udce8.tar"})
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*arguments: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with artifacts.open_output(tmp_path / "x", "bank", config={}) as began:
-        assert not began
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
-    fail_in(tmp_path / "x", shared=True)
-    assert (tmp_path / "x" / "run.json").exists(), "another, unseen, may be at work"
-    fail_in(tmp_path / "x")
-    assert not list((tmp_path / "x").iterdir())
-
-
 @pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 2**21 + 7])
 def test_the_digest_is_of_the_whole_file(tmp_path: Path, size: int) -> None:
     data = (bytes(range(251)) * (size // 251 + 1))[:size]
@@ -209,39 +184,133 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, renames: d
     assert renames == {"a.json": [], "manifest.json": []}
 
 
-def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*arguments: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", unsupported)
-    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}):
-        assert artifacts.read_json(tmp_path / "x" / "run.json") == {"kind": "bank", "config": {"seed": 1}}
-
-
-def test_of_two_that_begin_at_once_the_second_must_have_the_settings_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin = artifacts._begin_run
-
-    def late(folder: Path, run: Any) -> None:
-        begin(folder, {"kind": "bank", "config": {"seed": 1}})  # another process, a moment before
-        begin(folder, run)
-
-    monkeypatch.setattr(artifacts, "_begin_run", late)
-    with (
-        pytest.raises(UsageError, match="seed was 1, now 2"),
-        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2}, shared=True),
-    ):
-        pass
-    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}, shared=True) as began:
-        assert began
-
-
 def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
     with artifacts.open_output(tmp_path / "x", "bank", config={"old": 3, "seed": 1}):
         pass
     with (
         pytest.raises(UsageError, match="old was 3, now None"),
         artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}),
+    ):
+        pass
+
+
+def test_a_shared_run_that_fails_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    with artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True):
+        fail_in(tmp_path / "x", shared=True)
+        assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+    with artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True) as began:
+        assert began
+
+
+def test_of_two_that_begin_at_once_the_second_must_have_the_settings_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json = artifacts.write_json
+
+    def begin(seed: int) -> None:
+        with artifacts.open_output(tmp_path / "x", "bank", config={"seed": seed}, shared=True):
+            pass
+
+    def slow(path: Path, value: Any) -> None:
+        monkeypatch.undo()
+        others.append(pool.submit(begin, 2))
+        assert not wait(others, timeout=0.3).done, "it waits for the first to have begun"
+        write_json(path, value)
+
+    others: list[Future[None]] = []
+    monkeypatch.setattr(artifacts, "write_json", slow)
+    with ThreadPoolExecutor(1) as pool:
+        begin(1)
+        with pytest.raises(UsageError, match="seed was 1, now 2"):
+            others[0].result(60)
+
+
+def test_who_shares_a_folder_waits_for_others_to_begin_but_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "BEGIN_SECONDS", 0.1)
+    with (
+        artifacts.open_output(tmp_path / "x", "bank", config={}),
+        pytest.raises(UsageError, match="in use by another process"),
+        artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True),
+    ):
+        pass
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Do `work` in a child; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def end_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_that_fails_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    held = artifacts.open_output(tmp_path / "x", "bank", config={})
+    held.__enter__()
+    child = fork(lambda: held.__exit__(ZeroDivisionError, ZeroDivisionError(), None))
+    assert end_of(child) == 0
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [".lock", "run.json"]
+    fail_to_open(tmp_path / "x")
+    held.__exit__(None, None, None)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+
+
+def fail_to_open(folder: Path) -> None:
+    with (
+        pytest.raises(UsageError, match="in use by another process"),
+        artifacts.open_output(folder, "bank", config={}),
+    ):
+        pass
+
+
+def test_no_two_hold_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None:
+    """Each holder removes the file, at which the others have opened it already."""
+
+    def work() -> None:
+        for _ in range(100):
+            while (lock := artifacts.try_lock(tmp_path / "locks" / "lock")) is None:
+                pass
+            (tmp_path / "held").touch(exist_ok=False)
+            (tmp_path / "held").unlink()
+            artifacts.unlock(lock)
+            with contextlib.suppress(OSError):
+                (tmp_path / "locks").rmdir()
+
+    assert [end_of(child) for child in [fork(work) for _ in range(4)]] == [0] * 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_flock_has_locks_by_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="falling back to SoftFileLock"):
+        for _ in range(2):
+            with artifacts.open_output(tmp_path / "x", "bank", config={}):
+                fail_to_open(tmp_path / "x")
+            assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+        fail_in(tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_file_system_that_refuses_to_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.raises(UsageError, match=r"x cannot be locked \(No locks available\); name a folder elsewhere"),
+        artifacts.open_output(tmp_path / "x", "bank", config={}),
     ):
         pass

@@ -9,24 +9,23 @@ absolute path of the folder itself: two runs that do the same thing write the sa
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from llm2clip.errors import ArtifactError, UsageError
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
 LOCK = ".lock"
+BEGIN_SECONDS = 10.0
+"""How long a process waits for others that are just beginning on a folder it shares with them."""
 FORMAT_VERSION = 1
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What locking a file gives where the file system has no locks."""
 
 
 def canonical_json(value: Any) -> str:
@@ -167,8 +166,9 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
 
     Args:
         config: the settings that decide what is written. Leave out what only changes speed (workers, device).
-        shared: let in other processes that say `shared` with the same settings; they must agree among themselves who
-            writes what.
+        shared: lock the folder only while `run.json` is read or written, so that several processes with the same
+            settings can fill it at once. They must agree among themselves who writes what, and since another may be at
+            work, a block that fails takes nothing back.
 
     Raises:
         UsageError: if the folder is in use, holds something else, or was begun with other settings (named).
@@ -176,32 +176,31 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file; name a folder")
-    if folder.is_dir() and not (folder / RUN).exists() and any(_is_foreign(path) for path in folder.iterdir()):
+    # in this order: another process may be beginning here, and it writes run.json first
+    if folder.is_dir() and any(_is_foreign(path) for path in folder.iterdir()) and not (folder / RUN).exists():
         raise UsageError(f"--out {folder} is in use: it holds files of another program; name a new folder")
     made, failed = not folder.is_dir(), False
-    lock = _lock(folder, shared=shared)
-    _held.add(lock)
+    lock = try_lock(folder / LOCK, seconds=BEGIN_SECONDS if shared else 0.2)  # or until another has just ended
+    if lock is None:
+        raise UsageError(f"--out {folder} is in use by another process; wait for it or name another folder")
     try:
         began = _check_same_run(folder, kind, config)
         if not began:
-            _begin_run(folder, {"kind": kind, "config": dict(config)})
-            _check_same_run(folder, kind, config)  # of several that began at once, one has written it
+            write_json(folder / RUN, {"kind": kind, "config": dict(config)})
+        if shared:
+            unlock(lock)
         try:
             yield began
         except BaseException:
             failed = True
             raise
     finally:
-        alone = _try_lock(lock, fcntl.LOCK_EX)
-        if failed and (alone or (alone is None and not shared)):
+        if failed and lock.is_locked:  # not if it is shared, nor in a child that was forked in the block
             forget_unused(folder)
-        if alone is not False:  # else another shared run still holds it
-            (folder / LOCK).unlink(missing_ok=True)
+        unlock(lock)
         if failed and made:
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
-        _held.discard(lock)
-        os.close(lock)
 
 
 def forget_unused(folder: Path) -> None:
@@ -214,65 +213,39 @@ def _is_foreign(path: Path) -> bool:
     return path.name != LOCK and not path.name.startswith(f".{RUN}.")
 
 
-_held: set[int] = set()
-"""Descriptors of this process's locks."""
+def try_lock(path: Path, *, seconds: float = 0.0) -> BaseFileLock | None:
+    """The lock on `path`, or None if another has it for that long; file and folder are made.
 
-
-def _let_go_in_child() -> None:
-    """A forked worker shares its parent's locks: it lets go of them, or they would outlive a killed parent."""
-    for lock in _held:
-        os.close(lock)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-def _lock(folder: Path, *, shared: bool) -> int:
-    """A descriptor that holds the lock of the folder, which is made if it is not there.
+    It ends with this process, however that ends: a forked child does not keep it. Any thread may call `unlock`.
 
     Raises:
-        UsageError: if another process holds it.
+        UsageError: if the file system refuses to lock.
     """
+    lock = FileLock(path, thread_local=False)
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # a run that failed has just removed the folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            return None
+        except (FileExistsError, FileNotFoundError):  # another made or removed the folder at the same moment
+            if path.parent.is_file() or path.parent.is_symlink():
+                raise
             continue
-        if _try_lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) is False:
-            os.close(lock)
-            raise UsageError(f"--out {folder} is in use by another process; wait for it or name another folder")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), (folder / LOCK).stat()):
-                return lock
-        os.close(lock)  # the process that held it has just removed the file: lock the new one
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise UsageError(f"{path.parent} cannot be locked ({error.strerror}); name a folder elsewhere") from None
+        return lock
 
 
-def _try_lock(lock: int, mode: int) -> bool | None:
-    """Whether the lock could be had; None on a file system without locks, which is as if nobody else were there."""
-    try:
-        fcntl.flock(lock, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return None
-    return True
-
-
-def _begin_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Write `run.json` unless another process was first."""
-    temporary = folder / f".{RUN}.{secrets.token_hex(4)}.tmp"  # its own: processes of two machines may share a number
-    temporary.write_bytes(indented_json(run))
-    try:
-        os.link(temporary, folder / RUN)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(temporary, folder / RUN)
-    temporary.unlink(missing_ok=True)
+def unlock(lock: BaseFileLock) -> None:
+    """Remove the file of a lock and give it up; who waits for it sees that the file is gone, and makes it anew."""
+    if not lock.is_locked:  # given up before, or in a forked child, which never had it
+        return
+    with contextlib.suppress(OSError):  # Windows removes no file that is open; the lock itself does it there
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def is_complete(folder: str | Path) -> bool:

@@ -182,7 +182,7 @@ def test_another_precision_is_refused(bank: Bank, captions_csv, tiny_llm, tmp_pa
 def test_the_disk_is_full_at(moment: int, captions_csv, build, bank, tmp_path, monkeypatch, files_of) -> None:
     """At any flush, of table, shards, facts or manifest: one line, and the same command goes on."""
     flush = os.fsync
-    left = [moment * 4]  # of 41 flushes
+    left = [moment * 4]  # of 42 flushes
 
     def full(descriptor: int) -> None:
         left[0] -= 1

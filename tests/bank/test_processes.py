@@ -16,8 +16,11 @@ import pytest
 
 from llm2clip.artifacts import is_complete
 from llm2clip.bank import fill as fill_module
+from llm2clip.bank import shards as shards_module
 from llm2clip.bank.build import build_bank
-from llm2clip.bank.config import BankConfig
+from llm2clip.bank.claims import CLAIMS, Claims
+from llm2clip.bank.config import BankAddConfig, BankConfig
+from llm2clip.bank.merge import add_to_bank
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.shards import ShardBuffer
 
@@ -70,8 +73,8 @@ def end_of(child: int) -> int:
     return os.waitstatus_to_exitcode(ended[1])
 
 
-def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_for(file: Path, *, seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -180,3 +183,66 @@ def test_under_torchrun(bank: Bank, config: BankConfig, files_of: Files) -> None
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [str(config.out)]  # said by rank 0 alone
     assert files_of(config.out) == files_of(bank.folder)
+
+
+def test_a_shard_that_another_process_made_stays_its_own(
+    config: BankConfig, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written again it would be the same but for rounding, as of other hardware; its checksum is in the manifest."""
+    take = Claims.take
+
+    def late(claims: Claims, task: str) -> bool:
+        if task.startswith("shard"):
+            monkeypatch.setattr(Claims, "take", take)
+            build_bank(config)
+            encoded.clear()
+        return take(claims, task)
+
+    monkeypatch.setattr(Claims, "take", late)
+    build_bank(config)
+    assert encoded == []
+
+
+LEFTOVERS = ("vectors/.00000.npy.0123abcd.tmp", ".table.0123abcd.tmp/text.npy", f"{CLAIMS}/shard-00001")
+
+
+def test_what_killed_processes_left_goes(config: BankConfig) -> None:
+    build_bank(dataclasses.replace(config, shard="0/2"))
+    for name in LEFTOVERS:
+        (config.out / name).parent.mkdir(exist_ok=True)
+        (config.out / name).touch()
+    build_bank(config)
+    assert not list(config.out.rglob(".*"))
+
+
+def test_one_gives_a_new_bank_the_shards_of_another_while_others_wait(
+    bank: Bank, write_captions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the one to finish first would remove what a slower one is just writing."""
+    data = write_captions(tmp_path / "data" / "new.csv", 1, columns={"raw": 6})
+    config = BankAddConfig(data=(str(data),), bank=bank.folder, out=tmp_path / "more", device="cpu")
+
+    def slow() -> None:
+        replace = os.replace
+
+        def late(source: Path, target: Path) -> None:
+            monkeypatch.undo()
+            (tmp_path / "linked").touch()
+            wait_for(config.out / "manifest.json", seconds=2.0)
+            replace(source, target)
+
+        link = os.link
+
+        def first(source: Path, target: Path) -> None:
+            link(source, target)
+            monkeypatch.setattr(os, "replace", late)
+
+        monkeypatch.setattr(shards_module.os, "link", first)
+        add_to_bank(config)
+
+    def other() -> None:
+        wait_for(tmp_path / "linked")
+        add_to_bank(config)
+
+    assert [end_of(child) for child in [fork(slow), fork(other)]] == [0, 0]
+    assert is_complete(config.out)

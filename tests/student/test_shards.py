@@ -10,11 +10,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from llm2clip.bank.reader import Bank
@@ -198,19 +200,20 @@ def test_a_shard_is_fetched_once(tmp_path: Path) -> None:
 def test_two_at_once_fetch_a_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The download begins when both have asked for the lock, as two processes that need the shard at once do."""
     url, both, fetched = put("both.tar", 10), threading.Barrier(2), []
-    lock, waiting = shards_module.fcntl.flock, threading.Event()
+    waiting = threading.Event()
 
-    def ask(file: object, mode: int) -> None:
-        if both.wait(20) == 0:
-            waiting.set()
-        lock(file, mode)  # type: ignore[arg-type]
+    class Asked(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            if both.wait(20) == 0:
+                waiting.set()
+            return super().acquire(*arguments, **options)
 
     def get_file(remote: str, path: str) -> None:
         fetched.append(remote)
         assert waiting.wait(20)
         Path(path).write_bytes(bytes(10))
 
-    monkeypatch.setattr(shards_module.fcntl, "flock", ask)
+    monkeypatch.setattr(shards_module, "FileLock", Asked)
     monkeypatch.setattr(shards_module, "filesystem_of", lambda name: (SimpleNamespace(get_file=get_file), name))
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(ShardCache(tmp_path).fetch, url) for _ in range(2)]

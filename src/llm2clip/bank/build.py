@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, manifest_of, open_output, read_json
-from llm2clip.bank.claims import FINISH_TASK, TABLE_TASK, TEACHER_TASK, Claims
+from llm2clip.bank.claims import Claims
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankConfig, EncodeConfig
 from llm2clip.bank.dtypes import row_bytes
@@ -181,10 +181,10 @@ def write_bank(plan: Plan) -> Path:
         layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, dim, base=plan.base)
         if (plan.out / MANIFEST).exists() and _is_whole(layout):
             logger.info("%s is already complete", plan.out)
-            claims.remove_file()
             return plan.out
         if plan.base is not None:
-            link_shards(layout, plan.base)
+            with claims.hold("base"):
+                link_shards(layout, plan.base)
         _say_size(layout, table)
         reuse = Reuse(plan.reuse)
         fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
@@ -199,7 +199,7 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
         UsageError: if that one encodes in another precision, as `--precision auto` may mean on other hardware.
     """
     path = plan.out / TEACHER
-    with claims.hold(TEACHER_TASK):
+    with claims.hold("teacher"):
         if not path.exists():
             write_facts(path, dataclasses.asdict(plan.teacher))
     begun = TeacherFacts(**read_json(path))
@@ -219,12 +219,12 @@ def _table(plan: Plan, intake: Intake, claims: Claims) -> Table:
         UsageError: if the sources changed since it was made.
     """
     while not has_table(plan.out):
-        if claims.take(TABLE_TASK):
+        if claims.take("table"):
             try:
                 if not has_table(plan.out):
                     collect(intake, plan.out)
             finally:
-                claims.release(TABLE_TASK)
+                claims.release("table")
         else:
             time.sleep(WAIT_SECONDS)
     table = Table(plan.out)
@@ -278,32 +278,19 @@ def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
             len(shards),
         )
         return
-    with claims.hold(FINISH_TASK):
+    with claims.hold("finish"):
         write_bank_manifest(plan, table, whole)
-        _tidy(plan.out, claims)
-        claims.remove_file()
+        _tidy(plan.out)
 
 
-def _tidy(out: Path, claims: Claims) -> None:
-    """Remove what killed processes left half-written; without locks it may be that of a slower one, and stays."""
-    leftovers = [*out.glob(".*.tmp"), *(out / VECTORS).glob(".*.tmp")]
-    if leftovers and not claims.supported:
-        logger.warning(
-            "%s is whole; it holds %d unfinished files of other processes (.*.tmp), for you to delete when none is at "
-            "work in it any more",
-            out,
-            len(leftovers),
-        )
-        return
-    for leftover in leftovers:
+def _tidy(out: Path) -> None:
+    """Remove what killed processes left half-written: whoever writes holds a claim, and all is whole by now."""
+    for leftover in [*out.glob(".*.tmp"), *(out / VECTORS).glob(".*.tmp")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
-    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file.
-
-    Several processes may do so at once where there are no locks, each under a temporary name of its own.
-    """
+    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file."""
     facts = table.facts
     digests = [entry["sha256"] for entry in facts["files"].values()]
     digests += [entry["sha256"] for shard in shards for entry in shard["files"].values()]

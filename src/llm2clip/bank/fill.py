@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2clip.bank.claims import FIRST_SHARD_TASK, Claims
+from llm2clip.bank.claims import Claims
 from llm2clip.bank.dtypes import Stored, row_bytes
 from llm2clip.bank.encoder import CaptionEncoder, Prepared
 from llm2clip.bank.reuse import Reuse
@@ -71,9 +71,13 @@ def fill(
             upcoming = background.submit(next, jobs, None)
             if isinstance(job, Job):
                 _encode(job, encoder, table, progress)
-                claims.release(FIRST_SHARD_TASK + job.shard)
+                claims.release(_task(job.shard))
             else:
                 progress.advance(len(layout.rows(job)))
+
+
+def _task(shard: int) -> str:
+    return f"shard-{shard:05d}"
 
 
 def _jobs(
@@ -89,10 +93,10 @@ def _jobs(
     while missing:
         left = []
         for shard in missing:
-            if not claims.take(FIRST_SHARD_TASK + shard):
+            if not claims.take(_task(shard)):
                 left.append(shard)
             elif shard_facts(layout, shard) is not None:
-                claims.release(FIRST_SHARD_TASK + shard)
+                claims.release(_task(shard))
                 yield shard
             else:
                 yield _prepare(layout, table, encoder, reuse, shard)
@@ -124,5 +128,4 @@ def _encode(job: Job, encoder: CaptionEncoder | None, table: Table, progress: Pr
 
         job.buffer.tokens[job.places] = encoder.run(job.prepared, sink)
     job.buffer.check(table.text)
-    if shard_facts(job.buffer.layout, job.shard) is None:  # else another process made it: there are no locks
-        job.buffer.write()
+    job.buffer.write()

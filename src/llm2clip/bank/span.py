@@ -8,10 +8,12 @@ of both page and row length apart, so one stride reaches every row; what lies be
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import math
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llm2clip.errors import ArtifactError
+from llm2clip.errors import ArtifactError, LLM2CLIPError
 
 HEADER_BYTES = 128
 """Length of the header of every file of a bank's shards (numpy pads it to a multiple of 64)."""
@@ -29,11 +31,6 @@ MAX_STEP = 1 << 26
 """Addresses given up for alignment: 64 MiB a file, of the 128 TiB a process has."""
 MAP_FIXED = 0x10
 MAP_FAILED = ctypes.c_void_p(-1).value
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Span:
@@ -42,11 +39,16 @@ class Span:
     Args:
         files: in the order of their rows.
         lengths: rows of each.
+
+    Raises:
+        LLM2CLIPError: on Windows.
     """
 
     def __init__(
         self, files: Sequence[Path], lengths: Sequence[int], *, dtype: DTypeLike, row_shape: tuple[int, ...]
     ) -> None:
+        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+            raise LLM2CLIPError(f"a bank cannot be read on {sys.platform}; use Linux or macOS (on Windows, its WSL)")
         self.files, self.lengths, self.dtype, self.row_shape = list(files), list(lengths), np.dtype(dtype), row_shape
         row_bytes = self.dtype.itemsize * math.prod(row_shape)
         step, alignment = slot_step(row_bytes)
@@ -57,7 +59,7 @@ class Span:
         self._is_mapped = np.zeros(len(files), bool)
         size = int(self._slot_start[-1]) + step
         reserved = _mmap(None, size + alignment, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-        self._close = weakref.finalize(self, _libc.munmap, reserved, size + alignment)
+        self._close = weakref.finalize(self, _libc().munmap, reserved, size + alignment)
         self._address = -(-reserved // alignment) * alignment
         self._exceeds_memory = 2 * sum(lengths) * row_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory: Any = (ctypes.c_char * size).from_address(self._address)
@@ -90,7 +92,7 @@ class Span:
         finally:
             os.close(file)
         if self._exceeds_memory:  # most rows come from the disk: do not read 128 KB ahead for each
-            _libc.madvise(address, size, mmap.MADV_RANDOM)
+            _libc().madvise(address, size, mmap.MADV_RANDOM)
         self._is_mapped[number] = True
 
     def _check(self, file: int, path: Path, shape: tuple[int, ...]) -> None:
@@ -125,8 +127,19 @@ def slot_step(row_bytes: int) -> tuple[int, int]:
     return math.lcm(mmap.ALLOCATIONGRANULARITY, row_bytes), mmap.ALLOCATIONGRANULARITY
 
 
+@functools.cache
+def _libc() -> Any:
+    """The C library; not loaded on import, as Windows has none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
 def _mmap(address: int | None, size: int, flags: int, file: int) -> int:
-    found = _libc.mmap(address, size, mmap.PROT_READ, flags, file, 0)
+    found = _libc().mmap(address, size, mmap.PROT_READ, flags, file, 0)
     if found == MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, f"cannot map {size} bytes of a bank: {os.strerror(code)}")

@@ -7,7 +7,6 @@ processes; a run that goes on anywhere fetches the shards of its window again an
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -19,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from llm2clip.bank.reader import Bank
 from llm2clip.data.sample import PictureRef
@@ -233,14 +233,13 @@ class ShardCache:
     def _lock(self, path: Path) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / f".{path.name}.lock").open("w")
+            held = FileLock(self.folder / f".{path.name}.lock", thread_local=False).acquire()
         except OSError as error:
             raise UsageError(
                 f"the shard cache {self.folder} cannot be written ({error.strerror}); set LLM2CLIP_SHARD_CACHE to a "
                 "folder that can"
             ) from None
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with held:
             yield
 
 

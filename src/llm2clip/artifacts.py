@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.errors import ArtifactError, UsageError, setting
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -175,14 +175,14 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file; name a folder")
+        raise UsageError(f"{setting('out')} {folder} is a file; name a folder")
     # in this order: another process may be beginning here, and it writes run.json first
     if folder.is_dir() and any(_is_foreign(path) for path in folder.iterdir()) and not (folder / RUN).exists():
-        raise UsageError(f"--out {folder} is in use: it holds files of another program; name a new folder")
+        raise UsageError(f"{setting('out')} {folder} is in use: it holds files of another program; name a new folder")
     made, failed = not folder.is_dir(), False
     lock = try_lock(folder / LOCK, seconds=BEGIN_SECONDS if shared else 0.2)  # or until another has just ended
     if lock is None:
-        raise UsageError(f"--out {folder} is in use by another process; wait for it or name another folder")
+        raise UsageError(f"{setting('out')} {folder} is in use by another process; wait for it or name another folder")
     try:
         began = _check_same_run(folder, kind, config)
         if not began:
@@ -261,10 +261,10 @@ def _check_same_run(folder: Path, kind: str, config: Mapping[str, Any]) -> bool:
     if earlier == wanted:
         return True
     if earlier.get("kind") != kind:
-        raise UsageError(f"--out {folder} is in use: it holds a {earlier.get('kind')}; name a new folder")
+        raise UsageError(f"{setting('out')} {folder} is in use: it holds a {earlier.get('kind')}; name a new folder")
     before, now = earlier["config"], wanted["config"]
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     detail = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
     raise UsageError(
-        f"--out {folder} is in use by a run with other settings ({detail}); name a new folder or delete it"
+        f"{setting('out')} {folder} is in use by a run with other settings ({detail}); name a new folder or delete it"
     )

@@ -59,6 +59,11 @@ def start_student(
 
     Raises:
         UsageError: if `tower` is no vision tower, or does not fit the other arguments.
+
+    Example:
+        >>> student = start_student("openai/clip-vit-base-patch32", teacher_dim=2048)   # doctest: +SKIP
+        >>> student.get_text_features(torch.randn(2, 2048)).shape                       # doctest: +SKIP
+        torch.Size([2, 1280])
     """
     config = open_tower_config(tower, revision=revision)
     pooling = pooling or default_pooling(config)

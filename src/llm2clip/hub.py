@@ -5,6 +5,7 @@ A model's name is resolved here and nowhere else, once a verb: the `ModelFolder`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -142,9 +143,27 @@ def missing_weights(model: torch.nn.Module, folder: Path) -> list[str]:
         kind = read_json(part / "config.json").get("model_type", "") if (part / "config.json").exists() else ""
         if kind in classes and any(part.glob("*.safetensors")):
             options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "use_safetensors": True}
-            _, report = classes[kind].from_pretrained(part, **options)
+            with quiet_transformers(bars=False):
+                _, report = classes[kind].from_pretrained(part, **options)
             missing += sorted(name for name in report["missing_keys"] if "pooler" not in name)
     return missing
+
+
+@contextlib.contextmanager
+def quiet_transformers(*, bars: bool = True) -> Iterator[None]:
+    """Of what transformers logs the errors alone, and its progress bars only if `bars`; afterwards all is as before."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

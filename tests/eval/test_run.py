@@ -225,7 +225,7 @@ def test_a_report_of_another_student_or_other_data_is_not_taken_for_done(
         evaluate(config)
     (teacher / "manifest.json").unlink()
     data.write_text(data.read_text().replace("large", "big"))
-    with pytest.raises(UsageError, match="--data captions has changed since"):
+    with pytest.raises(UsageError, match="data captions has changed since"):
         evaluate(config)
 
 
@@ -334,7 +334,7 @@ def test_wrong_use_is_told_in_a_line(
         EvaluateConfig(data=data, out=out)
     with pytest.raises(UsageError, match="did you mean 'bf16'"):
         EvaluateConfig(teacher="t", data=data, out=out, precision="bf61")
-    with pytest.raises(UsageError, match=r"fingerprint [0-9a-f]{16}\); add --teacher DIR"):
+    with pytest.raises(UsageError, match=r"fingerprint [0-9a-f]{16}\); add teacher='DIR'"):
         evaluate(EvaluateConfig(model=str(finished_student), data=data, out=out))
     with pytest.raises(UsageError, match="does not encode pictures and texts"):
         evaluate(EvaluateConfig(model=str(tiny_tower), data=data, out=tmp_path / "tower"))

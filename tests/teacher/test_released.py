@@ -128,7 +128,7 @@ def test_a_released_teacher_encodes_as_it_was_made_to(trust, released, chat_llm,
     wrapped = llm_as_encoder(released, chat_template=True)
     assert teacher_fingerprint(teacher) == teacher_fingerprint(wrapped)
     assert teacher_fingerprint(teacher) != teacher_fingerprint(llm_as_encoder(released))
-    assert "add --chat-template" in caplog.text
+    assert "add chat_template=True" in caplog.text
 
 
 def test_only_llama_3_from_llm2vec_is_wrapped_unasked(chat_llm, released):

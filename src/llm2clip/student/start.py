@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
 from llm2clip.errors import UsageError, one_line, setting
+from llm2clip.hub import quiet_transformers
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.tower import (
     build_tower,
@@ -135,7 +135,7 @@ def load_tower(tower: str, config: Any, *, pooling: str, revision: str | None = 
     Raises:
         ValueError: if weights of the tower are missing from the checkpoint or have other shapes.
     """
-    with _quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
+    with quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
             tower,
             config=config,
@@ -173,17 +173,6 @@ def open_transform(tower: str, *, image_size: int | None = None, revision: str |
     transform = ImageTransform.from_processor(processor)
     wanted = image_size or native
     return transform if transform.image_size == (wanted, wanted) else transform.at_size(wanted)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Errors alone of what transformers logs."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

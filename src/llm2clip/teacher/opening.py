@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.hub import ModelFolder, find_model, missing_weights
+from llm2clip.hub import ModelFolder, find_model, missing_weights, quiet_transformers
 
 VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
 LLM2VEC_CLASS = re.compile(r"(Llama|Mistral|Gemma|Qwen2)(Bi\w*|Encoder)Model")
@@ -77,17 +76,14 @@ def one_line_errors(name: str | Path) -> Iterator[None]:
     Raises:
         UsageError: if the model cannot be loaded.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
-        yield
+        with quiet_transformers():
+            yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
             raise
         detail = " ".join(str(error).split())[:300]
         raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def check_weights(model: torch.nn.Module, folder: ModelFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -144,6 +145,8 @@ def test_reuse_copies_what_is_known(bank: Bank, captions_csv, write_captions, bu
 
 def test_reuse_across_dtypes_and_prompts(bank: Bank, captions_csv, build, tmp_path, encoded) -> None:
     exact = build(captions_csv, tmp_path / "exact", dtype="float32")
+    whole = exact.vectors(range(exact.num_rows))
+    assert whole.dtype == np.float32 and not np.array_equal(whole, whole.astype(np.float16))  # not by way of float16
     encoded.clear()
     for dtype in ("float16", "bfloat16", "int8"):
         build(captions_csv, tmp_path / dtype, dtype=dtype, reuse=(exact.folder,))
@@ -314,6 +317,9 @@ def test_the_manifest_says_what_a_reader_needs(bank: Bank) -> None:
     assert manifest["teacher"]["precision"] == "fp32" and manifest["teacher_fingerprint"]
     assert len(manifest["shards"]) == 8 and len(manifest["shards"][0]["files"]["vectors"]["sha256"]) == 64
     assert manifest["num_tokens"] == int(bank.tokens(range(120)).sum())
+    digests = {name: hashlib.sha256((bank.folder / name).read_bytes()).hexdigest() for name in manifest["table"]}
+    assert {name: entry["sha256"] for name, entry in manifest["table"].items()} == digests
+    assert set(digests) == {f"table/{path.name}" for path in (bank.folder / "table").iterdir()}
     assert {"out", "device", "shard"}.isdisjoint(manifest["config"])
 
 

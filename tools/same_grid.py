@@ -305,5 +305,6 @@ ALLOWED: list[tuple[str, str, str]] = [
         "manifest.json after/*",
         "since 54488bc scored with position frequencies in fp32, as the saved teacher has them",
     ),
+    ("train-teacher/*eval-data*", "manifest.json probed_on", "since 54488bc in words, not as a flag"),
 ]
 """(row, place, why) of what may differ, with * and ?; a place is "FILE KEY/KEY" or "default FIELD", as printed."""

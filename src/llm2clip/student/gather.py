@@ -1,6 +1,6 @@
 """Captions of all processes: gathered, summed back. Every process brings equally many.
 
-sentence_transformers' `all_gather_with_grad` does both in one. The loss needs them apart, as it makes the gradient of all
+sentence-transformers' `all_gather_with_grad` does both in one. The loss needs them apart: it makes the gradient of all
 captions itself, in fp32 also where vectors are gathered in half precision.
 
 Letters: W processes, n captions on this process, M = W * n captions on all of them.

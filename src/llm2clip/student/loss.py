@@ -151,7 +151,7 @@ def _check_shapes(image: Tensor, text: Tensor, *, rows: Tensor | None) -> None:
 
 
 def _captions_each(image: Tensor, text: Tensor) -> int:
-    """m. All processes see the numbers of all, so that all of them stop where one is wrong."""
+    """The m of this batch. All processes see the numbers of all, so that all of them stop where one is wrong."""
     num_pictures, num_captions = len(image), len(text)
     counts = [[num_pictures, num_captions]]
     if num_processes() > 1:

@@ -32,7 +32,7 @@ class TileTargets(NamedTuple):
 class Targets:
     """The relations between the pictures of this process and the captions of all processes, made a tile at a time.
 
-    Picture i of this process owns the m captions from `(first + i) * m` on. A caption that equals one of them is ignored.
+    Picture i of this process owns the m captions from `(first + i) * m` on. Captions equal to one of them are ignored.
     """
 
     captions_each: int

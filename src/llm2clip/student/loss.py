@@ -106,7 +106,7 @@ class _TiledLoss(torch.autograd.Function):
                 tile=tile,
             )
             with_gradients = any(ctx.needs_input_grad)
-            if bias is None:
+            if bias is None:  # only the sigmoid loss has one, and must
                 target = SoftmaxTarget(label_smoothing)
                 loss, gradients = softmax_loss(stripe, target, with_gradients=with_gradients)
             else:

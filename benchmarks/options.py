@@ -28,10 +28,6 @@ from llm2clip.artifacts import is_complete, write_json
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "two captions as positives": {"captions_per_picture": 2},
-    "soft targets 0.2": {"soft_targets": 0.2},
-    "soft targets 0.5": {"soft_targets": 0.5},
-    "false negatives masked above 0.9": {"ignore_above": 0.9},
-    "false negatives masked above 0.8": {"ignore_above": 0.8},
     "joined with CLIP's own text vector": {"bank": "joined"},
     "vectors stored as int8": {"bank": "int8"},
 }

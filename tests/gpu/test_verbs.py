@@ -94,7 +94,7 @@ RUNS = [
     {"ema": 0.9, "val_every": 5, "patch_dropout": 0.5, "micro_batch_size": 3},
     {"optimizer": "muon", "gradient_checkpointing": True, "accumulate": 2},
     {"loss": "sigmoid", "lora_rank": 2, "micro_batch_size": 4, "captions_per_picture": 2},
-    {"soft_targets": 0.2, "unlocked_blocks": 1, "adaptor_warmup_steps": 2, "workers": 2},
+    {"label_smoothing": 0.2, "unlocked_blocks": 1, "adaptor_warmup_steps": 2, "workers": 2},
 ]
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 MAX_SCALE = 100.0
-SOFT_TEMPERATURE = 0.05
 
 
 class Oracle:
@@ -144,19 +143,13 @@ class Oracle:
         own = torch.arange(num_captions) // each == torch.arange(num_images)[:, None]
         rows = batch.rows.view(num_images, each)
         left_out = (rows[:, :, None] == batch.rows).any(dim=1) & ~own
-        unit = functional.normalize(batch.text_embeds.float(), dim=-1)
-        teacher = functional.normalize(unit.view(num_images, each, -1).mean(dim=1), dim=-1) @ unit.T
-        if config.ignore_above is not None:
-            left_out |= (teacher > config.ignore_above) & ~own
         if config.loss == "sigmoid":
             wrongness = torch.where(own, -1.0, 1.0) * (scores + self.weights["logit_bias"])
             return functional.softplus(wrongness)[~left_out].sum() / num_captions
         scores = scores.masked_fill(left_out, -math.inf)
-        alike = (teacher / SOFT_TEMPERATURE).exp().masked_fill(left_out, 0)
         parts = []
         for dim in (1, 0):  # image among captions, caption among images
-            hard, even, soft = (w / w.sum(dim=dim, keepdim=True) for w in (own.float(), (~left_out).float(), alike))
-            hard = hard * (1 - config.soft_targets) + soft * config.soft_targets
+            hard, even = (w / w.sum(dim=dim, keepdim=True) for w in (own.float(), (~left_out).float()))
             target = hard * (1 - config.label_smoothing) + even * config.label_smoothing
             parts.append(-(target * scores.log_softmax(dim=dim).masked_fill(left_out, 0)).sum(dim=dim).mean())
         return (parts[0] + parts[1]) / 2

@@ -26,7 +26,6 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
         ({"captions_per_picture": 0}, "^captions_per_picture is 0"),
         ({"patience": 2}, "add val_bank='DIR'"),
         ({"label_smoothing": 0.1, "loss": "sigmoid"}, "softmax"),
-        ({"ignore_above": 2.0}, "^ignore_above is 2.0"),
         ({"max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0"),
         ({"seed": -1}, "^seed is -1"),
         ({"seed": 2**63}, r"below 2\*\*63"),

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from llm2clip.errors import UsageError
 from llm2clip.student.loss import contrastive_loss
 
-DIM, TEACHER_DIM = 16, 12
+DIM = 16
 
 
 def dense_loss(
@@ -28,53 +28,36 @@ def dense_loss(
     kind: str = "softmax",
     label_smoothing: float = 0.0,
     rows: Tensor | None = None,
-    identical: str = "ignore",
-    teacher: Tensor | None = None,
-    ignore_above: float | None = None,
-    soft_targets: float = 0.0,
-    soft_temperature: float = 0.05,
 ) -> Tensor:
     """What `contrastive_loss` should give, with all matrices whole."""
     scores = scale * image @ text.T
     owner = torch.arange(len(text)) // (len(text) // len(image))
     own = owner == torch.arange(len(image))[:, None]
-    same = own.new_zeros(own.shape)
+    ignored = own.new_zeros(own.shape)
     if rows is not None:
-        same = torch.stack([torch.isin(rows, rows[owner == i]) for i in range(len(image))])
-    positive = own | same if identical == "positive" else own
-    ignored = same & ~positive
-    alike = torch.ones_like(scores)
-    if teacher is not None:
-        unit = normalize(teacher.to(scores.dtype), dim=1)
-        mean = normalize(torch.stack([unit[owner == i].mean(0) for i in range(len(image))]), dim=1)
-        cosine = mean @ unit.T
-        ignored = ignored | (cosine > (2 if ignore_above is None else ignore_above)) & ~positive
-        alike = (cosine / soft_temperature).exp()
+        ignored = torch.stack([torch.isin(rows, rows[owner == i]) for i in range(len(image))]) & ~own
     if kind == "sigmoid":
         assert bias is not None
-        pairs = logsigmoid(torch.where(positive, scores + bias, -scores - bias))
+        pairs = logsigmoid(torch.where(own, scores + bias, -scores - bias))
         return -pairs.masked_fill(ignored, 0).sum() / len(text)
     losses = []
     for dim in (1, 0):
         log_p = scores.masked_fill(ignored, -torch.inf).log_softmax(dim).masked_fill(ignored, 0)
-        parts = [positive.to(scores), alike.masked_fill(ignored, 0), (~ignored).to(scores)]
-        hard, soft, even = (part / part.sum(dim, keepdim=True) for part in parts)
-        target = (1 - label_smoothing) * ((1 - soft_targets) * hard + soft_targets * soft) + label_smoothing * even
+        hard, even = (part / part.sum(dim, keepdim=True) for part in (own.to(scores), (~ignored).to(scores)))
+        target = (1 - label_smoothing) * hard + label_smoothing * even
         losses.append(-(target * log_p).sum(dim).mean())
     return (losses[0] + losses[1]) / 2
 
 
 def batch(b: int, m: int = 1, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Vectors of b pictures and b * m captions, bank rows with repetitions, teacher vectors with near neighbours."""
+    """Vectors of b pictures and b * m captions, and bank rows with repetitions."""
     torch.manual_seed(seed)
-    topics = torch.randn(4, TEACHER_DIM)[torch.randint(4, (b * m,))]
     return {
         "image": normalize(torch.randn(b, DIM, dtype=dtype), dim=1),
         "text": normalize(torch.randn(b * m, DIM, dtype=dtype), dim=1),
         "scale": torch.tensor(14.0, dtype=dtype),
         "bias": torch.tensor(-2.0, dtype=dtype),
         "rows": torch.randint(2 * b, (b * m,)),
-        "teacher": topics + 0.5 * torch.randn(b * m, TEACHER_DIM),
     }
 
 
@@ -101,20 +84,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sigmoid": {"kind": "sigmoid"},
     "smoothing": {"label_smoothing": 0.1},
     "identical ignored": {"given": ("rows",)},
-    "identical positive": {"given": ("rows",), "identical": "positive"},
     "identical ignored, sigmoid": {"given": ("rows",), "kind": "sigmoid"},
-    "identical positive, sigmoid": {"given": ("rows",), "kind": "sigmoid", "identical": "positive"},
-    "near ignored": {"given": ("teacher",), "ignore_above": 0.6},
-    "near ignored, sigmoid": {"given": ("teacher",), "ignore_above": 0.6, "kind": "sigmoid"},
-    "soft targets": {"given": ("teacher",), "soft_targets": 0.3, "soft_temperature": 0.1},
-    "only soft targets": {"given": ("teacher",), "soft_targets": 1.0},
-    "everything": {
-        "given": ("rows", "teacher"),
-        "ignore_above": 0.6,
-        "soft_targets": 0.3,
-        "label_smoothing": 0.1,
-        "identical": "positive",
-    },
+    "identical ignored, smoothing": {"given": ("rows",), "label_smoothing": 0.1},
 }
 
 
@@ -221,12 +192,8 @@ def test_a_part_without_gradient_gets_none() -> None:
         ({"kind": "hinge"}, "loss kind is 'hinge'"),
         ({"kind": "sigmoid"}, "needs a bias"),
         ({"bias": torch.tensor(1.0)}, "does not depend on a bias"),
-        ({"kind": "sigmoid", "bias": torch.tensor(0.0), "label_smoothing": 0.1}, "are for kind='softmax'"),
+        ({"kind": "sigmoid", "bias": torch.tensor(0.0), "label_smoothing": 0.1}, "is for kind='softmax'"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
-        ({"identical": "drop"}, "identical is 'drop'"),
-        ({"soft_targets": 0.5}, "pass teacher="),
-        ({"ignore_above": 0.9}, "pass teacher="),
-        ({"soft_temperature": 0.0}, "soft_temperature is 0.0"),
         ({"rows": torch.arange(3)}, "rows has 3 entries for 6 captions"),
         ({"image": torch.eye(4, DIM)}, "the same number of captions"),
         ({"image": torch.eye(6, 3)}, "must be"),
@@ -241,31 +208,31 @@ def test_wrong_options_are_named(change: dict[str, Any], message: str) -> None:
 
 # --- several processes -------------------------------------------------------------------------------------------
 
-SHARDS = {2: (9, 4), 3: (7, 0, 6)}
-"""Pictures on each process; one of the three has none, as may be at the end of an epoch."""
+NUM_PICTURES = 12
+"""On all processes together."""
 
 
-def _shard(data: dict[str, Tensor], counts: tuple[int, ...], rank: int, m: int) -> dict[str, Tensor]:
-    first, number = sum(counts[:rank]), counts[rank]
-    pictures, captions = slice(first, first + number), slice(first * m, (first + number) * m)
-    cut = {"image": pictures, "text": captions, "rows": captions, "teacher": captions}
-    return {name: value[cut[name]] if name in cut else value for name, value in data.items()}
+def _shard(data: dict[str, Tensor], world_size: int, rank: int) -> dict[str, Tensor]:
+    return {
+        name: value.chunk(world_size)[rank] if name in ("image", "text", "rows") else value
+        for name, value in data.items()
+    }
 
 
 def _process(folder: str, rank: int) -> None:
-    """What each of three processes does; the first two do it once more as a group of their own."""
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=3)
-    pair = dist.new_group([0, 1])
+    """What each of three processes does; the first two do it once more, without the third."""
     results = {}
-    for world_size, group in {3: None, 2: pair}.items():
-        for name, options in OPTIONS.items() if rank < world_size else ():
+    for world_size in range(3, max(rank, 1), -1):
+        dist.init_process_group("gloo", f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size)
+        for name, options in OPTIONS.items():
             for m in (1, 2):
-                mine = _shard(batch(13, m), SHARDS[world_size], rank, m)
-                results[world_size, name, m] = gradients(contrastive_loss, mine, {**options, "tile": 5, "group": group})
-    with pytest.raises(UsageError, match="by process"):
-        contrastive_loss(torch.eye(4, DIM), torch.eye(4 + 4 * rank, DIM), torch.tensor(1.0))
+                mine = _shard(batch(NUM_PICTURES, m), world_size, rank)
+                results[world_size, name, m] = gradients(contrastive_loss, mine, {**options, "tile": 5})
+        for pictures, captions in ((4, 4 + 4 * rank), (4 + rank, 4 + rank), (4 * rank, 4 * rank)):
+            with pytest.raises(UsageError, match=r"\(by process\); every process needs the same number"):
+                contrastive_loss(torch.ones(pictures, DIM), torch.ones(captions, DIM), torch.tensor(1.0))
+        dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +250,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_together_equal_one(results: list[dict[Any, Any]], world_size: int, name: str, m: int) -> None:
     """The loss is equal on all; gradients by rows are W times, scale's and bias's average to, those of one process."""
-    wanted, (image, text, *scalars) = gradients(dense_loss, batch(13, m), OPTIONS[name])
+    wanted, (image, text, *scalars) = gradients(dense_loss, batch(NUM_PICTURES, m), OPTIONS[name])
     values, parts = zip(*(results[rank][world_size, name, m] for rank in range(world_size)), strict=True)
     for value in values:
         assert_close(value, wanted)

@@ -57,10 +57,6 @@ class StudentConfig:
     """softmax: CLIP's symmetric loss; sigmoid: SigLIP's, of each pair alone."""
     label_smoothing: float = 0.0
     """Part of the target spread over all captions of the batch (softmax only)."""
-    soft_targets: float = 0.0
-    """Part of the target that follows the teacher's similarity of captions (softmax only)."""
-    ignore_above: float | None = None
-    """Captions whose teacher cosine with a picture's own is above this are not taken for wrong. By default all are."""
     steps: int | None = None
     """Optimizer steps; give this or --epochs."""
     epochs: float | None = None
@@ -154,7 +150,7 @@ class StudentConfig:
             raise UsageError(f"{setting('seed')} is {self.seed}; it must be below 2**63")
 
     def _check_ranges(self) -> None:
-        for name in ("label_smoothing", "soft_targets", "patch_dropout", "ema"):
+        for name in ("label_smoothing", "patch_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in [0, 1)")
         not_negative = ("warmup_steps", "adaptor_warmup_steps", "weight_decay", "lora_rank", "workers", "seed")
@@ -164,8 +160,6 @@ class StudentConfig:
         for name in ("min_crop", "layer_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in (0, 1]")
-        if not -1 <= (self.ignore_above or 0) <= 1:
-            raise UsageError(f"{setting('ignore_above')} is {self.ignore_above}; it is a cosine, from -1 to 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"{setting('max_bad_fraction')} is {self.max_bad_fraction}; it is a share between 0 and 1")
         if self.batch_size is not None and self.batch_size < 2:
@@ -194,10 +188,9 @@ class StudentConfig:
             raise UsageError(
                 f"{setting('lora_rank')} trains adapters in a locked tower; leave out {setting('unlocked_blocks')}"
             )
-        if (self.label_smoothing or self.soft_targets) and self.loss == "sigmoid":
+        if self.label_smoothing and self.loss == "sigmoid":
             raise UsageError(
-                f"{setting('label_smoothing')} and {setting('soft_targets')} are for {setting('loss', 'softmax')}; "
-                "leave one of the two out"
+                f"{setting('label_smoothing')} is for {setting('loss', 'softmax')}; leave one of the two out"
             )
         if self.patience is not None and self.val_bank is None:
             raise UsageError(f"{setting('patience')} needs scores to wait for; add {setting('val_bank', 'DIR')}")

@@ -9,7 +9,7 @@ Captions are gathered, not passed around in a ring (`benchmarks/ring.py`): each 
 their gradient. A step moves captions once and their gradient once, where a ring moves captions twice and open_clip's
 ClipLoss moves pictures as well.
 
-Letters: b pictures on this process, B on all; m captions a picture, M = m * B; D shared width; T teacher width.
+Letters: b pictures on this process, B on all; m captions a picture, M = m * B; D shared width.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llm2clip.errors import UsageError
-from llm2clip.student.gather import World
-from llm2clip.student.loss_targets import Targets
-from llm2clip.student.loss_tiles import Gradients, SoftmaxTarget, Stripe, sigmoid_loss, softmax_loss
+from llm2clip.student.gather import gather, num_processes, rank, sum_back
+from llm2clip.student.loss_tiles import Gradients, SoftmaxTarget, Stripe, Targets, sigmoid_loss, softmax_loss
 
 KINDS = ("softmax", "sigmoid")
 TILE, CPU_TILE = 2048, 1024
@@ -40,43 +38,29 @@ def contrastive_loss(
     kind: str = "softmax",
     label_smoothing: float = 0.0,
     rows: Tensor | None = None,
-    identical: str = "ignore",
-    teacher: Tensor | None = None,
-    ignore_above: float | None = None,
-    soft_targets: float = 0.0,
-    soft_temperature: float = 0.05,
     tile: int | None = None,
-    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The loss [] of a batch of pictures and their captions, spread over the processes of `group`.
+    """The loss [] of a batch of pictures and their captions, spread evenly over all processes.
 
     "softmax" is CLIP's (arXiv 2103.00020, figure 3): the mean of two cross-entropies, each picture among all captions
     and each caption among all pictures. With several captions a picture, the picture's target is shared evenly among
     them. "sigmoid" is SigLIP's (arXiv 2303.15343, equation 1), divided by the number of captions.
 
     Args:
-        image: unit vectors of pictures [b, D]; processes may hold different numbers of them, also none.
-        text: unit vectors of captions [b * m, D], the m captions of a picture one after another. The m is the same on
-            all processes. fp16 and bf16 vectors are computed with in fp32.
+        image: unit vectors of pictures [b, D], equally many on all processes.
+        text: unit vectors of captions [b * m, D], the m captions of a picture one after another. fp16 and bf16 vectors
+            are computed with in fp32.
         scale: what multiplies the cosines, one number: the inverse temperature.
         bias: what is added to the scores, one number, "sigmoid" only and needed there; SigLIP starts from -10.
         kind: "softmax" or "sigmoid".
         label_smoothing: share of each target spread evenly over all captions (or pictures), "softmax" only.
-        rows: bank rows of the captions, int64 [b * m]. With them, equal captions of different pictures are not
-            taken for wrong ones.
-        identical: what an equal caption is: "ignore" leaves it out, "positive" takes it as right.
-        teacher: the teacher's vectors of the captions [b * m, T], of any length; for the next two options. They cost
-            T / D times what the loss costs.
-        ignore_above: leave out captions of other pictures whose teacher cosine is above this.
-        soft_targets: share of each target that follows the teacher: softmax over captions of their teacher cosine
-            with the picture's own captions, "softmax" only.
-        soft_temperature: divides those cosines.
+        rows: bank rows of the captions, int64 [b * m]. With them, equal captions of different pictures are left out:
+            neither right nor wrong.
         tile: pictures, and captions, of which scores exist at a time; changes memory, not the result. None takes 1024
             on a CPU, 2048 on other devices.
-        group: processes that share the batch; None is the default group, or one process if there is none.
 
     Raises:
-        UsageError: for shapes or options that do not go together.
+        UsageError: for shapes or options that do not go together, or other numbers of them on other processes.
 
     Example:
         >>> image, text = torch.eye(3, 8, requires_grad=True), torch.eye(3, 8)
@@ -85,31 +69,17 @@ def contrastive_loss(
         9.1e-05
         >>> loss.backward()
     """
-    _check_kind(kind, bias=bias, label_smoothing=label_smoothing, soft_targets=soft_targets)
-    _check_options(
-        identical=identical,
-        teacher=teacher,
-        ignore_above=ignore_above,
-        soft_targets=soft_targets,
-        soft_temperature=soft_temperature,
-    )
-    _check_shapes(image, text, rows=rows, teacher=teacher)
-    world = World.of(image, text, group)
+    _check_kind(kind, bias=bias, label_smoothing=label_smoothing)
+    _check_shapes(image, text, rows=rows)
     targets = Targets(
-        captions_each=_captions_each(world),
-        first=world.first_picture,
+        captions_each=_captions_each(image, text),
+        first=rank() * len(image),
         device=image.device,
         own_rows=rows,
-        all_rows=None if rows is None else world.gather(rows),
-        identical=identical,
-        own_teacher=teacher,
-        all_teacher=None if teacher is None else world.gather(teacher),
-        ignore_above=ignore_above,
-        temperature=soft_temperature if soft_targets else None,
+        all_rows=None if rows is None else gather(rows),
     )
-    target = SoftmaxTarget(smoothing=label_smoothing, soft=soft_targets) if kind == "softmax" else None
     tile = tile or (CPU_TILE if image.device.type == "cpu" else TILE)
-    return _TiledLoss.apply(image, text, scale, bias, target, targets, world, tile)
+    return _TiledLoss.apply(image, text, scale, bias, label_smoothing, targets, tile)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -122,31 +92,29 @@ class _TiledLoss(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        target: SoftmaxTarget | None,
+        label_smoothing: float,
         targets: Targets,
-        world: World,
         tile: int,
     ) -> Tensor:
         dtype = torch.promote_types(image.dtype, torch.float32)
         with torch.autocast(image.device.type, enabled=False):
             stripe = Stripe(
                 image=image.to(dtype),
-                text=world.gather(text).to(dtype),
+                text=gather(text).to(dtype),
                 scale=scale.to(dtype).view(()),
                 targets=targets,
-                world=world,
                 tile=tile,
             )
             with_gradients = any(ctx.needs_input_grad)
-            if target is not None:
+            if bias is None:  # only the sigmoid loss has one, and must
+                target = SoftmaxTarget(label_smoothing)
                 loss, gradients = softmax_loss(stripe, target, with_gradients=with_gradients)
             else:
-                assert bias is not None, "checked by contrastive_loss"
                 loss, gradients = sigmoid_loss(stripe, bias.to(dtype).view(()), with_gradients=with_gradients)
         if gradients is not None:
-            own = gradients._replace(text=world.sum_back(gradients.text))
+            own = gradients._replace(text=sum_back(gradients.text))
             ctx.save_for_backward(*own)
-            ctx.num_processes = world.size
+            ctx.num_processes = num_processes()
             ctx.like = [(t.dtype, t.shape) if t is not None else None for t in (image, text, scale, bias)]
         return loss
 
@@ -159,49 +127,40 @@ class _TiledLoss(torch.autograd.Function):
             (gradient * (by_loss * ctx.num_processes)).to(like[0]).view(like[1]) if needed and like else None
             for gradient, like, needed in given
         ]
-        return (*results, None, None, None, None)
+        return (*results, None, None, None)
 
 
-def _check_kind(kind: str, *, bias: Tensor | None, label_smoothing: float, soft_targets: float) -> None:
+def _check_kind(kind: str, *, bias: Tensor | None, label_smoothing: float) -> None:
     if kind not in KINDS:
         raise UsageError(f"loss kind is {kind!r}; choose from {', '.join(KINDS)}")
     if kind == "sigmoid" and bias is None:
         raise UsageError("the sigmoid loss needs a bias; pass bias=student.logit_bias (SigLIP starts it at -10)")
     if kind == "softmax" and bias is not None:
         raise UsageError("the softmax loss does not depend on a bias; leave bias out, or choose kind='sigmoid'")
-    if kind == "sigmoid" and (label_smoothing or soft_targets):
-        raise UsageError("label_smoothing and soft_targets are for kind='softmax'; leave them at 0")
-    for name, share in (("label_smoothing", label_smoothing), ("soft_targets", soft_targets)):
-        if not 0 <= share <= 1:
-            raise UsageError(f"{name} is {share}; it is a share between 0 and 1")
+    if kind == "sigmoid" and label_smoothing:
+        raise UsageError("label_smoothing is for kind='softmax'; leave it at 0")
+    if not 0 <= label_smoothing <= 1:
+        raise UsageError(f"label_smoothing is {label_smoothing}; it is a share between 0 and 1")
 
 
-def _check_options(
-    *, identical: str, teacher: Tensor | None, ignore_above: float | None, soft_targets: float, soft_temperature: float
-) -> None:
-    if identical not in ("ignore", "positive"):
-        raise UsageError(f"identical is {identical!r}; choose from ignore, positive")
-    if teacher is None and (ignore_above is not None or soft_targets):
-        raise UsageError("ignore_above and soft_targets need the teacher's vectors; pass teacher=")
-    if soft_temperature <= 0:
-        raise UsageError(f"soft_temperature is {soft_temperature}; it must be above 0")
-
-
-def _check_shapes(image: Tensor, text: Tensor, *, rows: Tensor | None, teacher: Tensor | None) -> None:
+def _check_shapes(image: Tensor, text: Tensor, *, rows: Tensor | None) -> None:
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
         raise UsageError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must be [b, D] and [b * m, D]")
-    for name, value in (("rows", rows), ("teacher", teacher)):
-        if value is not None and len(value) != len(text):
-            raise UsageError(f"{name} has {len(value)} entries for {len(text)} captions; give one a caption")
+    if rows is not None and len(rows) != len(text):
+        raise UsageError(f"rows has {len(rows)} entries for {len(text)} captions; give one a caption")
 
 
-def _captions_each(world: World) -> int:
-    """m, found from what all processes hold, so that all of them stop where one is wrong."""
-    num_pictures, num_captions = max(zip(world.pictures, world.captions, strict=True))
-    captions_each = num_captions // max(num_pictures, 1)
-    if not captions_each or any(captions_each * b != n for b, n in zip(world.pictures, world.captions, strict=True)):
+def _captions_each(image: Tensor, text: Tensor) -> int:
+    """The m of this batch. All processes see the numbers of all, so that all of them stop where one is wrong."""
+    num_pictures, num_captions = len(image), len(text)
+    counts = [[num_pictures, num_captions]]
+    if num_processes() > 1:
+        counts = gather(torch.tensor(counts, device=image.device)).tolist()
+    same = all(each == counts[0] for each in counts)
+    if not same or not num_pictures or not num_captions or num_captions % num_pictures:
+        pictures, captions = map(list, zip(*counts, strict=True))
         raise UsageError(
-            f"{list(world.captions)} captions for {list(world.pictures)} pictures (by process); every picture of the "
-            "batch needs the same number of captions, at least one"
+            f"{captions} captions for {pictures} pictures (by process); every process needs the same number of "
+            "pictures, and every picture the same number of captions, at least one"
         )
-    return captions_each
+    return num_captions // num_pictures

@@ -1,6 +1,6 @@
 """Contrastive losses and their gradients, tile by tile: O(B x D + tile) memory, never a B x B matrix.
 
-Letters: b pictures on this process, N on all; M captions on all processes; D shared width; R x C a tile.
+Letters: b pictures on this process, N on all; m captions a picture, M on all processes; D shared width; R x C a tile.
 This process computes the stripe of scores s = scale * image @ text.T between its b pictures and all M captions. Sums
 over pictures, which the other processes share, are small ([M] numbers) and are summed over processes in between.
 """
@@ -16,8 +16,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llm2clip.student.gather import World
-from llm2clip.student.loss_targets import Targets, TileTargets
+from llm2clip.student.gather import largest_over_processes, num_processes, sum_over_processes
+
+
+class TileTargets(NamedTuple):
+    """What is known of the pairs in one tile; None stands for a matrix of zeros."""
+
+    positive: Tensor | None
+    """bool [R, C]: the caption describes the picture."""
+    ignored: Tensor | None
+    """bool [R, C]: neither right nor wrong; never positive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The relations between the pictures of this process and the captions of all processes, made a tile at a time.
+
+    Picture i of this process owns the m captions from `(first + i) * m` on. Captions equal to one of them are ignored.
+    """
+
+    captions_each: int
+    """m."""
+    first: int
+    """How many pictures the processes before this one hold."""
+    device: torch.device
+    """Where tiles are made."""
+    own_rows: Tensor | None = None
+    """Bank rows of this process's captions, int64 [b * m]; equal captions have equal rows."""
+    all_rows: Tensor | None = None
+    """Bank rows of all captions, int64 [M]."""
+
+    def tile(self, pictures: slice, captions: slice) -> TileTargets:
+        """The relations of `pictures` (places on this process) and `captions` (places among all)."""
+        positive, ignored = self._own(pictures, captions), self._same_row(pictures, captions)
+        if ignored is not None and positive is not None:
+            ignored = ignored & ~positive  # a picture's own captions have its rows too
+        return TileTargets(positive, ignored)
+
+    def _own(self, pictures: slice, captions: slice) -> Tensor | None:
+        start, stop = self.first + pictures.start, self.first + pictures.stop
+        if captions.stop <= start * self.captions_each or captions.start >= stop * self.captions_each:
+            return None
+        owner = torch.arange(captions.start, captions.stop, device=self.device) // self.captions_each
+        return torch.arange(start, stop, device=self.device)[:, None] == owner
+
+    def _same_row(self, pictures: slice, captions: slice) -> Tensor | None:
+        if self.own_rows is None or self.all_rows is None:
+            return None
+        own = self.own_rows.view(-1, self.captions_each)[pictures]
+        every = self.all_rows[captions]
+        same = own[:, :1] == every
+        for i in range(1, self.captions_each):
+            same |= own[:, i : i + 1] == every
+        return same
 
 
 class Gradients(NamedTuple):
@@ -40,10 +91,14 @@ class Stripe:
     scale: Tensor
     """[]."""
     targets: Targets
-    world: World
     tile: int
     """Pictures, and captions, in a tile."""
     _last: tuple[slice, slice, Tensor] | None = field(default=None, init=False)
+
+    @property
+    def num_pictures(self) -> int:
+        """N; all processes hold equally many."""
+        return len(self.image) * num_processes()
 
     def tiles(self) -> list[tuple[slice, slice]]:
         """All (pictures, captions) of the stripe."""
@@ -80,29 +135,26 @@ class Stripe:
         return [slice(start, min(start + self.tile, length)) for start in range(0, length, self.tile)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SoftmaxTarget:
-    """What each picture's distribution over captions (and each caption's over pictures) should be: a sum of parts.
+    """What each picture's distribution over captions (and each caption's over pictures) should be: a sum of two parts.
 
-    `(1 - smoothing) * ((1 - soft) * positives + soft * teacher) + smoothing * uniform`, each part summing to 1.
+    `(1 - smoothing) * positives + smoothing * uniform`, each part summing to 1.
     """
 
-    smoothing: float = 0.0
-    soft: float = 0.0
+    smoothing: float
 
     @property
-    def shares(self) -> tuple[float, float, float]:
-        """Of the positives, the teacher and the uniform part."""
-        return (1 - self.smoothing) * (1 - self.soft), (1 - self.smoothing) * self.soft, self.smoothing
+    def shares(self) -> tuple[float, float]:
+        """Of the positives and the uniform part."""
+        return 1 - self.smoothing, self.smoothing
 
     def weights(self, known: TileTargets, scores: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The parts of a tile that are not all zero: (number of the part, weights [R, C] before they sum to 1)."""
         if known.positive is not None:
             yield 0, known.positive.to(scores)
-        if self.soft and known.alike is not None:
-            yield 1, known.alike.to(scores)
         if self.smoothing:
-            yield 2, torch.ones_like(scores) if known.ignored is None else (~known.ignored).to(scores)
+            yield 1, torch.ones_like(scores) if known.ignored is None else (~known.ignored).to(scores)
 
 
 class Sums(NamedTuple):
@@ -117,7 +169,7 @@ class Sums(NamedTuple):
     total: Tensor
     """The sum of exp(score - largest), [L]."""
     parts: Tensor
-    """For each part of a target: sum of weights times scores, and sum of weights, [3, 2, L]."""
+    """For each part of a target: sum of weights times scores, and sum of weights, [2, 2, L]."""
 
     @classmethod
     def none(cls, vectors: Tensor) -> Sums:
@@ -125,7 +177,7 @@ class Sums(NamedTuple):
         length = len(vectors)
         # The lowest number instead of -inf, as -inf - -inf is not a number.
         lowest = vectors.new_full((length,), torch.finfo(vectors.dtype).min)
-        return cls(lowest, vectors.new_zeros(length), vectors.new_zeros(3, 2, length))
+        return cls(lowest, vectors.new_zeros(length), vectors.new_zeros(2, 2, length))
 
     def add(self, where: slice, scores: Tensor, *, dim: int) -> None:
         """Take in the exponentials of a tile's scores along `dim`."""
@@ -134,11 +186,11 @@ class Sums(NamedTuple):
         self.total[where] += (scores - largest.unsqueeze(dim)).exp_().sum(dim=dim)
         self.largest[where] = largest
 
-    def over_processes(self, world: World) -> Sums:
+    def over_processes(self) -> Sums:
         """These sums with those of the other processes."""
-        largest = world.largest(self.largest.clone())
+        largest = largest_over_processes(self.largest.clone())
         both = torch.cat([(self.total * (self.largest - largest).exp_())[None], self.parts.flatten(0, 1)])
-        total, *parts = world.sum(both)
+        total, *parts = sum_over_processes(both)
         return Sums(largest, total, torch.stack(parts).view_as(self.parts))
 
     def losses(self, target: SoftmaxTarget) -> Tensor:
@@ -158,8 +210,8 @@ def softmax_loss(stripe: Stripe, target: SoftmaxTarget, *, with_gradients: bool)
         The loss of the whole batch, equal on all processes, and this process's part of its derivatives.
     """
     pictures, captions = _softmax_sums(stripe, target)
-    by_picture = stripe.world.sum(pictures.losses(target).sum()) / stripe.world.num_pictures
-    loss = (by_picture + captions.losses(target).sum() / stripe.world.num_captions) / 2
+    by_picture = sum_over_processes(pictures.losses(target).sum()) / stripe.num_pictures
+    loss = (by_picture + captions.losses(target).sum() / len(stripe.text)) / 2
     return loss, _softmax_gradients(stripe, target, pictures, captions) if with_gradients else None
 
 
@@ -176,12 +228,12 @@ def _softmax_sums(stripe: Stripe, target: SoftmaxTarget) -> tuple[Sums, Sums]:
             weighted = weights * scores
             pictures.parts[part, :, rows] += torch.stack([weighted.sum(dim=1), weights.sum(dim=1)])
             captions.parts[part, :, columns] += torch.stack([weighted.sum(dim=0), weights.sum(dim=0)])
-    return pictures, captions.over_processes(stripe.world)
+    return pictures, captions.over_processes()
 
 
 def _softmax_gradients(stripe: Stripe, target: SoftmaxTarget, pictures: Sums, captions: Sums) -> Gradients:
     """The second pass."""
-    by_picture, by_caption = 1 / (2 * stripe.world.num_pictures), 1 / (2 * stripe.world.num_captions)
+    by_picture, by_caption = 1 / (2 * stripe.num_pictures), 1 / (2 * len(stripe.text))
     gradients = stripe.empty_gradients()
     for rows, columns in reversed(stripe.tiles()):
         scores = stripe.scores(rows, columns)
@@ -203,7 +255,7 @@ def sigmoid_loss(stripe: Stripe, bias: Tensor, *, with_gradients: bool) -> tuple
     Returns:
         The loss of the whole batch, equal on all processes, and this process's part of its derivatives.
     """
-    num_captions = stripe.world.num_captions
+    num_captions = len(stripe.text)
     gradients = stripe.empty_gradients() if with_gradients else None
     loss = stripe.scale.new_zeros(())
     for rows, columns in stripe.tiles():
@@ -221,5 +273,5 @@ def sigmoid_loss(stripe: Stripe, bias: Tensor, *, with_gradients: bool) -> tuple
                 by_score *= sign
             gradients.bias.add_(by_score.sum())
             stripe.add_gradient(gradients, rows, columns, by_score)
-    loss = stripe.world.sum(loss) / num_captions
+    loss = sum_over_processes(loss) / num_captions
     return loss, None if gradients is None else stripe.finish(gradients)

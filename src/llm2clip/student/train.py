@@ -124,7 +124,6 @@ def batch_loss(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, batch: Batch, config: StudentConfig
 ) -> Tensor:
     """The contrastive loss [] of a batch's vectors; equal captions of different pictures are no wrong answers."""
-    asks_teacher = config.soft_targets or config.ignore_above is not None
     return contrastive_loss(
         image,
         text,
@@ -133,9 +132,6 @@ def batch_loss(
         kind=config.loss,
         label_smoothing=config.label_smoothing,
         rows=batch.rows,
-        teacher=batch.text_embeds if asks_teacher else None,
-        ignore_above=config.ignore_above,
-        soft_targets=config.soft_targets,
     )
 
 

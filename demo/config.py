@@ -13,7 +13,7 @@ SIZES = ("small", "large")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole method on generated pictures with mini models: every stage, five arms, one page of results.
+    """The whole method on generated pictures with mini models: every stage, all arms, one page of results.
 
     OUT/report.html is the page. Nothing is downloaded.
     """
@@ -29,6 +29,9 @@ class DemoConfig:
     size: str = "small"
     """small: the mini models that come with the package; large: a mini LLM of some 50 million parameters and a larger
     mini CLIP, made first (minutes on a GPU, hours on a CPU), with more pictures and steps."""
+    ablations: bool = False
+    """Two more arms, which take a third longer: the raw LLM left causal (C-causal), and stage 1 on every weight
+    (D-full). --quick has them, as it shows all parts."""
     processes: int = 2
     """Parts of the pipeline that run at once, each in a process of its own."""
 
@@ -45,7 +48,7 @@ class DemoConfig:
 
     def settings(self) -> dict[str, object]:
         """The fields that decide the results, JSON-ready."""
-        return {"seed": self.seed, "seeds": self.seeds, "quick": self.quick, "size": self.size}
+        return {name: getattr(self, name) for name in ("seed", "seeds", "quick", "size", "ablations")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ class Job:
     cost: float = 10
 
 
-def pipeline(folder: Path, llm: Path, clip: Path, budget: Budget, seed: int) -> list[Job]:
-    """The jobs of one seed; jobs come after those they need."""
+def pipeline(folder: Path, llm: Path, clip: Path, budget: Budget, seed: int, *, ablations: bool = True) -> list[Job]:
+    """The jobs of one seed; jobs come after those they need. `ablations`: with the arms C-causal and D-full."""
     made: dict[str, Any] = {"folder": folder, "budget": budget, "seed": seed}
     tower = folder / "tower"
     jobs = [
@@ -48,24 +48,18 @@ def pipeline(folder: Path, llm: Path, clip: Path, budget: Budget, seed: int) -> 
         jobs.append(
             Job(f"stage 1 lora {share}", arms.make_teacher, {**teach, "tuning": "lora"}, ("data",), 110 * factor)
         )
-        if share == "all":
+        if share == "all" and ablations:
             jobs.append(Job("stage 1 full all", arms.make_teacher, {**teach, "tuning": "full"}, ("data",), 110))
         for arm, cost in (("B-long", 130), ("B", 50)):
             training = {**made, "clip": clip, "arm": arm, "share": share}
             jobs.append(Job(f"train {arm} {share}", arms.make_clip, training, ("data",), cost * factor))
             name = f"{arm}-{share}"
             jobs.append(_score(name, folder, str(folder / "models" / name), None, (f"train {arm} {share}",)))
-    for attention in ("causal", "two-way"):
+    for attention in ("causal", "two-way") if ablations else ("two-way",):
         settings = {"folder": folder, "llm": llm, "attention": attention}
         jobs.append(Job(f"raw {attention}", arms.make_raw_teacher, settings, ("data",), 8))
-    for arm, share in (
-        ("D", "all"),
-        ("D", "tenth"),
-        ("D-full", "all"),
-        ("C", "all"),
-        ("C", "tenth"),
-        ("C-causal", "all"),
-    ):
+    taught = [("D", "all"), ("D", "tenth"), ("C", "all"), ("C", "tenth")]
+    for arm, share in [*taught, ("D-full", "all"), ("C-causal", "all")] if ablations else taught:
         jobs += _taught(made, tower, arm, share)
     shown = {name: (str(folder / "models" / f"{name}-all"), _teacher(folder, name, "all")) for name in ("B-long", "D")}
     needs = ("score B-long-all", "score D-all")

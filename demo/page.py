@@ -187,6 +187,8 @@ def cra_table(found: Mapping[str, Mapping[str, Value]]) -> str:
     ]
     rows = []
     for teacher, title in results.TEACHERS.items():
+        if f"teacher-{teacher}" not in found:
+            continue
         values = {**found[f"teacher-{teacher}"], **found[f"teacher-{teacher}-beyond"]}
         cells = "".join(_cell(values[name], bold=False) for name in names)
         rows.append(f"<tr{' class=d' if teacher in ('lora', 'full') else ''}><td>LLM {title}</td>{cells}</tr>")

@@ -1,4 +1,4 @@
-"""`llm2clip demo`: the whole method on generated pictures, five arms compared, one page at the end."""
+"""`llm2clip demo`: the whole method on generated pictures, its arms compared, one page at the end."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_pipeline(config: DemoConfig, budget: Budget, seed: int, llm: Path, clip:
         return folder
     folder.mkdir(exist_ok=True)
     logger.info("seed %d: what each part says goes to %s", seed, folder / "log.txt")
-    jobs = pipeline(folder, llm, clip, budget, seed)
+    jobs = pipeline(folder, llm, clip, budget, seed, ablations=config.ablations or config.quick)
     seconds = run_jobs(jobs, processes=config.processes, log=folder / "log.txt")
     write_json(folder / TIMES, seconds)
     return folder

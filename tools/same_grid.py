@@ -238,6 +238,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "seeds": Because("minutes a run"),
         "quick": BASE,
         "size": Because("hours on a CPU"),
+        "ablations": Because("minutes a run; --quick has them"),
         "processes": Because("minutes a run"),
     },
 }
@@ -277,7 +278,7 @@ REMOVED: dict[str, dict[str, str]] = {
     },
 }
 """Verb -> field of the old code that is gone -> why. Verbs that are gone: field "*"."""
-ADDED: dict[str, dict[str, str]] = {}
+ADDED: dict[str, dict[str, str]] = {"demo": {"ablations": "arms that a quick run has as before, others if asked"}}
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
 RENAMED_OUTPUT: dict[str, str] = {}
 """Old key -> new key, in every JSON file and log, at any depth."""

@@ -13,6 +13,7 @@ import pytest
 from demo import jobs, results
 from demo.config import BUDGETS, DemoConfig
 from demo.jobs import Job, pipeline, run_jobs
+from demo.page import cra_table, retrieval_table
 from demo.run import SHIPPED, run_demo
 from llm2clip.errors import LLM2CLIPError, UsageError
 
@@ -85,6 +86,24 @@ def test_jobs_come_after_what_they_need() -> None:
     assert len(set(names)) == len(names)
     for index, job in enumerate(found):
         assert set(job.needs) <= set(names[:index])
+    fewer = pipeline(Path("x"), SHIPPED / "llm", SHIPPED / "clip", BUDGETS["small"], 0, ablations=False)
+    left_out = set(names) - {job.name for job in fewer}
+    assert left_out == {"stage 1 full all", "raw causal"} | {
+        f"{part} {arm}-all" for part in ("bank", "stage 2", "score") for arm in ("D-full", "C-causal")
+    } | {"CRA full", "CRA raw-causal"}
+    assert all(set(job.needs) <= {job.name for job in fewer[:index]} for index, job in enumerate(fewer))
+
+
+def test_without_the_ablations_their_claims_and_rows_are_left_out() -> None:
+    kinds = {name: results.Value((0.5,), 100) for name in (*results.COLUMNS, *results.CRA_ENGLISH, *results.CRA_BEYOND)}
+    names = ["A", *(f"{arm}-{share}" for arm in ("B", "B-long", "C", "D") for share in ("all", "tenth"))]
+    teachers = [f"teacher-{name}{part}" for name in ("raw-two-way", "lora") for part in ("", "-beyond")]
+    found = dict.fromkeys([*names, *teachers], kinds)
+    claims = results.verdicts(found)
+    assert len(claims) == 9 and not any("Full fine-tuning" in claim.claim for claim in claims)
+    assert len(results.verdicts({**found, "D-full-all": kinds})) == 10
+    page = retrieval_table(found, "all", {}) + cra_table(found)
+    assert "D-full" not in page and "causal" not in page and "stage 1, LoRA" in page
 
 
 def test_jobs_with_the_longest_way_to_go_are_first() -> None:

@@ -259,6 +259,7 @@ def test_checkpoints_are_a_tenth_of_the_run_apart_unless_told(config, monkeypatc
     assert saved == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 9, 18]
 
 
+@pytest.mark.ci
 def test_kill_9_and_the_same_command_again(config, tmp_path) -> None:
     settings = {"steps": 12, "save_every": 3}
     whole = artifact(train_student(config(**settings, out=tmp_path / "whole")))

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import pytest
 
 from llm2clip import artifacts
 from llm2clip.errors import ArtifactError, UsageError
+
+from .forking import end_of, fork
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -235,23 +236,6 @@ def test_who_shares_a_folder_waits_for_others_to_begin_but_not_for_long(
         artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True),
     ):
         pass
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Do `work` in a child; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def end_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_forked_child_that_fails_takes_nothing_from_its_parent(tmp_path: Path) -> None:

@@ -139,14 +139,11 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; expected a {kind} made by llm2clip")
+    check_finished(folder, folder)
     if not (folder / MANIFEST).exists():
-        if (folder / RUN).exists():
-            raise ArtifactError(
-                f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped"
-            )
         raise UsageError(f"{folder} is no {kind}: it holds no {MANIFEST}")
     manifest = read_json(folder / MANIFEST)
-    found = str(manifest.get("format", "")).removeprefix("llm2clip/") if isinstance(manifest, dict) else ""
+    found = made_as(manifest) if isinstance(manifest, dict) else ""
     if found != kind:
         raise UsageError(f"{folder} holds a {found or 'folder of another program'}, not a {kind}")
     if manifest.get("format_version", 0) > FORMAT_VERSION:
@@ -154,6 +151,25 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
             f"{folder} has format {manifest['format_version']}; this llm2clip reads up to {FORMAT_VERSION}, upgrade"
         )
     return manifest
+
+
+def made_as(manifest: Mapping[str, Any]) -> str:
+    """What kind of artifact a manifest is of: "teacher", "bank", ...; "" if it is none of llm2clip.
+
+    >>> made_as({"format": "llm2clip/bank"}), made_as({})
+    ('bank', '')
+    """
+    return str(manifest.get("format", "")).removeprefix("llm2clip/")
+
+
+def check_finished(folder: Path, name: str | Path) -> None:
+    """Raise if a run began in `folder` and has not ended.
+
+    Raises:
+        ArtifactError: saying what to do, of `name`.
+    """
+    if (folder / RUN).exists() and not is_complete(folder):
+        raise ArtifactError(f"{name} is unfinished: run the command that makes it again, it goes on where it stopped")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices in hardware (AVX512_BF16, AMX, or Arm's).
 
     `torch.cpu.get_capabilities` tells; before it there were only private questions, one an instruction set. Read in
-    torch 2.9 (without it) and 2.14.
+    torch 2.14, which has it.
     """
     import torch
 
@@ -78,7 +78,7 @@ class OwnWeights:
 def datasets_state(files: Sequence[str], fingerprint: str) -> dict[str, Any]:
     """The `state.json` by which `datasets.load_from_disk` reads Arrow files that lie there already.
 
-    `save_to_disk` writes it too, but only behind a second copy of the rows. Read in datasets 4.0 and 5.2.
+    `save_to_disk` writes it too, but only behind a second copy of the rows. Read in datasets 5.2.
     """
     return {
         "_data_files": [{"filename": name} for name in files],

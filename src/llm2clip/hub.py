@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from llm2clip.artifacts import MANIFEST, RUN, read_json
+from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
-from llm2clip.errors import ArtifactError, UsageError, one_line
+from llm2clip.errors import UsageError, one_line
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,11 +62,6 @@ class ModelFolder:
         return made_as(self.manifest)
 
 
-def made_as(manifest: Mapping[str, Any]) -> str:
-    """What kind of artifact a manifest is of: "teacher", "bank", ...; "" if it is none of llm2clip."""
-    return str(manifest.get("format", "")).removeprefix("llm2clip/")
-
-
 def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -> ModelFolder:
     """The folder of a model, downloaded for a Hub id; one that is found already is returned as it is.
 
@@ -81,8 +76,7 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
     if isinstance(name, ModelFolder):
         return name
     path = _local_folder(str(name), revision)
-    if (path / RUN).exists() and not (path / MANIFEST).exists():
-        raise ArtifactError(f"{name} is unfinished: run the command that makes it again, it goes on where it stopped")
+    check_finished(path, str(name))
     config, manifest = (read_json(path / file) if (path / file).exists() else {} for file in ("config.json", MANIFEST))
     if (path / "modules.json").exists():
         kind = "bundle" if (path / STUDENT_CONFIG).exists() else "sentence-transformers"
@@ -140,8 +134,10 @@ def missing_weights(model: torch.nn.Module, folder: Path) -> list[str]:
             classes.setdefault(module.config.model_type, type(module))
     missing: list[str] = []
     for part in model_parts(folder):
-        kind = read_json(part / "config.json").get("model_type", "") if (part / "config.json").exists() else ""
-        if kind in classes and any(part.glob("*.safetensors")):
+        config = read_json(part / "config.json") if (part / "config.json").exists() else {}
+        kind = config.get("model_type", "")
+        # weights saved in 4 or 8 bits are not opened so: their quantizer may ask for a GPU
+        if kind in classes and "quantization_config" not in config and any(part.glob("*.safetensors")):
             options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "use_safetensors": True}
             with quiet_transformers(bars=False):
                 _, report = classes[kind].from_pretrained(part, **options)

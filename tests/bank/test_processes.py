@@ -24,8 +24,9 @@ from llm2clip.bank.merge import add_to_bank
 from llm2clip.bank.reader import VECTORS, Bank
 from llm2clip.bank.shards import ShardBuffer
 
+from ..forking import PATIENCE_SECONDS, end_of, fork
+
 Files = Callable[[Path], dict[str, bytes]]
-PATIENCE_SECONDS = 60.0
 """A test that waits longer for another process has found that it never comes."""
 
 
@@ -48,29 +49,6 @@ def by_rank(config: BankConfig, number: int) -> None:
         patch.setenv("RANK", str(number))
         patch.setenv("WORLD_SIZE", "3")
         build_bank(config)
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a child that shares the loaded libraries; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def end_of(child: int) -> int:
-    """The exit code of a child, or minus the signal that killed it; one that runs too long is killed."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.02)
-    return os.waitstatus_to_exitcode(ended[1])
 
 
 def wait_for(file: Path, *, seconds: float = PATIENCE_SECONDS) -> None:

@@ -98,3 +98,11 @@ def test_weights_that_a_module_lacks_are_found_too(bert: Path, tmp_path: Path) -
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"lacks weights of its model, such as embeddings\.word_embeddings\.weight"):
         check_weights(model, find_model(whole))
+
+
+def test_weights_saved_in_few_bits_are_left_to_who_opens_them(bert: Path) -> None:
+    model = AutoModel.from_pretrained(bert)
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    save_file({}, bert / "model.safetensors", metadata={"format": "pt"})
+    check_weights(model, find_model(bert))

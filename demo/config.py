@@ -61,11 +61,11 @@ class Budget:
     """Test pictures."""
     batch_size: int = 128
     """Pictures a step, in every arm."""
-    steps: int = 160
+    steps: int = 96
     """Steps of stage 2 and of B and B-long, with all pairs."""
-    steps_tenth: int = 80
+    steps_tenth: int = 48
     """The same with a tenth of the pairs."""
-    teacher_steps: int = 50
+    teacher_steps: int = 40
     """Steps of stage 1."""
     teacher_batch: int = 96
     """Pairs of captions a step of stage 1."""

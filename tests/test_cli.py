@@ -25,7 +25,10 @@ import torch
 
 from llm2clip import cli
 from llm2clip.config import Columns, Texts, Weights, to_dict
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import ArtifactError, UsageError, setting
+from llm2clip.flags import field_docs, group_settings
+from llm2clip.verbs import VERBS, Verb
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,8 +77,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[ToyConfig]:
     module = types.ModuleType("toy_verb")
     module.ToyConfig, module.run = ToyConfig, configs.append
     monkeypatch.setitem(sys.modules, "toy_verb", module)
-    monkeypatch.setitem(cli.VERBS, "toy", cli.Verb("toy", "toy_verb:ToyConfig", "toy_verb:run"))
-    monkeypatch.setitem(cli.VERBS, "toy tool", cli.Verb("toy", "toy_verb:ToyConfig", "toy_verb:run"))
+    monkeypatch.setitem(cli.VERBS, "toy", Verb(summary="toy", config="toy_verb:ToyConfig", function="toy_verb:run"))
+    monkeypatch.setitem(
+        cli.VERBS, "toy tool", Verb(summary="toy", config="toy_verb:ToyConfig", function="toy_verb:run")
+    )
     return configs
 
 
@@ -195,6 +200,32 @@ def test_help_has_every_flag_with_its_text(
         assert re.search(rf"(?<![\w-])--{field.name.replace('_', '-')}(?![\w-])", out) or positional, field.name
         assert len(texts[field.name].split()) > 1, f"{field.name} has no text"
         assert " ".join(texts[field.name].split()) in shown, f"{field.name}: its text is not in the help"
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_help_of_a_verb_has_each_setting_once_in_groups_of_few(name: str) -> None:
+    verb = VERBS[name]
+    cls = cli._load(verb.config)
+    groups = group_settings(cls, verb)
+    shown = [one.name for own in groups.values() for one in own]
+    fields = [one.name for one in dataclasses.fields(cls)]
+    assert sorted(shown) == sorted(fields) and set(verb.groups.values()) <= set(fields)
+    assert "" not in groups, f"{groups['']} come before the first group"
+    assert max(map(len, groups.values())) <= 9
+    assert set(field_docs(cls)) >= set(fields)
+    words = shlex.split(verb.example)
+    assert cli.parse(name, words[1 + len(name.split()) :]) is not None
+
+
+def test_help_puts_first_what_matters_and_ends_with_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["train-student", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(flag) for flag in ("--bank ", "--tower ", "--val-bank ", "--dim ", "--layer-decay ")]
+    assert places == sorted(places)
+    assert "optimizer options" in text
+    assert text.rstrip().endswith("--epochs 4 --out student")
+    assert "recognised without it." in field_docs(SourceConfig)["captions"]
 
 
 COMMANDS = re.compile(r"^(?:\$ )?(llm2clip [a-z][^#\n]*)", flags=re.MULTILINE)

@@ -17,6 +17,7 @@ from llm2clip.bank.config import BankConfig
 from llm2clip.errors import TooManyBadSamples, UsageError, setting, settings_as_flags
 from llm2clip.student.config import StudentConfig
 from llm2clip.teacher.config import TeacherConfig
+from llm2clip.verbs import Verb
 
 PACKAGE = Path(llm2clip.__file__).parent
 
@@ -107,7 +108,7 @@ def test_after_a_command_settings_are_fields_again(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit):
         cli.run(["train-student", "--help"])
     assert setting("steps") == "steps"
-    monkeypatch.setitem(cli.VERBS, "broken", cli.Verb("", f"{__name__}:no_such_config", ""))
+    monkeypatch.setitem(cli.VERBS, "broken", Verb(summary="", config=f"{__name__}:no_such_config", function=""))
     with pytest.raises((AttributeError, ModuleNotFoundError)):
         cli.run(["broken"])
     assert setting("steps") == "steps"

@@ -1,103 +1,21 @@
-"""The command line: a table of verbs, each a config dataclass and the function that takes it.
+"""The command line: finds the verb, has its flags read, runs it, and turns errors into one line and an exit code.
 
 Exit code 0 only when the artifact is whole, 2 for wrong use, 1 for a run that failed, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import inspect
 import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip.errors import LLM2CLIPError, UsageError, settings_as_flags
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb: what it does, and where its config and its function live ("module:name").
-
-    Attributes:
-        memory: the flags to give, or to give lower numbers, where memory runs out; the mildest first.
-    """
-
-    summary: str
-    config: str
-    function: str
-    memory: tuple[str, ...] = ()
-
-
-VERBS = {
-    "train-teacher": Verb(
-        "turn an LLM into a caption encoder (stage 1)",
-        "llm2clip.teacher.config:TeacherConfig",
-        "llm2clip.teacher.train:train_teacher",
-        memory=("--micro-batch-size", "--gradient-checkpointing", "--precision bf16"),
-    ),
-    "join-teachers": Verb(
-        "one teacher of several, such as an LLM and a CLIP's own text half",
-        "llm2clip.teacher.join_config:JoinConfig",
-        "llm2clip.teacher.join:join_teachers",
-    ),
-    "build-bank": Verb(
-        "encode every caption once with the teacher",
-        "llm2clip.bank.config:BankConfig",
-        "llm2clip.bank.build:build_bank",
-        memory=("--batch-tokens", "--precision bf16", "--device cpu"),
-    ),
-    "bank info": Verb("what a bank holds", "llm2clip.bank.config:BankInfoConfig", "llm2clip.bank.info:bank_info"),
-    "bank verify": Verb(
-        "read every checksum, encode a sample again and compare",
-        "llm2clip.bank.config:BankVerifyConfig",
-        "llm2clip.bank.verify:verify_bank",
-        memory=("--device cpu",),
-    ),
-    "bank add": Verb(
-        "add captions or a kind, encoding only what is new",
-        "llm2clip.bank.config:BankAddConfig",
-        "llm2clip.bank.merge:add_to_bank",
-        memory=("--batch-tokens", "--device cpu"),
-    ),
-    "bank merge": Verb(
-        "one bank out of several", "llm2clip.bank.config:BankMergeConfig", "llm2clip.bank.merge:merge_banks"
-    ),
-    "bank export": Verb(
-        "the vectors as Parquet or a datasets folder",
-        "llm2clip.bank.config:BankExportConfig",
-        "llm2clip.bank.export:export_bank",
-    ),
-    "train-student": Verb(
-        "fine-tune a vision tower on pictures and a bank (stage 2)",
-        "llm2clip.student.config:StudentConfig",
-        "llm2clip.student.train:train_student",
-        memory=("--micro-batch-size", "--gradient-checkpointing", "--batch-size"),
-    ),
-    "evaluate": Verb(
-        "score retrieval and caption retrieval; writes report.json, .md, .html",
-        "llm2clip.eval.config:EvaluateConfig",
-        "llm2clip.eval.run:evaluate",
-        memory=("--batch-size", "--precision bf16", "--device cpu"),
-    ),
-    "export": Verb(
-        "write a folder for transformers, sentence-transformers, or the plain tower",
-        "llm2clip.export.config:ExportConfig",
-        "llm2clip.export.run:export_model",
-        memory=("--device cpu",),
-    ),
-    "demo": Verb(
-        "the whole pipeline on generated pictures with mini models, in minutes (in a checkout of the repository)",
-        "demo.config:DemoConfig",
-        "demo.run:run_demo",
-    ),
-}
+from llm2clip.verbs import VERBS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -166,55 +84,9 @@ def parse(verb: str, arguments: list[str]) -> Any:
     Raises:
         UsageError: for a misspelt flag, a bad value or file.
     """
-    import tyro
+    from llm2clip import flags
 
-    from llm2clip.config import from_file
-
-    cls = _load(VERBS[verb].config)
-    rest, file = _take_config_flag(arguments)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                cls,
-                prog=f"llm2clip {verb}",
-                args=rest,
-                default=None if file is None else from_file(cls, file),
-                description=f"{inspect.getdoc(cls)}\n\n--config FILE takes the settings of an earlier run "
-                "(its run.json or manifest.json); flags given beside it win.",
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise UsageError(f"{_one_line(complaint.getvalue())} (llm2clip {verb} --help lists the flags)") from None
-
-
-def _one_line(box: str) -> str:
-    """The parser's framed complaint as one line: its sections without frame, help texts and pointers.
-
-    The frame is drawn with hyphens where stdout is not UTF-8; its first line is its title.
-    """
-    text = "\n".join(line.strip("│╰╯ ") for line in box.splitlines()[1:])
-    sections = [" ".join(section.split()) for section in re.split(r"(?m)^[─-]{3,}$", text)]
-    kept = [part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))]
-    return re.sub(r"Error parsing [A-Z]\w*: ", "", "; ".join(kept))
-
-
-def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
-    """`arguments` without `--config FILE` (or `--config=FILE`), and the file."""
-    rest: list[str] = []
-    file = None
-    words = iter(arguments)
-    for word in words:
-        if word == "--config":
-            file = next(words, None)
-            if file is None:
-                raise UsageError("--config needs a file: the run.json or manifest.json of an earlier run")
-        elif word.startswith("--config="):
-            file = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return rest, file
+    return flags.parse(verb, VERBS[verb], _load(VERBS[verb].config), arguments)
 
 
 def overview() -> str:

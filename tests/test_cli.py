@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
@@ -131,6 +132,11 @@ def test_wrong_use_is_one_line_and_exit_code_2(
         (OSError(28, "No space left on device", "x"), 1, "[Errno 28] No space left on device: 'x'"),
         (MemoryError(), 1, "out of memory (of this machine); it takes a machine that has more"),
         (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            1,
+            "DefaultCPUAllocator: can't allocate memory: 9 bytes); it takes a machine that has more",
+        ),
+        (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
             1,
             "out of memory (CUDA out of memory. Tried to allocate 20 GiB); it takes a machine that has more",
@@ -226,6 +232,32 @@ def test_help_puts_first_what_matters_and_ends_with_a_command(capsys: pytest.Cap
     assert "optimizer options" in text
     assert text.rstrip().endswith("--epochs 4 --out student")
     assert "recognised without it." in field_docs(SourceConfig)["captions"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "code"),
+    [(">/dev/null 2>&-", 0), (">&-", 0), (">&- 2>&- <&-", 0), ("| true; exit ${PIPESTATUS[0]}", 0), ("bank 2>&-", 2)],
+)
+def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
+    command = f"{shlex.quote(sys.executable)} -m llm2clip {'--help' if code == 0 else ''} {tail}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_log_whose_reader_went_does_not_end_a_run(
+    seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def speak(config: ToyConfig) -> Path:
+        logging.getLogger("llm2clip").info("news")
+        return tmp_path
+
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys.modules["toy_verb"], "run", speak)
+    with open(write, "w", buffering=1) as broken, contextlib.suppress(BrokenPipeError):
+        monkeypatch.setattr(sys, "stderr", broken)
+        assert cli.run(["toy", "--data", "a"]) == 0
+        assert cli.run(["toy", "--date", "a"]) == 2
 
 
 COMMANDS = re.compile(r"^(?:\$ )?(llm2clip [a-z][^#\n]*)", flags=re.MULTILINE)

@@ -5,10 +5,12 @@ Exit code 0 only when the artifact is whole, 2 for wrong use, 1 for a run that f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -20,9 +22,28 @@ from llm2clip.verbs import VERBS
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit with its code."""
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: bars and names are not ASCII, some terminals are
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader went; what Python still holds of it goes nowhere when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started without standard streams ones that lead nowhere.
+
+    Otherwise the next files to be opened take their numbers, and what libraries write to "stderr" goes into these.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for the process's life)
 
 
 @settings_as_flags()
@@ -46,10 +67,12 @@ def run(arguments: list[str]) -> int:
         result = _load(VERBS[verb].function)(config)
     except LLM2CLIPError as error:
         return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE  # as a shell says it of a program whose reader went
     except OSError as error:  # a full disk, a missing right: the system's own words and the file it speaks of
         return _fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's; not imported
+        if not _is_out_of_memory(error):
             raise
         found = str(error).split(". GPU ")[0].rstrip(".") or "of this machine"  # torch goes on for many sentences
         return _fail(f"out of memory ({found}); {_what_needs_less(verb, config)}", 1)
@@ -58,6 +81,15 @@ def run(arguments: list[str]) -> int:
     if _is_main_process() and isinstance(result, os.PathLike):
         sys.stdout.write(f"{os.fspath(result)}\n")
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator found no room: Python's, a GPU's, or torch's for the CPU, which has no error of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; not imported
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 def find_verb(arguments: list[str]) -> tuple[str, list[str]]:
@@ -159,7 +191,8 @@ def _find_demo() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"llm2clip: error: {' '.join(message.split())}\n")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"llm2clip: error: {' '.join(message.split())}\n")
     return code
 
 
@@ -178,7 +211,8 @@ def _start_logging() -> None:
         """Lines on stderr that do not tear a progress bar apart."""
 
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stderr)
+            with contextlib.suppress(OSError):  # its reader went: a run does not end for that
+                tqdm.write(self.format(record), file=sys.stderr)
 
     logger = logging.getLogger("llm2clip")
     logger.handlers[:] = [Handler()]

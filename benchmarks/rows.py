@@ -2,8 +2,8 @@
 
 A row is a dictionary: `name`, `value`, `unit`; where they apply `ratio` and `against` (what it is the ratio to),
 `spread` (least and largest ratio of the rounds, or value where there is no ratio), `clock_mhz` of the GPU just after,
-`rounds` where time cut them ("2 of 3 rounds"), `reason` in the place of a value that was not measured, and `replaces`, true if it takes the place of an earlier row of
-its name.
+`rounds` where time cut them ("2 of 3 rounds"), `reason` in the place of a value that was not measured, and `replaces`,
+true if it takes the place of an earlier row of its name.
 """
 
 from __future__ import annotations

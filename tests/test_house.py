@@ -62,7 +62,7 @@ CIRCLES = {
 
 # names with an underscore that are no other library's secrets
 PYTHON = {*dir(type), *dir(list), "__all__", "__enter__", "__exit__", "__file__", "__getattr__", "__main__", "__next__"}
-PYTHON |= {"__del__", "__post_init__", "__setstate__", "__version__"}
+PYTHON |= {"__del__", "__path__", "__post_init__", "__setstate__", "__version__"}
 PROTOCOLS = {"__arrow_c_array__", "_replace", "_asdict", "_fields"}  # Arrow's, and a NamedTuple's own
 KNOWN = {
     # hooks that transformers asks a model to define; the file is copied beside a student and cannot import compat

@@ -25,11 +25,15 @@ def main(arguments: list[str] | None = None) -> None:
     _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: bars and names are not ASCII, some terminals are
-    code = run(sys.argv[1:] if arguments is None else arguments)
     try:
+        try:
+            code = run(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as stop:  # the parser's, after --help
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader went; what Python still holds of it goes nowhere when it ends
+    except BrokenPipeError:  # the reader went; what Python still holds for it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE  # as a shell says it of a program that ended so
     sys.exit(code)
 
 
@@ -67,8 +71,8 @@ def run(arguments: list[str]) -> int:
         result = _load(VERBS[verb].function)(config)
     except LLM2CLIPError as error:
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        return 128 + signal.SIGPIPE  # as a shell says it of a program whose reader went
+    except BrokenPipeError:  # `main` ends the process
+        raise
     except OSError as error:  # a full disk, a missing right: the system's own words and the file it speaks of
         return _fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:

@@ -33,15 +33,16 @@ def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
     """
     rest, file = _take_config_flag(arguments)
     groups = group_settings(cls, verb)
-    defaults = None if file is None else from_file(cls, file)
+    nested = _nested(cls, groups)
+    defaults = None if file is None else _nest(nested, from_file(cls, file))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             found = tyro.cli(
-                _nested(cls, groups),
+                nested,
                 prog=f"llm2clip {name}",
                 args=rest,
-                default=None if defaults is None else _nest(defaults, groups),
+                default=defaults,
                 description=f"{inspect.getdoc(cls)}\n\n{CONFIG}",
                 config=(tyro.conf.OmitArgPrefixes,),
             )
@@ -50,7 +51,10 @@ def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
             sys.stdout.write(f"\nFor example:\n  {verb.example}\n")
             raise
         raise UsageError(f"{_one_line(complaint.getvalue())} (llm2clip {name} --help lists the flags)") from None
-    return cls(**{key: value for group in groups for key, value in vars(getattr(found, group)).items()})
+    try:
+        return cls(**{key: value for group in groups for key, value in vars(getattr(found, group)).items()})
+    except UsageError as error:
+        raise UsageError(f"{error} (llm2clip {name} --help lists the flags)") from None
 
 
 def group_settings(cls: type[Any], verb: Verb) -> dict[str, list[dataclasses.Field[Any]]]:
@@ -84,11 +88,15 @@ def _nested(cls: type[Any], groups: dict[str, list[dataclasses.Field[Any]]]) -> 
     return dataclasses.make_dataclass(cls.__name__, sections)
 
 
-def _nest(config: Any, groups: dict[str, list[dataclasses.Field[Any]]]) -> Any:
-    nested = _nested(type(config), groups)
-    parts = {one.name: one.type for one in dataclasses.fields(nested)}
+def _nest(nested: type[Any], config: Any) -> Any:
+    """A config in the form of `_nested`."""
+    parts = {group.name: group.type for group in dataclasses.fields(nested)}
+    values = vars(config)
     return nested(
-        **{title: parts[title](**{one.name: getattr(config, one.name) for one in own}) for title, own in groups.items()}  # type: ignore[operator]
+        **{
+            name: part(**{one.name: values[one.name] for one in dataclasses.fields(part)})  # type: ignore[arg-type,operator]
+            for name, part in parts.items()
+        }
     )
 
 

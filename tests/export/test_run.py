@@ -279,7 +279,7 @@ def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatc
         out = export_model(ExportConfig(model=str(finished_student), to="a-number", out=tmp_path / "out"))
         assert (out / "number.txt").read_text() == "1" and "# A number\n\nOne of " in (out / "README.md").read_text()
         assert json.loads((out / "manifest.json").read_text())["checked"] == {"image": 1.0}
-    with pytest.raises(UsageError, match="did you mean"):
+    with pytest.raises(UsageError, match="'a-number' is unknown; choose from sentence-transformers, tower, transf"):
         ExportConfig(model=str(finished_student), to="a-number", out=out)
 
 

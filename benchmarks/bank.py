@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,10 +31,12 @@ print(json.dumps({"rows": num_rows, "peak": resource.getrusage(resource.RUSAGE_S
 """
 
 
-def run(device: str) -> list[dict]:
+def run(device: str, until: float | None = None) -> Iterator[dict]:
     """Rows for the table of `python -m benchmarks bank`."""
     with tempfile.TemporaryDirectory() as scratch:
-        return [*gather_rows(Path(scratch)), *int8_rows(), *memory_rows(Path(scratch))]
+        yield from gather_rows(Path(scratch))
+        yield from int8_rows()
+        yield from memory_rows(Path(scratch))
 
 
 def gather_rows(scratch: Path) -> list[dict]:

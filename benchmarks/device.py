@@ -21,6 +21,8 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "accelerate", "pef
 PEERS = ("open_clip_torch", "webdataset", "flash-attn", "bitsandbytes")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 SMI_SECONDS = 5
+CUT: list[str] = []
+"""Of the rounds taken last, how many of how many, where time was short."""
 PRODUCTS = 5
 
 
@@ -44,14 +46,21 @@ def timed(work: Callable[[], object], device: str) -> float:
 def rounds(most: int, until: float | None) -> Iterator[int]:
     """0, 1, ... below `most`; fewer where another round would end after `until`, but at least one.
 
+    Each is told of on stderr as it begins; `CUT` says of the last ones how many there were.
+
     Args:
+        most: how many the figures that are quoted rest on.
         until: on the clock of `time.monotonic`; None for all rounds.
     """
     longest = 0.0
+    CUT.clear()
     for number in range(most):
         start = time.monotonic()
         if number and until is not None and start + longest > until:
+            CUT.append(f"{number} of {most} rounds")
             return
+        left = f", about {(most - number) * longest:.0f} s to go" if longest else ""
+        print(f"round {number + 1} of {most}{left}", file=sys.stderr, flush=True)
         yield number
         longest = max(longest, time.monotonic() - start)
 

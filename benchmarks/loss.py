@@ -59,29 +59,34 @@ def run(settings: list[Setting], device: str, until: float | None = None) -> Ite
     """Rows of time, memory and agreement; on a CPU also of 65,536 pairs, and of gathering beside a ring."""
     for left, setting in zip(range(len(settings), 0, -1), settings, strict=True):
         if setting.own_processes:
-            yield from in_own_processes(setting, device)
+            yield from in_own_processes(setting, device, share_of(until, left))
         else:
             yield from in_turns(setting, device, share_of(until, left))
 
 
-def in_own_processes(setting: Setting, device: str) -> Iterator[dict]:
-    """Rows at 16,384 x 1,280 and 65,536 x 1,280, of agreement, and of gathering beside a ring."""
+def in_own_processes(setting: Setting, device: str, until: float | None) -> Iterator[dict]:
+    """Rows at 16,384 x 1,280, of agreement, and if there is time enough at 65,536 and of gathering beside a ring."""
     first = None
-    for ours, theirs in setting.compared:
+    number = len(setting.compared) + 2
+    for left, (ours, theirs) in zip(range(number, 0, -1), setting.compared, strict=False):
         measured = [
             {name: measure(name, setting.pairs, device) for name in present(ours, theirs)}
-            for _ in range(setting.rounds)
+            for _ in rounds(setting.rounds, share_of(until, left))
         ]
         rows = list(compare(ours, theirs, measured))
         first = first or rows[0]
         yield from rows
-    with_rows = [measure("softmax, equal captions left out", setting.pairs, device) for _ in range(setting.rounds)]
+    name = "softmax, equal captions left out"
+    with_rows = [measure(name, setting.pairs, device) for _ in rounds(setting.rounds, share_of(until, 2))]
     seconds = statistics.median(one["seconds"] for one in with_rows)
     yield row("softmax, equal captions left out: time", seconds, "s", seconds / first["value"], "softmax")
+    yield from compare_with_ring(until)
+    if until is not None:
+        yield not_measured(f"softmax at {MOST_PAIRS:,}", "takes minutes: give --full")
+        return
     largest = measure("softmax", MOST_PAIRS, device)
     yield row(f"softmax at {MOST_PAIRS:,}: time", largest["seconds"], "s")
     yield row(f"softmax at {MOST_PAIRS:,}: extra memory", largest["extra_bytes"] / 2**30, "GiB")
-    yield from compare_with_ring()
 
 
 def in_turns(setting: Setting, device: str, until: float | None) -> Iterator[dict]:
@@ -221,12 +226,14 @@ def memory(device: str, *, highest: bool = False) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def compare_with_ring() -> list[dict]:
+def compare_with_ring(until: float | None) -> list[dict]:
     """Gathered captions (what we do) beside a ring, on two processes of this machine."""
-    rounds = {variant: [measure_ring(variant) for _ in range(ROUNDS)] for variant in ("gathered", "ring")}
+    measured = [{name: measure_ring(name) for name in ("gathered", "ring")} for _ in rounds(ROUNDS, until)]
     rows = []
     for key, name, unit, size in (("seconds", "time", "s", 1), ("extra_bytes", "extra memory", "GiB", 2**30)):
-        ours, ring = (statistics.median(one[key] for one in rounds[variant]) / size for variant in rounds)
+        ours, ring = (
+            statistics.median(one[variant][key] for one in measured) / size for variant in ("gathered", "ring")
+        )
         title = f"softmax, gathered, 2 processes x {PAIRS_A_PROCESS:,}: {name}"
         rows.append(row(title, ours, unit, ours / ring, f"passed around in a ring, {ring:.3g} {unit}"))
     return rows

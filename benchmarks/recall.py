@@ -15,11 +15,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from benchmarks.device import rounds, share_of
 
 NUM_PICTURES, CAPTIONS_EACH, DIM = 5_000, 5, 1_280
 KS = (1, 5, 10)
@@ -27,29 +29,29 @@ ROUNDS = 3
 LEAST, PEER = "one product and two top-10s", "CLIP_benchmark 1.6"
 
 
-def run(device: str) -> list[dict]:
+def run(device: str, until: float | None = None) -> Iterator[dict]:
     """Rows of time and extra memory, ours against the least and against the peer."""
     others = [LEAST, *([PEER] if importlib.util.find_spec("clip_benchmark") else [])]
-    rounds = [{route: measure(route, device) for route in ("ours", LEAST)} for _ in range(ROUNDS)]
-    if PEER in others:  # slow, and nobody's bar: once
-        rounds[0][PEER] = measure(PEER, device)
+    measured = [
+        {route: measure(route, device) for route in ("ours", LEAST)} for _ in rounds(ROUNDS, share_of(until, 2))
+    ]
 
     def median(route: str, key: str) -> float:
-        return statistics.median(one[route][key] for one in rounds if route in one)
+        return statistics.median(one[route][key] for one in measured if route in one)
 
-    rows = []
     for route in others:
+        if route == PEER:  # slow, and nobody's bar: once
+            measured[0][PEER] = measure(PEER, device)
         for key, scale, unit in (("seconds", 1, "s"), ("extra_bytes", 2**30, "GiB")):
             value, other = median("ours", key) / scale, median(route, key) / scale
             name = f"recall@1,5,10 both ways: {'time' if unit == 's' else 'extra memory'}"
-            rows.append(row(name, value, unit, value / other, f"{route}, {other:.2f} {unit}"))
+            yield row(name, value, unit, value / other, f"{route}, {other:.2f} {unit}")
     if PEER in others:
-        ours, theirs = (np.array(rounds[0][route]["recall"]) for route in ("ours", PEER))
-        rows.append(row("largest difference of a score", float(np.abs(ours - theirs).max()), "", None, PEER))
+        ours, theirs = (np.array(measured[0][route]["recall"]) for route in ("ours", PEER))
+        yield row("largest difference of a score", float(np.abs(ours - theirs).max()), "", None, PEER)
     cra = measure("caption retrieval", device)
-    rows.append(row("caption retrieval among 25,000: time", cra["seconds"], "s"))
-    rows.append(row("caption retrieval among 25,000: extra memory", cra["extra_bytes"] / 2**30, "GiB"))
-    return rows
+    yield row("caption retrieval among 25,000: time", cra["seconds"], "s")
+    yield row("caption retrieval among 25,000: extra memory", cra["extra_bytes"] / 2**30, "GiB")
 
 
 def row(name: str, value: float, unit: str, ratio: float | None = None, against: str = "") -> dict:

@@ -2,8 +2,8 @@
 
 A row is a dictionary: `name`, `value`, `unit`; where they apply `ratio` and `against` (what it is the ratio to),
 `spread` (least and largest ratio of the rounds, or value where there is no ratio), `clock_mhz` of the GPU just after,
-`reason` in the place of a value that was not measured, and `replaces`, true if it takes the place of an earlier row of
-its name.
+`rounds` where time cut them ("2 of 3 rounds"), `reason` in the place of a value that was not measured, and `replaces`,
+true if it takes the place of an earlier row of its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def line(row: dict[str, Any]) -> str:
     ratio = "" if row.get("ratio") is None else f"{row['ratio']:.3f}"
     spread = " to ".join(f"{bound:,.3g}" if ratio == "" else f"{bound:.2f}" for bound in row.get("spread") or ())
     clock = f"{row['clock_mhz']:,} MHz" if row.get("clock_mhz") else ""
-    notes = ", ".join(note for note in (row.get("against"), spread, clock, row.get("reason")) if note)
+    notes = ", ".join(
+        note for note in (row.get("against"), spread, clock, row.get("rounds"), row.get("reason")) if note
+    )
     return " | ".join((f"| {row['name']}", value.strip(), ratio, f"{notes} |"))
 
 

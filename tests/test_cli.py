@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
@@ -25,7 +26,10 @@ import torch
 
 from llm2clip import cli
 from llm2clip.config import Columns, Texts, Weights, to_dict
+from llm2clip.data.config import SourceConfig
 from llm2clip.errors import ArtifactError, UsageError, setting
+from llm2clip.flags import field_docs, group_settings
+from llm2clip.verbs import VERBS, Verb
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,8 +78,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[ToyConfig]:
     module = types.ModuleType("toy_verb")
     module.ToyConfig, module.run = ToyConfig, configs.append
     monkeypatch.setitem(sys.modules, "toy_verb", module)
-    monkeypatch.setitem(cli.VERBS, "toy", cli.Verb("toy", "toy_verb:ToyConfig", "toy_verb:run"))
-    monkeypatch.setitem(cli.VERBS, "toy tool", cli.Verb("toy", "toy_verb:ToyConfig", "toy_verb:run"))
+    monkeypatch.setitem(cli.VERBS, "toy", Verb(summary="toy", config="toy_verb:ToyConfig", function="toy_verb:run"))
+    monkeypatch.setitem(
+        cli.VERBS, "toy tool", Verb(summary="toy", config="toy_verb:ToyConfig", function="toy_verb:run")
+    )
     return configs
 
 
@@ -125,6 +131,12 @@ def test_wrong_use_is_one_line_and_exit_code_2(
         (ArtifactError("broken"), 1, "broken"),
         (OSError(28, "No space left on device", "x"), 1, "[Errno 28] No space left on device: 'x'"),
         (MemoryError(), 1, "out of memory (of this machine); it takes a machine that has more"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            1,
+            "out of memory ([enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes); "
+            "it takes a machine that has more",
+        ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
             1,
@@ -181,20 +193,72 @@ def field_texts(cls: type) -> dict[str, str]:
 def test_help_has_every_flag_with_its_text(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # wider, groups stand side by side
     with pytest.raises(SystemExit) as stop:
         cli.run([*verb.split(), "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "--config FILE" in out
-    shown = " ".join(out.replace("│", " ").split())
+    shown = re.sub(r"[\s│]", "", out)
     cls = cli._load(cli.VERBS[verb].config)
     texts = field_texts(cls)
     for field in dataclasses.fields(cls):
         positional = "Positional" in str(field.type)
         assert re.search(rf"(?<![\w-])--{field.name.replace('_', '-')}(?![\w-])", out) or positional, field.name
         assert len(texts[field.name].split()) > 1, f"{field.name} has no text"
-        assert " ".join(texts[field.name].split()) in shown, f"{field.name}: its text is not in the help"
+        assert "".join(texts[field.name].split()) in shown, f"{field.name}: its text is not in the help"
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_help_of_a_verb_has_each_setting_once_in_groups_of_few(name: str) -> None:
+    verb = VERBS[name]
+    cls = cli._load(verb.config)
+    groups = group_settings(cls, verb)
+    shown = [one.name for own in groups.values() for one in own]
+    fields = [one.name for one in dataclasses.fields(cls)]
+    assert sorted(shown) == sorted(fields) and set(verb.groups.values()) <= set(fields)
+    assert "" not in groups, f"{groups['']} come before the first group"
+    assert max(map(len, groups.values())) <= 9
+    assert set(field_docs(cls)) >= set(fields)
+    words = shlex.split(verb.example)
+    assert cli.parse(name, words[1 + len(name.split()) :]) is not None
+
+
+def test_help_puts_first_what_matters_and_ends_with_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["train-student", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(flag) for flag in ("--bank ", "--tower ", "--val-bank ", "--dim ", "--layer-decay ")]
+    assert places == sorted(places)
+    assert "optimizer options" in text
+    assert text.rstrip().endswith("--epochs 4 --out student")
+    assert "recognised without it." in field_docs(SourceConfig)["captions"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "code"),
+    [(">/dev/null 2>&-", 0), (">&-", 0), (">&- 2>&- <&-", 0), ("| true; exit ${PIPESTATUS[0]}", 141), ("bank 2>&-", 2)],
+)
+def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
+    command = f"{shlex.quote(sys.executable)} -m llm2clip {'' if code == 2 else '--help'} {tail}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_log_whose_reader_went_does_not_end_a_run(
+    seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def speak(config: ToyConfig) -> Path:
+        logging.getLogger("llm2clip").info("news")
+        return tmp_path
+
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys.modules["toy_verb"], "run", speak)
+    with contextlib.suppress(BrokenPipeError), open(write, "w", buffering=1) as broken:  # closing it complains, too
+        monkeypatch.setattr(sys, "stderr", broken)
+        assert cli.run(["toy", "--data", "a"]) == 0
+        assert cli.run(["toy", "--date", "a"]) == 2
 
 
 COMMANDS = re.compile(r"^(?:\$ )?(llm2clip [a-z][^#\n]*)", flags=re.MULTILINE)

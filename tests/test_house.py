@@ -36,7 +36,7 @@ FUNCTION, NINE_IN_TEN = 80, 25
 
 STAGES = {"data", "teacher", "bank", "student", "eval", "export", "search", "recipes"}
 CORE = {"artifacts", "compat", "config", "errors", "hub", "metrics", "progress", "protocols"}
-TOP = {"__init__", "__main__", "cli", "opening", "pipeline"}
+TOP = {"__init__", "__main__", "bundle", "cli", "flags", "opening", "pipeline", "verbs"}
 
 # who may import whom, beside itself and core; the module names an edge allowed from that one file alone
 ALLOWED = {
@@ -45,9 +45,11 @@ ALLOWED = {
     "bank": {"data"},
     "student": {"data", "bank"},
     "eval": {"data"},
-    "export": {"teacher", "student", "opening", "pipeline"},
+    "export": {"student", "bundle", "opening", "pipeline"},
+    "bundle": {"teacher", "student"},
+    "flags": {"verbs"},
     "opening": {"teacher", "student"},
-    "pipeline": {"data", "teacher", "student", "opening"},
+    "pipeline": {"data", "teacher", "student", "bundle", "opening"},
 }
 SPECIAL = {("bank", "teacher"): "llm2clip.teacher.model", ("student", "bank"): "llm2clip.bank.reader"}
 ENTRY_POINTS = {("eval", "pipeline"): "eval/run.py", ("eval", "opening"): "eval/run.py"}
@@ -60,7 +62,7 @@ CIRCLES = {
 
 # names with an underscore that are no other library's secrets
 PYTHON = {*dir(type), *dir(list), "__all__", "__enter__", "__exit__", "__file__", "__getattr__", "__main__", "__next__"}
-PYTHON |= {"__del__", "__post_init__", "__setstate__", "__version__"}
+PYTHON |= {"__del__", "__path__", "__post_init__", "__setstate__", "__version__"}
 PROTOCOLS = {"__arrow_c_array__", "_replace", "_asdict", "_fields"}  # Arrow's, and a NamedTuple's own
 KNOWN = {
     # hooks that transformers asks a model to define; the file is copied beside a student and cannot import compat

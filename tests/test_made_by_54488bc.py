@@ -14,7 +14,7 @@ from PIL import Image
 from llm2clip import LLM2CLIP, Bank, EvaluateConfig, ExportConfig, Student, evaluate, export_model, load_teacher
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.verify import verify_bank
-from llm2clip.export.adaptor_module import AdaptorModule
+from llm2clip.student.adaptor_module import AdaptorModule
 from llm2clip.student.model import StudentModelConfig
 from llm2clip.teacher.fingerprint import compute_fingerprint, teacher_fingerprint
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from llm2clip import LLM2CLIP
+from llm2clip.bundle import save_bundle
 from llm2clip.data.bad import BadPicture
 from llm2clip.errors import ArtifactError, UsageError
-from llm2clip.export.bundle import save_bundle
 from llm2clip.pipeline import Teacher
 from llm2clip.protocols import ImageEncoder, ImageTextEncoder, TextEncoder
 from llm2clip.student.model import Student
@@ -158,7 +158,7 @@ def test_an_exported_folder_puts_the_same_prompt_before_texts(
     teacher.prompts, teacher.default_prompt_name = {"query": "this shows "}, "query"
     plain = LLM2CLIP.from_pretrained(finished_student, device="cpu")
     model = LLM2CLIP(plain.student, plain.transform, teacher, prompt=prompt)
-    save_bundle(model, tmp_path)
+    save_bundle(tmp_path, model.student, model.transform, teacher, prompt=prompt)
     vectors = torch.tensor(teacher.encode(TEXTS, prompt="this shows " if prompt is None else prompt))
     with torch.no_grad():
         expected = torch.nn.functional.normalize(plain.student.get_text_features(vectors), dim=-1).numpy()

@@ -42,9 +42,17 @@ def fields() -> dict[str, dict[str, str]]:
         found.clear()
         with contextlib.redirect_stderr(io.StringIO()):
             command(verb.split())
-        config = dataclasses.fields(found[0]) if found else ()  # a verb without flags
+        config = [field for cls in found for field in settings_of(cls)]  # none for a verb without flags
         table[verb] = {field.name: default(field) for field in config if field.init}
     return table
+
+
+def settings_of(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, or of those in its fields, where they are shown in groups."""
+    found = []
+    for field in dataclasses.fields(cls):
+        found += settings_of(field.type) if dataclasses.is_dataclass(field.type) else [field]  # type: ignore[arg-type]
+    return found
 
 
 def default(field: dataclasses.Field[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: a table of verbs, each a config dataclass and the function that takes it.
+"""The command line: finds the verb, has its flags read, runs it, and turns errors into one line and an exit code.
 
 Exit code 0 only when the artifact is whole, 2 for wrong use, 1 for a run that failed, 130 for Ctrl-C.
 """
@@ -7,104 +7,47 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import io
 import logging
 import os
-import re
+import signal
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip.errors import LLM2CLIPError, UsageError, settings_as_flags
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb: what it does, and where its config and its function live ("module:name").
-
-    Attributes:
-        memory: the flags to give, or to give lower numbers, where memory runs out; the mildest first.
-    """
-
-    summary: str
-    config: str
-    function: str
-    memory: tuple[str, ...] = ()
-
-
-VERBS = {
-    "train-teacher": Verb(
-        "turn an LLM into a caption encoder (stage 1)",
-        "llm2clip.teacher.config:TeacherConfig",
-        "llm2clip.teacher.train:train_teacher",
-        memory=("--micro-batch-size", "--gradient-checkpointing", "--precision bf16"),
-    ),
-    "join-teachers": Verb(
-        "one teacher of several, such as an LLM and a CLIP's own text half",
-        "llm2clip.teacher.join_config:JoinConfig",
-        "llm2clip.teacher.join:join_teachers",
-    ),
-    "build-bank": Verb(
-        "encode every caption once with the teacher",
-        "llm2clip.bank.config:BankConfig",
-        "llm2clip.bank.build:build_bank",
-        memory=("--batch-tokens", "--precision bf16", "--device cpu"),
-    ),
-    "bank info": Verb("what a bank holds", "llm2clip.bank.config:BankInfoConfig", "llm2clip.bank.info:bank_info"),
-    "bank verify": Verb(
-        "read every checksum, encode a sample again and compare",
-        "llm2clip.bank.config:BankVerifyConfig",
-        "llm2clip.bank.verify:verify_bank",
-        memory=("--device cpu",),
-    ),
-    "bank add": Verb(
-        "add captions or a kind, encoding only what is new",
-        "llm2clip.bank.config:BankAddConfig",
-        "llm2clip.bank.merge:add_to_bank",
-        memory=("--batch-tokens", "--device cpu"),
-    ),
-    "bank merge": Verb(
-        "one bank out of several", "llm2clip.bank.config:BankMergeConfig", "llm2clip.bank.merge:merge_banks"
-    ),
-    "bank export": Verb(
-        "the vectors as Parquet or a datasets folder",
-        "llm2clip.bank.config:BankExportConfig",
-        "llm2clip.bank.export:export_bank",
-    ),
-    "train-student": Verb(
-        "fine-tune a vision tower on pictures and a bank (stage 2)",
-        "llm2clip.student.config:StudentConfig",
-        "llm2clip.student.train:train_student",
-        memory=("--micro-batch-size", "--gradient-checkpointing", "--batch-size"),
-    ),
-    "evaluate": Verb(
-        "score retrieval and caption retrieval; writes report.json, .md, .html",
-        "llm2clip.eval.config:EvaluateConfig",
-        "llm2clip.eval.run:evaluate",
-        memory=("--batch-size", "--precision bf16", "--device cpu"),
-    ),
-    "export": Verb(
-        "write a folder for transformers, sentence-transformers, or the plain tower",
-        "llm2clip.export.config:ExportConfig",
-        "llm2clip.export.run:export_model",
-        memory=("--device cpu",),
-    ),
-    "demo": Verb(
-        "the whole pipeline on generated pictures with mini models, in minutes (in a checkout of the repository)",
-        "demo.config:DemoConfig",
-        "demo.run:run_demo",
-    ),
-}
+from llm2clip.verbs import VERBS
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit with its code."""
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: bars and names are not ASCII, some terminals are
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    try:
+        try:
+            code = run(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as stop:  # the parser's, after --help
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader went; what Python still holds for it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE  # as a shell says it of a program that ended so
+    sys.exit(code)
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started without standard streams ones that lead nowhere.
+
+    Otherwise the next files to be opened take their numbers, and what libraries write to "stderr" goes into these.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for the process's life)
 
 
 @settings_as_flags()
@@ -128,10 +71,12 @@ def run(arguments: list[str]) -> int:
         result = _load(VERBS[verb].function)(config)
     except LLM2CLIPError as error:
         return _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # `main` ends the process
+        raise
     except OSError as error:  # a full disk, a missing right: the system's own words and the file it speaks of
         return _fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's; not imported
+        if not _is_out_of_memory(error):
             raise
         found = str(error).split(". GPU ")[0].rstrip(".") or "of this machine"  # torch goes on for many sentences
         return _fail(f"out of memory ({found}); {_what_needs_less(verb, config)}", 1)
@@ -140,6 +85,15 @@ def run(arguments: list[str]) -> int:
     if _is_main_process() and isinstance(result, os.PathLike):
         sys.stdout.write(f"{os.fspath(result)}\n")
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator found no room: Python's, a GPU's, or torch's for the CPU, which has no error of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; not imported
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 def find_verb(arguments: list[str]) -> tuple[str, list[str]]:
@@ -166,55 +120,9 @@ def parse(verb: str, arguments: list[str]) -> Any:
     Raises:
         UsageError: for a misspelt flag, a bad value or file.
     """
-    import tyro
+    from llm2clip import flags
 
-    from llm2clip.config import from_file
-
-    cls = _load(VERBS[verb].config)
-    rest, file = _take_config_flag(arguments)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                cls,
-                prog=f"llm2clip {verb}",
-                args=rest,
-                default=None if file is None else from_file(cls, file),
-                description=f"{inspect.getdoc(cls)}\n\n--config FILE takes the settings of an earlier run "
-                "(its run.json or manifest.json); flags given beside it win.",
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise UsageError(f"{_one_line(complaint.getvalue())} (llm2clip {verb} --help lists the flags)") from None
-
-
-def _one_line(box: str) -> str:
-    """The parser's framed complaint as one line: its sections without frame, help texts and pointers.
-
-    The frame is drawn with hyphens where stdout is not UTF-8; its first line is its title.
-    """
-    text = "\n".join(line.strip("│╰╯ ") for line in box.splitlines()[1:])
-    sections = [" ".join(section.split()) for section in re.split(r"(?m)^[─-]{3,}$", text)]
-    kept = [part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))]
-    return re.sub(r"Error parsing [A-Z]\w*: ", "", "; ".join(kept))
-
-
-def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
-    """`arguments` without `--config FILE` (or `--config=FILE`), and the file."""
-    rest: list[str] = []
-    file = None
-    words = iter(arguments)
-    for word in words:
-        if word == "--config":
-            file = next(words, None)
-            if file is None:
-                raise UsageError("--config needs a file: the run.json or manifest.json of an earlier run")
-        elif word.startswith("--config="):
-            file = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return rest, file
+    return flags.parse(verb, VERBS[verb], _load(VERBS[verb].config), arguments)
 
 
 def overview() -> str:
@@ -287,7 +195,8 @@ def _find_demo() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"llm2clip: error: {' '.join(message.split())}\n")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"llm2clip: error: {' '.join(message.split())}\n")
     return code
 
 
@@ -306,7 +215,8 @@ def _start_logging() -> None:
         """Lines on stderr that do not tear a progress bar apart."""
 
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stderr)
+            with contextlib.suppress(OSError):  # its reader went: a run does not end for that
+                tqdm.write(self.format(record), file=sys.stderr)
 
     logger = logging.getLogger("llm2clip")
     logger.handlers[:] = [Handler()]

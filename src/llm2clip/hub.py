@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
@@ -25,6 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each precision that a setting can name, but for "auto"."""
 STUDENT_CONFIG = "student_config.json"
 """What an exported bundle keeps of its student's config; no other SentenceTransformer has it."""
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+"""What loading a damaged or foreign model raises."""
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
 """What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""

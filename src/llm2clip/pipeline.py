@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llm2clip.bundle import open_bundle
 from llm2clip.data.images import Picture, load_image
 from llm2clip.errors import UsageError
 from llm2clip.hub import ModelFolder, find_model, pick_device
-from llm2clip.opening import check_match, open_bundle, open_student, origin_of
+from llm2clip.opening import check_match, open_student, origin_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

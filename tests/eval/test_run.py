@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from llm2clip import LLM2CLIP
+from llm2clip.bundle import save_bundle
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.run import evaluate
-from llm2clip.export.bundle import save_bundle
 from llm2clip.hub import ModelFolder
 
 KEYS = {
@@ -233,7 +233,8 @@ def test_exported_folder_alone_scores_the_same(
     report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bundle").mkdir()
-    save_bundle(LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu"), tmp_path / "bundle")
+    model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    save_bundle(tmp_path / "bundle", model.student, model.transform, model.teacher, prompt=model.prompt)
     report = evaluate(
         EvaluateConfig(model=str(tmp_path / "bundle"), data=(str(pictures_csv),), out=tmp_path / "report", device="cpu")
     )

@@ -15,8 +15,9 @@ import torch
 from llm2clip import LLM2CLIP
 from llm2clip.errors import LLM2CLIPError, UsageError
 from llm2clip.export.card import write_card
-from llm2clip.export.check import PROBE_TEXTS, compare, least_cosine, probe_embeds, probe_pictures
+from llm2clip.export.check import PROBE_TEXTS, compare, in_fresh_process, least_cosine, probe_embeds, probe_images
 from llm2clip.export.config import ExportConfig
+from llm2clip.export.format import find_format, format_names
 from llm2clip.export.run import export_model
 
 
@@ -58,7 +59,7 @@ def test_bundle_is_checked_in_a_fresh_process_without_llm2clip(bundle: Path) -> 
 def test_bundle_alone_is_the_model(bundle: Path, finished_student: Path, finished_teacher: Path) -> None:
     source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
     alone = LLM2CLIP.from_pretrained(bundle, device="cpu")
-    texts, pictures = [*PROBE_TEXTS, "a red disc", "a blue square"], probe_pictures()
+    texts, pictures = [*PROBE_TEXTS, "a red disc", "a blue square"], probe_images()
     np.testing.assert_allclose(alone.encode_text(texts), source.encode_text(texts), atol=1e-5)
     np.testing.assert_allclose(alone.encode_image(pictures), source.encode_image(pictures), atol=1e-5)
     assert np.ptp(alone.encode_text(texts), axis=0).max() > 0.05, "all texts look alike: nothing was shown"
@@ -105,7 +106,7 @@ def test_bundle_needs_trust_in_sentence_transformers(bundle: Path) -> None:
 def test_the_snippets_of_the_card_run(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    probe_pictures()[0].save(bundle / "cat.jpg")
+    probe_images()[0].save(bundle / "cat.jpg")
     card = (bundle / "README.md").read_text()
     assert "| coco/short/i2t_r@1 | 62.5 |" in card
     assert "`a/tower (clip_vision_model)`" in card
@@ -163,7 +164,7 @@ def test_transformers_folder(
     model = LLM2CLIP.from_pretrained(out, finished_teacher, device="cpu")
     np.testing.assert_allclose(model.encode_text(["a red disc"]), source.encode_text(["a red disc"]), atol=1e-6)
     assert manifest["teacher_fingerprint"] == source.origin["teacher_fingerprint"]
-    probe_pictures()[0].save(out / "cat.jpg")
+    probe_images()[0].save(out / "cat.jpg")
     (code,) = snippets((out / "README.md").read_text())
     assert "tensor(" in run_in(out, code, monkeypatch, capsys)
 
@@ -180,7 +181,7 @@ def test_tower_folder_is_of_its_own_family(
     for name, value in source.student.tower.state_dict().items():
         assert (tower.state_dict()[name] == value).all()
     assert json.loads((out / "manifest.json").read_text())["checked"]["image"] > 0.9999
-    probe_pictures()[0].save(out / "cat.jpg")
+    probe_images()[0].save(out / "cat.jpg")
     (code,) = snippets((out / "README.md").read_text())
     assert "torch.Size([1, 17, 32])" in run_in(out, code, monkeypatch, capsys)
 
@@ -188,13 +189,13 @@ def test_tower_folder_is_of_its_own_family(
 def test_a_folder_with_other_vectors_is_not_called_done(
     finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm2clip.export import run
+    from llm2clip.export.formats import tower
 
     def damage(model: LLM2CLIP, folder: Path) -> None:
         model.student.tower.embeddings.class_embedding.data.mul_(-20)
-        run.save_tower(model, folder)
+        tower.write(model, folder)
 
-    monkeypatch.setitem(run.WRITE, "tower", damage)
+    monkeypatch.setattr(tower, "FORMAT", dataclasses.replace(tower.FORMAT, write=damage))
     config = ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower")
     with pytest.raises(LLM2CLIPError, match="gives other image vectors than the model it was made from"):
         export_model(config)
@@ -220,15 +221,70 @@ def test_wrong_use_is_told_in_a_line(finished_student: Path, finished_teacher: P
 
 @pytest.mark.ci
 def test_a_folder_that_needs_llm2clip_does_not_pass(tmp_path: Path) -> None:
-    from llm2clip.export.check import encode_fresh
+    from llm2clip.export.formats.transformers import encode
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llm2clip"}))
     with pytest.raises(LLM2CLIPError, match="does not load in a fresh process: "):
-        encode_fresh("transformers", tmp_path, device="cpu", teacher_dim=32)
+        in_fresh_process(encode, tmp_path, device="cpu", in_float32=False, teacher_dim=32)
 
 
-def test_probe_pictures_are_the_same_every_time_and_differ() -> None:
-    first, again, others = probe_pictures(), probe_pictures(), probe_pictures(seed=1)
+def needy(folder: str, probes: Path, device: str, in_float32: bool) -> dict[str, object]:
+    import llm2clip
+
+    return {"image": llm2clip.__name__}
+
+
+@pytest.mark.ci
+def test_the_fresh_process_cannot_import_llm2clip(tmp_path: Path) -> None:
+    with pytest.raises(LLM2CLIPError, match="import of llm2clip halted"):
+        in_fresh_process(needy, tmp_path, device="cpu", in_float32=False)
+
+
+DUMMY = '''
+"""--to dummy: one number."""
+
+import numpy as np
+
+from llm2clip.export.format import Format
+
+
+def write(model, folder):
+    (folder / "number.txt").write_text("1")
+
+
+def expect(model):
+    return {"image": np.ones((1, 1), np.float32)}
+
+
+def reload(folder, facts, device, in_float32):
+    return {"image": np.full((1, 1), float((folder / "number.txt").read_text()), np.float32)}
+
+
+FORMAT = Format(
+    title="A number", library="none", task="other", contents="One of {{ dim }}.", use="Read it.",
+    write=write, expect=expect, reload=reload,
+)
+'''
+
+
+def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm2clip.export import formats
+
+    assert format_names() == ["sentence-transformers", "tower", "transformers"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a_number.py").write_text(DUMMY)
+    with monkeypatch.context() as added:
+        added.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "more")])
+        assert "a-number" in format_names()
+        out = export_model(ExportConfig(model=str(finished_student), to="a-number", out=tmp_path / "out"))
+        assert (out / "number.txt").read_text() == "1" and "# A number\n\nOne of " in (out / "README.md").read_text()
+        assert json.loads((out / "manifest.json").read_text())["checked"] == {"image": 1.0}
+    with pytest.raises(UsageError, match="'a-number' is unknown; choose from sentence-transformers, tower, transf"):
+        ExportConfig(model=str(finished_student), to="a-number", out=out)
+
+
+def test_probe_images_are_the_same_every_time_and_differ() -> None:
+    first, again, others = probe_images(), probe_images(), probe_images(seed=1)
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
     assert all(one.tobytes() != other.tobytes() for one, other in zip(first, others, strict=True))
     assert [picture.size for picture in first] == [(320, 240), (200, 300), (64, 64), (97, 500)]
@@ -264,6 +320,7 @@ FACTS = {
     "tower_type": "vit",
     "tower_class": "ViTModel",
     "pooling": "cls",
+    "load_options": {"add_pooling_layer": False},
     "image_size": [224, 336],
     "tower": "/home/me/towers/vit",
     "teacher_fingerprint": "t" * 16,
@@ -276,7 +333,7 @@ FACTS = {
 
 @pytest.mark.parametrize("kind", ["sentence-transformers", "transformers", "tower"])
 def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
-    write_card(tmp_path, {**FACTS, "to": kind}, scores={"b/r@1": 0.25, "a/r@1": 0.5})
+    write_card(tmp_path, find_format(kind), {**FACTS, "to": kind}, scores={"b/r@1": 0.25, "a/r@1": 0.5})
     card = (tmp_path / "README.md").read_text()
     library, task = {
         "sentence-transformers": ("sentence-transformers", "sentence-similarity"),
@@ -284,7 +341,7 @@ def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
         "tower": ("transformers", "image-feature-extraction"),
     }[kind]
     assert card.startswith(f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- llm2clip\n")
-    assert "pictures of 336 x 224 px" in card
+    assert "images of 336 x 224 px" in card
     rows = [
         f"| {name} | `{value}` |"
         for name, value in (
@@ -300,7 +357,7 @@ def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
     assert "## Scores\n\n| metric | % |\n|---|---|\n| a/r@1 | 50.0 |\n| b/r@1 | 25.0 |\n" in card
     if kind == "tower":
         assert 'ViTModel.from_pretrained(".", add_pooling_layer=False)' in card and "have 48 numbers" in card
-        write_card(tmp_path, {**FACTS, "pooling": "pooler"}, scores=None)
+        write_card(tmp_path, find_format(kind), {**FACTS, "pooling": "pooler", "load_options": {}}, scores=None)
         card = (tmp_path / "README.md").read_text()
         assert "add_pooling_layer" not in card and "## Scores" not in card
 

@@ -11,9 +11,9 @@ import torch
 import transformers as t
 
 from llm2clip import LLM2CLIP
-from llm2clip.export.bundle import save_bundle
-from llm2clip.export.check import PROBE_TEXTS, least_cosine, probe_pictures
-from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
+from llm2clip.bundle import save_bundle
+from llm2clip.export.check import PROBE_TEXTS, least_cosine, probe_images
+from llm2clip.export.formats import tower
 from llm2clip.student.model import Student
 from llm2clip.student.transform import ImageTransform
 
@@ -67,20 +67,20 @@ def model(request: pytest.FixtureRequest, finished_teacher: Path, tmp_path: Path
 
 
 def test_tower_and_bundle_are_the_model(model: LLM2CLIP, tmp_path: Path) -> None:
-    expected = model.encode_image(probe_pictures())
+    expected = model.encode_image(probe_images())
     assert least_cosine(expected[:1].repeat(3, 0), expected[1:]) < 0.999, "all pictures look alike: nothing is shown"
     (tmp_path / "alone").mkdir()
-    save_tower(model, tmp_path / "alone")
-    pooling = model.student.config.pooling
-    again = reloaded_tower_vectors(tmp_path / "alone", pooling=pooling, device=torch.device("cpu"))
-    assert least_cosine(tower_vectors(model), again) > 0.9999
+    tower.write(model, tmp_path / "alone")
+    facts = {"pooling": model.student.config.pooling}
+    again = tower.reload(tmp_path / "alone", facts, torch.device("cpu"), True)
+    assert least_cosine(tower.expect(model)["image"], again["image"]) > 0.9999
     texts = model.encode_text(PROBE_TEXTS)
     (tmp_path / "bundle").mkdir()
-    save_bundle(model, tmp_path / "bundle")
+    save_bundle(tmp_path / "bundle", model.student, model.transform, model.teacher)
     from sentence_transformers import SentenceTransformer
 
     bundle = SentenceTransformer(str(tmp_path / "bundle"), trust_remote_code=True, device="cpu")
-    assert least_cosine(expected, np.asarray(bundle.encode(probe_pictures()))) > 0.9999
+    assert least_cosine(expected, np.asarray(bundle.encode(probe_images()))) > 0.9999
     assert least_cosine(texts, np.asarray(bundle.encode(list(PROBE_TEXTS)))) > 0.9999
     opened = LLM2CLIP.from_pretrained(tmp_path / "bundle", device="cpu")
-    assert least_cosine(expected, opened.encode_image(probe_pictures())) > 0.9999
+    assert least_cosine(expected, opened.encode_image(probe_images())) > 0.9999

@@ -6,6 +6,7 @@ that follow each other in models of two layers.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -26,7 +27,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.bank.verify import cosines
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.run import evaluate
-from llm2clip.export.check import probe_pictures
+from llm2clip.export.check import probe_images
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.run import export_model
 from llm2clip.metrics import caption_retrieval_accuracy, recall_both_ways
@@ -206,18 +207,17 @@ def test_exports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One written by way of the device holds the same bytes, and leaves its memory to the process that tries it."""
-    from llm2clip.export import run
+    from llm2clip.export.formats import tower
 
     held: list[int] = []
-    real = run.reload
 
-    def watched(*words: Any, **options: Any) -> Any:
+    def watched(*words: Any) -> Any:
         held.append(torch.cuda.memory_reserved() - before)
-        return real(*words, **options)
+        return tower.reload(*words)
 
-    monkeypatch.setattr(run, "reload", watched)
+    monkeypatch.setattr(tower, "FORMAT", dataclasses.replace(tower.FORMAT, reload=watched))
     # What torch needs for any product stays, so it is there before the count begins.
-    LLM2CLIP.from_pretrained(finished_student, device=device).encode_image(probe_pictures())
+    LLM2CLIP.from_pretrained(finished_student, device=device).encode_image(probe_images())
     gc.collect()
     torch.cuda.empty_cache()
     before, folders = torch.cuda.memory_reserved(), []

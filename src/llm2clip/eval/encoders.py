@@ -15,10 +15,9 @@ from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, one_line, setting
-from llm2clip.hub import ModelFolder, cast, find_model, missing_weights
+from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast, find_model, missing_weights
 
 logger = logging.getLogger("llm2clip")
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
 class ClipEncoder:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from llm2clip.errors import LLM2CLIPError
-from llm2clip.export import fresh
 
 MIN_COSINE = 0.9999
 """Least cosine between a vector of the source and one of the exported folder."""
-PICTURE_SIZES = ((320, 240), (200, 300), (64, 64), (97, 500))
-"""Width and height of the probe pictures."""
+IMAGE_SIZES = ((320, 240), (200, 300), (64, 64), (97, 500))
+"""Width and height of the probe images."""
 PROBE_TEXTS = (
     "a dog",
     "A brown dog runs over a wet meadow; behind it stand two children in yellow raincoats.",
@@ -29,13 +30,13 @@ PROBE_TEXTS = (
 )
 
 
-def probe_pictures(seed: int = 0) -> list[Image.Image]:
-    """Smooth random pictures of several shapes."""
+def probe_images(seed: int = 0) -> list[Image.Image]:
+    """Smooth random images of several shapes."""
     generator = np.random.default_rng(seed)
-    coarse = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in PICTURE_SIZES]
+    coarse = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in IMAGE_SIZES]
     return [
         Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-        for pixels, size in zip(coarse, PICTURE_SIZES, strict=True)
+        for pixels, size in zip(coarse, IMAGE_SIZES, strict=True)
     ]
 
 
@@ -44,28 +45,43 @@ def probe_embeds(teacher_dim: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(4, teacher_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def encode_fresh(
-    kind: str, folder: Path, *, device: str | torch.device, teacher_dim: int, dtype: str = "auto"
+HIDDEN = """
+import sys
+from pathlib import Path
+from typing import Any
+import numpy
+sys.modules["llm2clip"] = None
+"""
+"""What comes before a function that runs by itself: a folder that needs llm2clip shall not pass."""
+
+
+def in_fresh_process(
+    encode: Callable[..., Any], folder: Path, *, device: torch.device | str, in_float32: bool, teacher_dim: int = 1
 ) -> dict[str, np.ndarray]:
-    """What a fresh process that cannot import llm2clip makes of the probes: `text` and `image` vectors.
+    """What `encode` makes of the probes in a fresh process that cannot import llm2clip: `text` and `image` vectors.
 
     Args:
-        dtype: "auto" computes in the dtype that the weights are saved in, "float32" in that.
+        encode: a function whose text stands by itself, imports included. It takes the folder, the folder of probes
+            (`*.png`, `texts.txt` of a text a line, `embeds.npy`), the device and `in_float32`.
+        folder: of the exported model.
+        device: where to compute.
+        in_float32: compute so, whatever the weights are saved in.
+        teacher_dim: T of the random teacher vectors [4, T].
 
     Raises:
         LLM2CLIPError: if it fails; with the last line it said.
     """
     with tempfile.TemporaryDirectory() as name:
         probes = Path(name)
-        for i, picture in enumerate(probe_pictures()):
-            picture.save(probes / f"{i}.png")
+        for i, image in enumerate(probe_images()):
+            image.save(probes / f"{i}.png")
         (probes / "texts.txt").write_text("\n".join(PROBE_TEXTS), encoding="utf-8")
         np.save(probes / "embeds.npy", probe_embeds(teacher_dim).numpy())
-        # the code file's text, not its path: its folder's modules would otherwise hide others of the same name
-        source = Path(fresh.__file__).read_text(encoding="utf-8")
+        call = f"{encode.__name__}(sys.argv[1], Path(sys.argv[2]), sys.argv[3], {in_float32})"
+        source = f"{HIDDEN}\n{inspect.getsource(encode)}\nnumpy.savez(Path(sys.argv[2], 'vectors.npz'), **{call})"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(probes / "modules")}
         result = subprocess.run(
-            [sys.executable, "-c", source, kind, str(folder.resolve()), str(probes), str(device), dtype],
+            [sys.executable, "-c", source, str(folder.resolve()), str(probes), str(device)],
             env=environment,
             cwd=probes,
             capture_output=True,

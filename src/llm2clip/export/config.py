@@ -8,8 +8,7 @@ from typing import Any
 
 from llm2clip.config import check_choice, to_dict
 from llm2clip.errors import UsageError, setting
-
-TARGETS = ("sentence-transformers", "transformers", "tower")
+from llm2clip.export.format import find_format, format_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +44,8 @@ class ExportConfig:
         Raises:
             UsageError: for an impossible value or combination.
         """
-        check_choice(setting("to"), self.to, TARGETS)
-        if self.to == "sentence-transformers" and self.teacher is None:
+        check_choice(setting("to"), self.to, format_names())
+        if find_format(self.to).needs_teacher and self.teacher is None:
             raise UsageError(
                 f"{setting('to', self.to)} puts the teacher into the folder: add {setting('teacher', 'DIR')}"
             )

@@ -7,23 +7,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
 from llm2clip.errors import UsageError, setting
-from llm2clip.export.bundle import save_bundle
 from llm2clip.export.card import read_scores, write_card
-from llm2clip.export.check import PROBE_TEXTS, compare, encode_fresh, probe_embeds, probe_pictures
+from llm2clip.export.check import compare
 from llm2clip.export.config import ExportConfig
-from llm2clip.export.tower import reloaded_tower_vectors, save_tower, tower_vectors
+from llm2clip.export.format import find_format
 from llm2clip.hub import cast, is_emulated, pick_device
 from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP
+from llm2clip.student.tower import load_options
 
 logger = logging.getLogger("llm2clip")
-Vectors = dict[str, np.ndarray]
 
 
 def export_model(config: ExportConfig) -> Path:
@@ -37,6 +34,7 @@ def export_model(config: ExportConfig) -> Path:
         >>> settings = ExportConfig(model="student", teacher="teacher", to="sentence-transformers", out="bundle")
         >>> export_model(settings)                                                     # doctest: +SKIP
     """
+    form = find_format(config.to)
     scores = None if config.report is None else read_scores(config.report)
     out = Path(config.out)
     with open_output(out, "export", config=config.settings()):
@@ -47,22 +45,22 @@ def export_model(config: ExportConfig) -> Path:
         device = pick_device(config.device)
         model = _open(config, device)
         facts = facts_of(model, config)
-        if config.to == "sentence-transformers" and model.teacher is None:
+        if form.needs_teacher and model.teacher is None:
             raise UsageError(f"the model has no teacher; add {setting('teacher', 'DIR')}")
         emulated = any(is_emulated(part, device) for part in _parts(model))
         for part in _parts(model):
             cast(part, device)  # where its precision would be emulated: to float32
-        expected = EXPECT[config.to](model)
+        expected = form.expect(model)
         in_float32 = all(weight.dtype == torch.float32 for part in _parts(model) for weight in part.parameters())
         if emulated:  # what is written is what was saved
             del model
             model = _open(config, device)
-        WRITE[config.to](model, out)
-        write_card(out, facts, scores=scores)
+        form.write(model, out)
+        write_card(out, form, facts, scores=scores)
         del model  # its copy in the fresh process needs the room
         gc.collect()
         torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
-        found = reload(config.to, out, facts, device=device, in_float32=in_float32)
+        found = form.reload(out, facts, device, in_float32)
         checked = compare(out, expected, found)
         logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))
         write_manifest(out, "export", config=config.settings(), **facts, checked=_rounded(checked))
@@ -96,45 +94,10 @@ def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:
         "tower_type": student.vision_config.model_type,
         "tower_class": type(model.student.tower).__name__,
         "pooling": student.pooling,
+        "load_options": load_options(type(model.student.tower), student.pooling),
         "image_size": list(model.transform.image_size),
         **model.origin,
     }
-
-
-def expected_bundle(model: LLM2CLIP) -> Vectors:
-    """The model's vectors of the probe texts and pictures."""
-    return {"text": model.encode_text(PROBE_TEXTS), "image": model.encode_image(probe_pictures())}
-
-
-def expected_model(model: LLM2CLIP) -> Vectors:
-    """The model's vectors of the probe pictures and of random teacher vectors."""
-    with torch.inference_mode():
-        text = model.student.get_text_features(probe_embeds(model.student.config.teacher_dim).to(model.device))
-    return {"text": normalize(text.float(), dim=-1).cpu().numpy(), "image": model.encode_image(probe_pictures())}
-
-
-def expected_tower(model: LLM2CLIP) -> Vectors:
-    """The tower's vectors of the probe pictures."""
-    return {"image": tower_vectors(model)}
-
-
-def save_model(model: LLM2CLIP, folder: Path) -> None:
-    """Write the student alone, with the code that `AutoModel` needs, and how its pictures are prepared."""
-    model.student.save_pretrained(folder)
-    model.transform.save(folder)
-
-
-def reload(kind: str, folder: Path, facts: dict[str, Any], *, device: torch.device, in_float32: bool) -> Vectors:
-    """The probes' vectors by what was written; `in_float32`: computed so, whatever the weights are saved in."""
-    if kind == "tower":
-        return {"image": reloaded_tower_vectors(folder, pooling=facts["pooling"], device=device)}
-    return encode_fresh(
-        kind, folder, device=device, teacher_dim=facts["teacher_dim"], dtype="float32" if in_float32 else "auto"
-    )
-
-
-EXPECT = {"sentence-transformers": expected_bundle, "transformers": expected_model, "tower": expected_tower}
-WRITE = {"sentence-transformers": save_bundle, "transformers": save_model, "tower": save_tower}
 
 
 def _listed(checked: dict[str, float]) -> str:

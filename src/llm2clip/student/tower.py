@@ -6,6 +6,7 @@ Letters: B pictures, N tokens, W tower width.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -40,6 +41,12 @@ def prune_tower(tower: Any, *, pooling: str) -> Any:
     if pooling != "pooler" and isinstance(getattr(tower, "head", None), nn.Module) and hasattr(tower, "use_head"):
         tower.head, tower.use_head = None, False
     return tower
+
+
+def load_options(tower_class: Any, pooling: str) -> dict[str, bool]:
+    """What `from_pretrained` needs, so that a pooler that was never trained is not made up at random."""
+    takes = inspect.signature(tower_class.__init__).parameters
+    return {"add_pooling_layer": False} if pooling != "pooler" and "add_pooling_layer" in takes else {}
 
 
 def pooled_output(tower: nn.Module, pixel_values: Tensor, *, pooling: str) -> Tensor:

@@ -1,0 +1,142 @@
+"""The flags of a verb: its settings' dataclass as groups of a help page, and what was typed as that dataclass."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import re
+import sys
+import textwrap
+import typing
+from typing import Annotated, Any
+
+import tyro
+
+from llm2clip.config import from_file
+from llm2clip.errors import UsageError
+from llm2clip.verbs import Verb
+
+CONFIG = (
+    "--config FILE takes the settings of an earlier run (its run.json or manifest.json); flags given beside it win."
+)
+
+
+def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
+    """A verb's settings from its flags; `--config FILE` gives those of an earlier run as defaults.
+
+    Raises:
+        UsageError: for a misspelt flag, a bad value or file.
+    """
+    rest, file = _take_config_flag(arguments)
+    groups = group_settings(cls, verb)
+    nested = _nested(cls, groups)
+    defaults = None if file is None else _nest(nested, from_file(cls, file))
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            found = tyro.cli(
+                nested,
+                prog=f"llm2clip {name}",
+                args=rest,
+                default=defaults,
+                description=f"{inspect.getdoc(cls)}\n\n{CONFIG}",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.write(f"\nFor example:\n  {verb.example}\n")
+            raise
+        raise UsageError(f"{_one_line(complaint.getvalue())} (llm2clip {name} --help lists the flags)") from None
+    try:
+        return cls(**{key: value for group in groups for key, value in vars(getattr(found, group)).items()})
+    except UsageError as error:
+        raise UsageError(f"{error} (llm2clip {name} --help lists the flags)") from None
+
+
+def group_settings(cls: type[Any], verb: Verb) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The fields of a verb's settings by the groups of its help: those that matter first, then by their order."""
+    fields = {one.name: one for one in dataclasses.fields(cls)}
+    main = verb.main.split()
+    groups = {"main": [fields[name] for name in main]} if main else {"verb": list(fields.values())}
+    title_of = {first: title for title, first in verb.groups.items()}
+    title = ""
+    for name, one in fields.items():
+        title = title_of.get(name, title)
+        if main and name not in main:
+            groups.setdefault(title, []).append(one)
+    return groups
+
+
+def _nested(cls: type[Any], groups: dict[str, list[dataclasses.Field[Any]]]) -> type[Any]:
+    """A dataclass of dataclasses, one a group, which tyro shows as groups."""
+    hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
+    sections = []
+    for title, fields in groups.items():
+        members = [
+            (
+                one.name,
+                Annotated[hints[one.name], tyro.conf.arg(help=docs[one.name])],
+                dataclasses.field(default=one.default, default_factory=one.default_factory),  # type: ignore[call-overload]
+            )
+            for one in fields
+        ]
+        sections.append((title, dataclasses.make_dataclass(title, members, kw_only=True)))
+    return dataclasses.make_dataclass(cls.__name__, sections)
+
+
+def _nest(nested: type[Any], config: Any) -> Any:
+    """A config in the form of `_nested`."""
+    parts = {group.name: group.type for group in dataclasses.fields(nested)}
+    values = vars(config)
+    return nested(
+        **{
+            name: part(**{one.name: values[one.name] for one in dataclasses.fields(part)})  # type: ignore[arg-type,operator]
+            for name, part in parts.items()
+        }
+    )
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstring under each field of a dataclass and of those it inherits from."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for before, after in itertools.pairwise(body):
+            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                text = inspect.cleandoc(ast.literal_eval(after.value))
+                docs[ast.unparse(before.target)] = re.sub(r"\n(?![\n ])", " ", text)  # tables keep their lines
+    return docs
+
+
+def _one_line(box: str) -> str:
+    """The parser's framed complaint as one line: its sections without frame, help texts and pointers.
+
+    The frame is drawn with hyphens where stdout is not UTF-8; its first line is its title.
+    """
+    text = "\n".join(line.strip("│╰╯ ") for line in box.splitlines()[1:])
+    sections = [" ".join(section.split()) for section in re.split(r"(?m)^[─-]{3,}$", text)]
+    kept = [part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))]
+    return re.sub(r"Error parsing [A-Z]\w*: ", "", "; ".join(kept))
+
+
+def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
+    """`arguments` without `--config FILE` (or `--config=FILE`), and the file."""
+    rest: list[str] = []
+    file = None
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            file = next(words, None)
+            if file is None:
+                raise UsageError("--config needs a file: the run.json or manifest.json of an earlier run")
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return rest, file

@@ -44,6 +44,10 @@ class Reading:
     captions: Mapping[str, str] = field(default_factory=dict)
     image: str | None = None
     allow_outside: bool = False
+    split: str | None = None
+    """Rows of a table whose column `split` says so, or the folder of this name; None for all rows."""
+    text_lines: str = "auto"
+    """What the lines of a text file are, see `SourceConfig`."""
     pictures: bool = True
     """Whether pictures are needed; if not, they are neither looked for nor checked."""
     word: str = "data"

@@ -38,6 +38,7 @@ UNSEEN = frozenset({"Cc", "Cf", "Cn", "Zl", "Zp", "Zs"})
 BLANKS = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
 """Letters and marks that leave none either: fillers, the empty Braille cell, variation selectors."""
 NOT_CAPTIONS = frozenset({"caption_id", "text_id", "description_id"})  # numbers, not Indonesian
+MOST_TOLD = 10
 STEM = "captions?|texts?|descriptions?"
 
 
@@ -55,6 +56,27 @@ class Layout:
         """All of them, the captions' first."""
         texts = [column for columns in self.captions.values() for column in columns]
         return tuple(dict.fromkeys([*texts, *filter(None, [self.picture, self.folder])]))
+
+    def told(self, columns: Collection[str]) -> str:
+        """What is read of a table with these columns, and what is not, for a log.
+
+        >>> Layout("file", {"raw": ("caption",), "zh": ("zh_1", "zh_2")}).told(["file", "caption", "zh_1", "zh_2", "url"])
+        'image from file; captions raw from caption, zh from zh_1 and zh_2; not read: url'
+        """
+        place = " in ".join(filter(None, [self.picture, self.folder]))
+        kinds = ", ".join(f"{kind} from {' and '.join(names)}" for kind, names in self.captions.items())
+        unread = [column for column in columns if column not in self.columns]
+        more = f" and {len(unread) - MOST_TOLD} more" if len(unread) > MOST_TOLD else ""
+        return "; ".join(
+            filter(
+                None,
+                [
+                    place and f"image from {place}",
+                    kinds and f"captions {kinds}",
+                    unread and f"not read: {', '.join(unread[:MOST_TOLD])}{more}",
+                ],
+            )
+        )
 
     def name_in(self, row: Mapping[str, Any]) -> str:
         """The picture that a row names, with its folder; empty if it holds the picture itself, or nothing."""

@@ -236,19 +236,20 @@ def _json_object(key: str, ending: str, text: str, bad: BadSamples) -> dict[str,
     return {}
 
 
-def check_columns(path: str, samples: Sequence[Mapping[str, Any]], reading: Reading, store: Store[Any]) -> None:
-    """Check that the first samples of a tar or folder have the pictures and captions asked for (else UsageError)."""
+def check_columns(path: str, samples: Sequence[Mapping[str, Any]], reading: Reading, store: Store[Any]) -> str:
+    """What is read of the first samples of a tar or folder; UsageError if they lack the images or captions asked for."""
     unheard = BadSamples(1.0, quiet=True)
     columns: dict[str, None] = {}
     for endings in samples:
         columns |= dict.fromkeys(ending for ending in endings if not is_text(ending))
         columns |= dict.fromkeys(read_values("", endings, store, unheard))
     if not columns:
-        return
+        return ""
     picture = next(filter(None, (choose_picture(endings, reading.image) for endings in samples)), None)
     texts = find_layout([c for c in columns if c != picture], captions=reading.captions, image="")
     layout = Layout(picture, texts.captions)
     require(layout, columns, path, captions=reading.captions, image=None, picture=reading.pictures)
+    return layout.told(columns)
 
 
 def split_folder(folder: str, *, word: str = "data", split: str | None = None) -> str | None:
@@ -329,7 +330,7 @@ class FolderPart:
         self._groups, self._repeated = group_members((name, name) for name, _ in files)
         self.size = fingerprint(files)
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Check that there are pictures with captions."""
         where = f"{self.reading.word} {self.path}"
         if not self._groups:
@@ -345,7 +346,7 @@ class FolderPart:
                 f"{where} holds {len(with_images)} pictures and no captions; put a .txt or .json of the same "
                 "name beside each, or a metadata.csv with the columns file_name and caption"
             )
-        check_columns(self.path, with_text[:NUM_SAMPLES_CHECKED], self.reading, self)
+        return check_columns(self.path, with_text[:NUM_SAMPLES_CHECKED], self.reading, self)
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples, sorted by path."""

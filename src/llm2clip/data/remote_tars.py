@@ -41,8 +41,9 @@ def tar_part(file: File, reading: Reading) -> TarPart:
 class RemoteTarPart(TarPart):
     """A tar of samples behind a URL."""
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Nothing: opening it is the stream's business."""
+        return ""
 
     def opened(self) -> Tar:
         """It, at its beginning."""

@@ -65,8 +65,12 @@ class Part(Protocol):
     name: str
     size: Any
 
-    def check(self) -> None:
-        """Look at its beginning, so that a wrong column (UsageError) or file (SourceError) is told at once."""
+    def check(self) -> str:
+        """Look at its beginning, so that a wrong column (UsageError) or file (SourceError) is told at once.
+
+        Returns:
+            What is read of it and what is not, for a log; "" if that is not known yet.
+        """
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples, the same order every time; bad ones are counted."""

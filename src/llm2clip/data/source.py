@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llm2clip.artifacts import fingerprint
-from llm2clip.data.bad import BadSamples
+from llm2clip.data.bad import BadSamples, logger
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.files import FolderPart, files_in, split_folder
 from llm2clip.data.remote_tars import tar_part
@@ -66,9 +66,13 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
         if part.path in seen:
             raise UsageError(f"{word} names {part.path} twice; name it once")
         seen.add(part.path)
+    told: dict[str, list[str]] = {}
     for part in parts[:NUM_PARTS_CHECKED]:
         with _naming(part):
-            part.check()
+            told.setdefault(part.check(), []).append(part.path)
+    for what, paths in told.items():
+        if what:
+            logger.info("%s%s: %s", paths[0], f" and {len(paths) - 1} like it" if len(paths) > 1 else "", what)
     return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
 
 

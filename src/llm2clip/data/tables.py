@@ -305,25 +305,27 @@ class TablePart:
         self.name = file.label or file.path
         self._places = Places(file.path, allow_outside=reading.allow_outside)
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Check its columns, and that not all of its pictures lie outside its folder."""
         table, layout = self._open()
+        told = layout.told([column for column in table.columns if column != SPLIT_COLUMN])
         if not self.reading.pictures:
-            return
+            return told
         if layout.picture in table.embedded:
             if suffix(self.path) == ".parquet":
                 _tell_of_slow_parquet()
-            return
+            return told
         first = ""
         for _, row in self._rows(table, layout):
             try:
                 if isinstance(row, dict) and (name := layout.name_in(row)):
                     self._places.resolve(name)
-                    return
+                    return told
             except BadPicture as error:
                 first = first or error.detail
         if first:
             raise UsageError(first)
+        return told
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the table; of several rows the last counts."""

@@ -189,7 +189,7 @@ class TarPart:
         """It, open for reading."""
         return Tar(self.path)
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Check that it is a tar, and that its first samples have what is asked for."""
         if self.size == 0:
             raise SourceError(f"{self.path} is empty (0 bytes); fetch or write it again")
@@ -202,8 +202,7 @@ class TarPart:
             if start != ZEROS:
                 raise SourceError(f"{self.path} is no tar {packed}") from None
         groups, _, damage = group(itertools.islice(tar.members(), NUM_MEMBERS_CHECKED))
-        if damage is None:
-            check_columns(self.path, list(groups.values()), self.reading, tar)
+        return "" if damage else check_columns(self.path, list(groups.values()), self.reading, tar)
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the tar; members of a sample need not lie side by side."""

@@ -60,8 +60,8 @@ class Layout:
     def told(self, columns: Collection[str]) -> str:
         """What is read of a table with these columns, and what is not, for a log.
 
-        >>> Layout("file", {"raw": ("caption",), "zh": ("zh_1", "zh_2")}).told(["file", "caption", "zh_1", "zh_2", "url"])
-        'image from file; captions raw from caption, zh from zh_1 and zh_2; not read: url'
+        >>> Layout("file", {"raw": ("caption",), "zh": ("a", "b")}).told(["file", "caption", "a", "b", "url"])
+        'image from file; captions raw from caption, zh from a and b; not read: url'
         """
         place = " in ".join(filter(None, [self.picture, self.folder]))
         kinds = ", ".join(f"{kind} from {' and '.join(names)}" for kind, names in self.captions.items())

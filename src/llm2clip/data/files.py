@@ -237,7 +237,7 @@ def _json_object(key: str, ending: str, text: str, bad: BadSamples) -> dict[str,
 
 
 def check_columns(path: str, samples: Sequence[Mapping[str, Any]], reading: Reading, store: Store[Any]) -> str:
-    """What is read of the first samples of a tar or folder; UsageError if they lack the images or captions asked for."""
+    """What is read of the first samples of a tar or folder; UsageError if they lack what is asked for."""
     unheard = BadSamples(1.0, quiet=True)
     columns: dict[str, None] = {}
     for endings in samples:

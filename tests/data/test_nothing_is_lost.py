@@ -84,7 +84,7 @@ def test_a_text_with_a_caption_a_line(
     expected = {"a": tuple(lines), "b": (paragraphs,), "c": ("a", "b")}
     with caplog.at_level(logging.INFO, logger="llm2clip"):
         assert captions(source_of(folder / "t.tar")) == expected
-    told = [record.message for record in caplog.records]
+    told = [record.message for record in caplog.records[1:]]
     assert told == [
         "a: its txt has 5 lines, read as as many captions; where a text is one caption, say so by text_lines='one'"
     ]

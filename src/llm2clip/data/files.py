@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from llm2clip.artifacts import fingerprint, is_output, read_json
@@ -303,7 +304,7 @@ def _names_in(folder: str) -> list[str]:
 
 def _saved_dataset(folder: str) -> list[str]:
     """The Arrow files of a dataset that `save_to_disk` wrote: those that its state names, not caches beside them."""
-    state = read_json(os.path.join(folder, "state.json"))
+    state = read_json(Path(folder, "state.json"))
     try:
         files = [os.path.join(folder, named["filename"]) for named in state["_data_files"]]
     except (KeyError, TypeError):

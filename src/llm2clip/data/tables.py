@@ -366,21 +366,22 @@ class TablePart:
         return table, self._with_folder(table, layout)
 
     def _with_folder(self, table: Table, layout: Layout) -> Layout:
-        """The layout, where its picture column holds but folders, with the column of the files' names instead."""
+        """The layout with the column that does hold image files, and that of their folder if they lie in it."""
         candidates = [] if self.reading.image else image_columns(table.columns)
         if len(candidates) < 2:
             return layout
         rows = [row for row in itertools.islice(table.rows(candidates), NUM_ROWS_LOOKED_AT) if isinstance(row, dict)]
         files = next((c for c in candidates if any(_is_image_name(row.get(c)) for row in rows)), None)
-        if files in (None, layout.picture):
+        if files is None:
             return layout
-        joined = replace(layout, picture=files, folder=layout.picture)
-        names = [(joined.name_in(row), name_in(row.get(files))) for row in rows]
-        alone = not is_url(self.path) and any(
-            name and not os.path.exists(self._places.join(whole)) and os.path.exists(self._places.join(name))
-            for whole, name in names
-        )
-        return replace(joined, folder=None) if alone else joined
+        folders = [None, *(column for column in candidates if column != files)]
+        choices = [replace(layout, picture=files, folder=folder) for folder in folders]
+        there = (choice for choice in choices if any(self._is_there(choice.name_in(row)) for row in rows))
+        likely = replace(layout, picture=files, folder=None if files == layout.picture else layout.picture)
+        return next(there, likely)
+
+    def _is_there(self, name: str) -> bool:
+        return bool(name) and not is_url(self.path) and os.path.isfile(self._places.join(name))
 
     def _rows(
         self, table: Table, layout: Layout, splits: Counter[str] | None = None

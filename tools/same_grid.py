@@ -25,6 +25,8 @@ SOURCE = {
     "allow_outside": "= --data $S/sub/outside.csv --allow-outside",
     "max_bad_fraction": "--data $S/bad.csv --max-bad-fraction 0.5",
     "revision": HUB,
+    "split": Because("the old code lacks it"),
+    "text_lines": Because("the old code lacks it"),
 }
 ENCODE = {
     "precision": "--precision bf16",
@@ -278,7 +280,14 @@ REMOVED: dict[str, dict[str, str]] = {
     },
 }
 """Verb -> field of the old code that is gone -> why. Verbs that are gone: field "*"."""
-ADDED: dict[str, dict[str, str]] = {"demo": {"ablations": "arms that a quick run has as before, others if asked"}}
+_READS = {
+    "split": "all rows as before, where it is not given",
+    "text_lines": "differs for texts of several lines alone",
+}
+ADDED: dict[str, dict[str, str]] = {
+    "demo": {"ablations": "arms that a quick run has as before, others if asked"},
+    **dict.fromkeys(("train-teacher", "build-bank", "bank add", "evaluate"), _READS),
+}
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
 RENAMED_OUTPUT: dict[str, str] = {}
 """Old key -> new key, in every JSON file and log, at any depth."""

@@ -162,6 +162,18 @@ def made_as(manifest: Mapping[str, Any]) -> str:
     return str(manifest.get("format", "")).removeprefix("llm2clip/")
 
 
+def is_output(folder: str | Path) -> bool:
+    """Whether a run of llm2clip began in `folder`, so that what lies there is no source of another.
+
+    `run.json` alone does not say so: other programs have one, too.
+    """
+    path = Path(folder) / RUN
+    try:
+        return path.is_file() and set(read_json(path)) == {"kind", "config"}
+    except ArtifactError:
+        return False
+
+
 def check_finished(folder: Path, name: str | Path) -> None:
     """Raise if a run began in `folder` and has not ended.
 

@@ -90,6 +90,16 @@ def setting(name: str, value: object = None) -> str:
     return " ".join([f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])])
 
 
+def shown(value: object, *, most: int = 80) -> str:
+    """A value from somebody's data as a message may quote it: its repr, cut where it would fill a screen.
+
+    >>> shown("a" * 100, most=10)
+    "'aaaaaaaa... (102 characters)"
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}... ({len(text):,} characters)"
+
+
 def one_line(error: BaseException) -> str:
     r"""What an exception says, in one line: its first that is not blank.
 

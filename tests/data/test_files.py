@@ -54,7 +54,7 @@ def test_pictures_with_texts_beside(tmp_path: Path, source_of: Open, jpeg: bytes
         "c": {"raw": ("x", "y")},
         "sub/b.v2": {"short": ("short",), "long": ("long",)},
     }
-    assert source.bad.counts == {"no caption": 1, "empty picture": 1}
+    assert source.bad.counts == {"no caption": 1, "empty picture": 1, "text without a picture": 1}
     assert [load_image(sample.picture).size for sample in source] == [(12, 8)] * 3
 
 

@@ -26,7 +26,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jpeg: bytes) -> list[An
         calls.append((name, config, revision))
         splits = {}
         for split in ("train", "test") if name == "org/name" else ("dev", "test"):
-            rows = {"image": [{"bytes": jpeg, "path": "x.jpg"}] * 2, "caption": [f"{split} 0", f"{split} 1"]}
+            images = [{"bytes": jpeg + bytes([i]), "path": "x.jpg"} for i in range(2)]
+            rows = {"image": images, "caption": [f"{split} 0", f"{split} 1"]}
             datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / split))
             splits[split] = datasets.load_from_disk(str(tmp_path / split))
         return datasets.DatasetDict(splits)
@@ -44,8 +45,9 @@ def test_a_split_is_read_from_the_cache(hub: list[Any], source_of: Open) -> None
 
 def test_train_is_taken_if_none_is_named(hub: list[Any], source_of: Open) -> None:
     assert next(iter(source_of("hf:org/name"))).captions == {"raw": ("train 0",)}
-    with pytest.raises(UsageError, match="has the splits dev, test; name one, as hf:org/other:dev"):
+    with pytest.raises(UsageError, match="holds the splits dev, test; name one by split='NAME'"):
         source_of("hf:org/other")
+    assert next(iter(source_of("hf:org/other", split="dev"))).captions == {"raw": ("dev 0",)}
     with pytest.raises(UsageError, match="has no split 'val'; it has train, test"):
         source_of("hf:org/name:val")
 

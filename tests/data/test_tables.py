@@ -265,9 +265,9 @@ def test_all_pictures_outside_the_folder_are_that_error_however_many(folder: Pat
 
 def test_more_embedded_pictures_than_are_read_at_once(tmp_path: Path, source_of: Open, make_picture: Any) -> None:
     """150 in batches of 64, across row groups of 40: each row has its own picture."""
-    rows = [{"image": make_picture((i % 50 + 3, 4)), "caption": f"c{i}"} for i in range(150)]
+    rows = [{"image": make_picture((i + 3, 4)), "caption": f"c{i}"} for i in range(150)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=40)
     samples = list(source_of(tmp_path / "t.parquet"))
     assert [sample.captions["raw"] for sample in samples] == [(f"c{i}",) for i in range(150)]
     assert [sample.picture.offset for sample in samples] == list(range(150))
-    assert [load_image(samples[i].picture).width for i in (0, 39, 40, 63, 64, 149)] == [3, 42, 43, 16, 17, 52]
+    assert [load_image(samples[i].picture).width for i in (0, 39, 40, 63, 64, 149)] == [3, 42, 43, 66, 67, 152]

@@ -95,7 +95,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert rows[0] == {"image": "a.jpg", "caption": ["x\u2028", "狗"]}
     assert [row.detail.split(":")[0] for row in rows if isinstance(row, BadRow)] == [
         "no JSON",
-        "'7' is no JSON object",
+        "7 is no JSON object",
         "no JSON",
     ]
 
@@ -103,7 +103,7 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_a_json_list(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": "x"}, 3], indent=1))
     table = JsonTable(str(tmp_path / "a.json"))
-    assert list(table.rows()) == [{"image": "a.jpg", "caption": "x"}, BadRow("'3' is no JSON object")]
+    assert list(table.rows()) == [{"image": "a.jpg", "caption": "x"}, BadRow("3 is no JSON object")]
     (tmp_path / "a.json").write_text('[{"image": "a.jpg"},')
     with pytest.raises(SourceError, match="is damaged JSON"):
         JsonTable(str(tmp_path / "a.json"))

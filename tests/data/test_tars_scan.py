@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.data.tars import Member, TarDamage, scan, split_name
+from llm2clip.data.files import split_name
+from llm2clip.data.tars import Member, TarDamage, scan
 
 Contents = dict[str, bytes]
 

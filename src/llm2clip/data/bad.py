@@ -31,6 +31,11 @@ class BadPicture(LLM2CLIPError):
         return f"{self.cause}: {self.detail}"
 
 
+def _cut(text: str, most: int) -> str:
+    """`text`, if somebody's data has not filled it with a novel."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 class BadSamples:
     """Counts defects by cause and keeps the first few of each as examples.
 
@@ -63,6 +68,7 @@ class BadSamples:
 
     def note(self, sample_id: str, cause: str, detail: str = "") -> None:
         """Count a defect that leaves its sample usable, such as one empty caption beside good ones."""
+        sample_id, detail = _cut(sample_id, 300), _cut(detail, 1000)
         if cause not in self.counts and not self.quiet:
             line = f"{sample_id}: {cause}{detail and f': {detail}'} (further ones are only counted)"
             # a file name that is no UTF-8 holds what a log in UTF-8 cannot

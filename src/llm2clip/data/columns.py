@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.data.bad import BadSamples
-from llm2clip.errors import UsageError, setting
+from llm2clip.errors import UsageError, setting, shown
 
 PICTURE_COLUMNS = (
     "image jpg jpeg png webp img picture photo pic image_path img_path picture_path photo_path image_filepath "
@@ -29,7 +31,14 @@ LANGUAGES = frozenset(
     "sl sr sv sw ta te th tr uk ur vi zh".split()
 )
 """`caption_zh`, `zh_caption` -> kind "zh"."""
+SENTENCE_KEYS = ("raw", "caption", "text", "sentence")
+"""Where a caption that is an object, as Karpathy's sentences are, has its text."""
+UNSEEN = frozenset({"Cc", "Cf", "Cn", "Zl", "Zp", "Zs"})
+"""Unicode's categories of what leaves no ink: controls, formats (zero-width ones), unassigned, separators."""
+BLANKS = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
+"""Letters and marks that leave none either: fillers, the empty Braille cell, variation selectors."""
 NOT_CAPTIONS = frozenset({"caption_id", "text_id", "description_id"})  # numbers, not Indonesian
+MOST_TOLD = 10
 STEM = "captions?|texts?|descriptions?"
 
 
@@ -39,12 +48,41 @@ class Layout:
 
     picture: str | None
     captions: Mapping[str, tuple[str, ...]]
+    folder: str | None = None
+    """The column of the folder that the picture's name is relative to, as in Karpathy's tables."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All of them, the captions' first."""
         texts = [column for columns in self.captions.values() for column in columns]
-        return tuple(dict.fromkeys([*texts, *([self.picture] if self.picture else [])]))
+        return tuple(dict.fromkeys([*texts, *filter(None, [self.picture, self.folder])]))
+
+    def told(self, columns: Collection[str]) -> str:
+        """What is read of a table with these columns, and what is not, for a log.
+
+        >>> Layout("file", {"raw": ("caption",), "zh": ("a", "b")}).told(["file", "caption", "a", "b", "url"])
+        'image from file; captions raw from caption, zh from a and b; not read: url'
+        """
+        place = " in ".join(filter(None, [self.picture, self.folder]))
+        kinds = ", ".join(f"{kind} from {' and '.join(names)}" for kind, names in self.captions.items())
+        unread = [column for column in columns if column not in self.columns]
+        more = f" and {len(unread) - MOST_TOLD} more" if len(unread) > MOST_TOLD else ""
+        return "; ".join(
+            filter(
+                None,
+                [
+                    place and f"image from {place}",
+                    kinds and f"captions {kinds}",
+                    unread and f"not read: {', '.join(unread[:MOST_TOLD])}{more}",
+                ],
+            )
+        )
+
+    def name_in(self, row: Mapping[str, Any]) -> str:
+        """The picture that a row names, with its folder; empty if it holds the picture itself, or nothing."""
+        name = name_in(row.get(self.picture)) if self.picture else ""
+        folder = name_in(row.get(self.folder)) if self.folder and name else ""
+        return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
 def find_layout(
@@ -66,8 +104,7 @@ def find_layout(
     if image is not None:
         picture = image if image in columns else None
     else:
-        by_name = {_plain(column): column for column in reversed(list(columns))}
-        usual = [by_name[name] for name in PICTURE_COLUMNS if name in by_name]
+        usual = image_columns(columns)
         picture = next(iter([*(c for c in usual if c in images), *images, *usual]), None)
     if captions:
         named = {
@@ -76,6 +113,21 @@ def find_layout(
     else:
         named = _usual_captions([column for column in columns if column != picture])
     return Layout(picture, {kind: found for kind, found in named.items() if found})
+
+
+def image_columns(columns: Collection[str]) -> list[str]:
+    """Those with a usual name of the picture's column, the likeliest first."""
+    by_name = {_plain(column): column for column in reversed(list(columns))}
+    return [by_name[name] for name in PICTURE_COLUMNS if name in by_name]
+
+
+def name_in(value: Any) -> str:
+    """The path in a picture's cell; empty if it holds bytes, or nothing; of several cells, the first that has one."""
+    if isinstance(value, list):
+        return next(filter(None, map(name_in, value)), "")
+    if isinstance(value, Mapping) and not value.get("bytes"):
+        value = value.get("path")
+    return value.strip() if isinstance(value, str) else ""
 
 
 def require(
@@ -132,20 +184,40 @@ def _texts(value: Any, column: str, sample_id: str, bad: BadSamples) -> list[str
         return []
     if isinstance(value, list | tuple):
         return [text for item in value for text in _texts(item, column, sample_id, bad)]
+    if isinstance(value, Mapping) and (inner := next((key for key in SENTENCE_KEYS if key in value), None)):
+        return _texts(value[inner], column, sample_id, bad)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if not isinstance(value, str):
-        bad.note(sample_id, "caption not text", f"{column} is {str(value)[:40]!r}")
+        bad.note(sample_id, "caption not text", f"{column} is {shown(value, most=42)}")
         return []
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         bad.note(sample_id, "caption not UTF-8", f"{column} is {value[:40]!a}")
         return []
-    if not (text := value.strip()):
-        bad.note(sample_id, "empty caption", f"{column} is empty")
+    text = value.strip()
+    if not any(map(_is_visible, text)):  # ends at the first letter
+        bad.note(sample_id, "empty caption", f"{column} is {ascii(text) if text else 'empty'}")
         return []
     return [text]
+
+
+def _is_visible(letter: str) -> bool:
+    return unicodedata.category(letter) not in UNSEEN and letter not in BLANKS
+
+
+def merge_columns(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Names and values as a row; what several columns of one name hold is a list, in their order.
+
+    >>> merge_columns([("image", "a.jpg"), ("caption", "one cat"), ("caption", "two cats")])
+    {'image': 'a.jpg', 'caption': ['one cat', 'two cats']}
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        for name in [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+            row[name] = [value for other, value in pairs if other == name]
+    return row
 
 
 def _usual_captions(columns: Sequence[str]) -> dict[str, tuple[str, ...]]:

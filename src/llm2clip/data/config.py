@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llm2clip.config import Columns
+from llm2clip.config import Columns, check_choice
 from llm2clip.errors import UsageError, setting
+
+TEXT_LINES = ("auto", "one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,15 @@ class SourceConfig:
     image: str | None = None
     """Column that holds the picture (a path, or embedded bytes); in a tar, its extension. Usual names are known."""
 
+    split: str | None = None
+    """Of a source with several splits the one to read: rows of a table whose column "split" says so, the folder of that
+    name below a folder, the split of a dataset of the Hub or of save_to_disk. By default train where it is such a
+    dataset, and all rows of a table (the log says of which splits)."""
+
+    text_lines: str = "auto"
+    """What a .txt beside an image, or in a tar, holds: one (a caption, whatever its lines), or auto (a caption a line;
+    one in all if an empty line parts paragraphs)."""
+
     allow_outside: bool = False
     """Let a table name pictures outside its own folder."""
 
@@ -50,5 +61,6 @@ class SourceConfig:
         if not isinstance(self.captions, Mapping):
             example = setting("captions", {"short": "caption"})
             raise UsageError(f"{setting('captions')} is {self.captions!r}; give each kind its column, as in {example}")
+        check_choice(setting("text_lines"), self.text_lines, TEXT_LINES)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"{setting('max_bad_fraction')} is {self.max_bad_fraction}; it is a share between 0 and 1")

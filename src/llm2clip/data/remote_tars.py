@@ -17,11 +17,11 @@ from typing import Any
 from llm2clip.artifacts import fingerprint
 from llm2clip.data.bad import BadPicture, logger
 from llm2clip.data.bytes import MAX_PICTURE_BYTES
-from llm2clip.data.files import MAX_TEXT_BYTES, is_text, may_be_picture
+from llm2clip.data.files import MAX_TEXT_BYTES, is_text, may_be_picture, split_name
 from llm2clip.data.images import check_header
 from llm2clip.data.sample import Reading
 from llm2clip.data.spec import File
-from llm2clip.data.tars import Member, Tar, TarDamage, TarPart, scan, split_name
+from llm2clip.data.tars import Member, Tar, TarDamage, TarPart, scan
 from llm2clip.data.urls import filesystem_of, is_url, url_errors
 from llm2clip.errors import SourceError
 
@@ -41,8 +41,9 @@ def tar_part(file: File, reading: Reading) -> TarPart:
 class RemoteTarPart(TarPart):
     """A tar of samples behind a URL."""
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Nothing: opening it is the stream's business."""
+        return ""
 
     def opened(self) -> Tar:
         """It, at its beginning."""

@@ -44,6 +44,10 @@ class Reading:
     captions: Mapping[str, str] = field(default_factory=dict)
     image: str | None = None
     allow_outside: bool = False
+    split: str | None = None
+    """Rows of a table whose column `split` says so, or the folder of this name; None for all rows."""
+    text_lines: str = "auto"
+    """What the lines of a text file are, see `SourceConfig`."""
     pictures: bool = True
     """Whether pictures are needed; if not, they are neither looked for nor checked."""
     word: str = "data"
@@ -61,8 +65,12 @@ class Part(Protocol):
     name: str
     size: Any
 
-    def check(self) -> None:
-        """Look at its beginning, so that a wrong column (UsageError) or file (SourceError) is told at once."""
+    def check(self) -> str:
+        """Look at its beginning, so that a wrong column (UsageError) or file (SourceError) is told at once.
+
+        Returns:
+            What is read of it and what is not, for a log; "" if that is not known yet.
+        """
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples, the same order every time; bad ones are counted."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llm2clip.artifacts import fingerprint
-from llm2clip.data.bad import BadSamples
+from llm2clip.data.bad import BadSamples, logger
 from llm2clip.data.config import SourceConfig
-from llm2clip.data.files import FolderPart, files_in
+from llm2clip.data.files import FolderPart, files_in, split_folder
 from llm2clip.data.remote_tars import tar_part
 from llm2clip.data.sample import Part, Reading, Sample
 from llm2clip.data.spec import File, find_files, local_file
@@ -50,26 +50,46 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
     if not config.data:
         raise UsageError(f"no source is given; name one or several, for example {written(setting, ('captions.csv',))}")
     reading = Reading(
-        captions=config.captions, image=config.image, allow_outside=config.allow_outside, pictures=pictures, word=word
+        captions=config.captions,
+        image=config.image,
+        allow_outside=config.allow_outside,
+        split=config.split,
+        text_lines=config.text_lines,
+        pictures=pictures,
+        word=word,
     )
-    files = [file for spec in config.data for file in find_files(spec, word=word, revision=config.revision)]
+    options = {"word": word, "revision": config.revision, "split": config.split}
+    files = [file for spec in config.data for file in find_files(spec, **options)]
     parts = [part for file in files for part in _parts_of(file, reading)]
     seen = set()
     for part in parts:
         if part.path in seen:
             raise UsageError(f"{word} names {part.path} twice; name it once")
         seen.add(part.path)
+    told: dict[str, list[str]] = {}
     for part in parts[:NUM_PARTS_CHECKED]:
         with _naming(part):
-            part.check()
+            told.setdefault(part.check(), []).append(part.path)
+    for what, paths in told.items():
+        if what:
+            logger.info("%s%s: %s", paths[0], f" and {len(paths) - 1} like it" if len(paths) > 1 else "", what)
     return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
 
 
 def _parts_of(file: File, reading: Reading) -> list[Part]:
+    if file.label:  # a split of the Hub's is chosen
+        reading = replace(reading, split=None)
     if file.kind == "folder":
+        if (inner := split_folder(file.path, word=reading.word, split=reading.split)) is not None:
+            return _parts_of(local_file(inner, word=reading.word), replace(reading, split=None))
         inside = [local_file(path, word=reading.word) for path in files_in(file.path, word=reading.word)]
-        parts = [part for found in inside for part in _parts_of(found, reading)]
-        return parts or [FolderPart(file.path, reading)]
+        if inside:
+            return [part for found in inside for part in _parts_of(found, reading)]
+    if reading.split is not None and file.kind in ("folder", "tar"):
+        what = "is read whole" if file.kind == "tar" else "holds no splits"
+        raise UsageError(f"{reading.word} {file.path} {what}; leave {written('split', reading.split)} out")
+    if file.kind == "folder":
+        return [FolderPart(file.path, reading)]
     if file.kind in READERS:
         return [READERS[file.kind](file, reading)]
     what = f"{reading.word} {file.path}"
@@ -100,7 +120,8 @@ class Source:
         self._names = part_names([part.name for part in parts])
         self.bad = _CountedBad(max_bad_fraction)
         sizes = [[name, part.size] for name, part in zip(self._names, parts, strict=True)]
-        self.fingerprint = fingerprint([sizes, dict(reading.captions), reading.image])
+        unusual = [value for value in (reading.split, reading.text_lines) if value not in (None, "auto")]
+        self.fingerprint = fingerprint([sizes, dict(reading.captions), reading.image, *unusual])
 
     def __iter__(self) -> Iterator[Sample]:
         """Every good sample; bad ones are counted in `bad`, which is emptied first.

@@ -11,13 +11,15 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from llm2clip.artifacts import is_output
 from llm2clip.data.bad import logger
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
-from llm2clip.errors import SourceError, UsageError
+from llm2clip.errors import SourceError, UsageError, setting
 
 MAX_EXPANSION = 1_000_000
 """Files that one brace range may stand for."""
@@ -39,7 +41,7 @@ class File:
         return "folder" if not is_url(self.path) and os.path.isdir(self.path) else suffix(self.path)[1:]
 
 
-def find_files(spec: str, *, word: str = "data", revision: str | None = None) -> list[File]:
+def find_files(spec: str, *, word: str = "data", revision: str | None = None, split: str | None = None) -> list[File]:
     """The files and folders that `spec` stands for, sorted.
 
     Raises:
@@ -47,7 +49,7 @@ def find_files(spec: str, *, word: str = "data", revision: str | None = None) ->
         SourceError: if a remote place cannot be listed, or a Hub dataset not be fetched.
     """
     if spec.startswith("hf:") and not spec.startswith("hf://"):
-        return _find_hub(spec, word, revision)
+        return _find_hub(spec, word, revision, split)
     return _find_remote(spec, word) if is_url(spec) else _find_local(spec, word)
 
 
@@ -91,7 +93,7 @@ def _find_local(spec: str, word: str) -> list[File]:
     paths: list[str] = []
     missing: list[str] = []
     for part in expand_braces(spec, word=word):
-        found = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part] * os.path.exists(part)
+        found = _matches(part) if glob.has_magic(part) else [part] * os.path.exists(part)
         paths += found
         missing += [part] * (not found)
     if not paths:
@@ -100,6 +102,19 @@ def _find_local(spec: str, word: str) -> list[File]:
     if missing:
         raise UsageError(f"{word} {spec}: {missing[0]} is missing ({len(missing)} missing in all, {len(paths)} found)")
     return [local_file(path, word=word) for path in paths]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that match, but those in folders that a run of ours writes below the pattern's fixed part."""
+    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+    ours: dict[Path, bool] = {fixed: False, **dict.fromkeys(fixed.parents, False)}
+
+    def within(folder: Path) -> bool:
+        if folder not in ours:
+            ours[folder] = is_output(folder) or within(folder.parent)
+        return ours[folder]
+
+    return sorted(path for path in glob.glob(pattern, recursive=True) if not within(Path(path).parent))
 
 
 def _find_remote(spec: str, word: str) -> list[File]:
@@ -122,25 +137,33 @@ def _find_remote(spec: str, word: str) -> list[File]:
     return files
 
 
-def _find_hub(spec: str, word: str, revision: str | None) -> list[File]:
+def _find_hub(spec: str, word: str, revision: str | None, wanted: str | None) -> list[File]:
     """The Arrow files of a Hub dataset, fetched once by `datasets`: of the split named, the only one, or "train"."""
     form = HUB_ID.fullmatch(spec)
     if form is None:
         raise UsageError(f"{word} {spec} is no Hub dataset; write hf:org/name or hf:org/name:split")
     dataset = _load_dataset(f"{word} {spec}", form["id"], form["config"], revision)
-    splits, listed = list(dataset), ", ".join(dataset)
-    split = form["split"] or (splits[0] if len(splits) == 1 else "train")
-    if split not in splits:
-        raise UsageError(
-            f"{word} {spec} has no split {split!r}; it has {listed}"
-            if form["split"]
-            else f"{word} {spec} has the splits {listed}; name one, as {spec}:{splits[0]}"
-        )
-    if not form["split"] and len(splits) > 1:
-        logger.info("%s: taking the split train of %s", spec, listed)
+    split = choose_split(f"{word} {spec}", list(dataset), form["split"] or wanted, usual="train")
     label = f"{form['id']}{'/' + form['config'] if form['config'] else ''}:{split}"
     paths = [cached["filename"] for cached in dataset[split].cache_files]
     return [local_file(path, word=word, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
+
+
+def choose_split(what: str, splits: Sequence[str], wanted: str | None, *, usual: str | None = None) -> str:
+    """The split to take of those that a source holds: the one asked for, the only one, or the usual one (told of).
+
+    Raises:
+        UsageError: if there is no such one, or none is asked for; `what` is the source.
+    """
+    listed = ", ".join(splits) or "none"
+    if wanted is not None and wanted not in splits:
+        raise UsageError(f"{what} has no split {wanted!r}; it has {listed}")
+    chosen = wanted or (splits[0] if len(splits) == 1 else usual)
+    if chosen not in splits:
+        raise UsageError(f"{what} holds the splits {listed}; name one by {setting('split', 'NAME')}")
+    if not wanted and len(splits) > 1:
+        logger.info("%s: taking the split %s of %s", what, chosen, listed)
+    return chosen
 
 
 def _load_dataset(what: str, name: str, config: str | None, revision: str | None) -> Any:

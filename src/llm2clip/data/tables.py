@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import json
 import os
 import posixpath
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO
 
 import numpy as np
@@ -21,16 +24,35 @@ import pyarrow as pa
 
 from llm2clip.data.bad import BadPicture, BadSamples, logger
 from llm2clip.data.bytes import TABLE_ERRORS, cell_bytes, open_arrow, open_parquet, open_regular
-from llm2clip.data.columns import Layout, find_layout, read_captions, require
+from llm2clip.data.columns import (
+    Layout,
+    find_layout,
+    image_columns,
+    merge_columns,
+    name_in,
+    read_captions,
+    require,
+)
+from llm2clip.data.files import PICTURE_ENDINGS
 from llm2clip.data.images import check_file, check_header
 from llm2clip.data.sample import PictureRef, Reading, Sample
 from llm2clip.data.spec import File
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
-from llm2clip.errors import SourceError, UsageError, setting
+from llm2clip.errors import SourceError, UsageError, setting, shown
 
 NUM_ROWS_PEEKED = 100
 """Rows of a JSON table whose keys are taken for its columns."""
+NUM_ROWS_LOOKED_AT = 20
+"""Rows whose cells tell a column of images from one of their folders."""
 OUTSIDE = "outside the table's folder"
+SPLIT_COLUMN, MAX_SPLITS = "split", 20
+"""A column of this name with fewer values says what is for training and what for testing."""
+SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+"""A first line with which spreadsheets name what parts the fields."""
+BASE64 = ("data:image/", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
+"""How images begin that stand in a table as text: a data URL; JPEG, PNG, GIF, WebP and BMP in base64."""
+MAX_NAME = 4096
+"""Longer names no file system has."""
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 TEXT_BATCH_ROWS, PICTURE_BATCH_ROWS = 4096, 64
 Captions = Mapping[str, tuple[str, ...]]
@@ -68,17 +90,30 @@ class CsvTable:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        taken: list[str] = []
         with open_text(path) as file:
-            header = file.readline()
-        if not header.strip():
-            raise SourceError(f"{path} is empty; its first line must name the columns")
-        self.separator = "\t" if suffix(path) == ".tsv" else max(",\t;", key=header.count)
-        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=self.separator))]
+            lines = _noting(file, taken)
+            first = next(filter(str.strip, lines), None)
+            named = SEPARATOR.fullmatch(first or "")
+            if named:
+                first = next(filter(str.strip, lines), None)
+            if first is None:
+                raise SourceError(f"{path} is empty; its first line must name the columns")
+            usual = "\t" if suffix(path) == ".tsv" else max(",\t;", key=first.count)
+            self.separator = named[1] if named else usual
+            try:
+                header = next(csv.reader(itertools.chain([first], lines), delimiter=self.separator, strict=True))
+            except csv.Error as error:
+                raise SourceError(f"{path}: the line that names its columns cannot be read ({error})") from None
+        self._num_lines_above = len(taken)
+        self._names = [name.strip() for name in header]
+        self.columns = list(dict.fromkeys(self._names))
 
     def rows(self, wanted: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
         """The rows below the header. A quote never closed swallows lines: they are taken again one by one."""
         with open_text(self.path) as file:
-            next(file)
+            for _ in range(self._num_lines_above):
+                next(file)
             taken: list[str] = []
             reader = csv.reader(_noting(file, taken), delimiter=self.separator, strict=True)
             while True:
@@ -90,20 +125,20 @@ class CsvTable:
                 except csv.Error:
                     yield from filter(None, map(self._single, taken))
                     continue
-                if len(fields) > len(self.columns):
-                    yield BadRow(f"{len(fields)} fields where the header has {len(self.columns)}")
+                if len(fields) > len(self._names):
+                    yield BadRow(f"{len(fields)} fields where the header has {len(self._names)}")
                 elif fields:
-                    yield dict(zip(self.columns, fields, strict=False))
+                    yield merge_columns(list(zip(self._names, fields, strict=False)))
 
     def _single(self, line: str) -> dict[str, Any] | BadRow | None:
         try:
             fields = next(csv.reader([line], delimiter=self.separator), [])
         except csv.Error as error:
             return BadRow(str(error))
-        if fields and len(fields) != len(self.columns):
-            wanted = len(self.columns)
+        if fields and len(fields) != len(self._names):
+            wanted = len(self._names)
             return BadRow(f"{len(fields)} fields where the header has {wanted}, or a quote that is not closed")
-        return dict(zip(self.columns, fields, strict=False))
+        return merge_columns(list(zip(self._names, fields, strict=False)))
 
 
 def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
@@ -135,7 +170,7 @@ class JsonTable:
                 yield from (_object(line) for line in lines if line.strip())
                 return
             try:
-                values = json.loads(first + file.read())
+                values = json.loads(first + file.read(), object_pairs_hook=merge_columns)
             except (ValueError, RecursionError) as error:
                 raise SourceError(f"{self.path} is damaged JSON ({error}); fetch or write it again") from None
             yield from map(_is_object, values)
@@ -143,13 +178,13 @@ class JsonTable:
 
 def _object(line: str) -> dict[str, Any] | BadRow:
     try:
-        return _is_object(json.loads(line))
+        return _is_object(json.loads(line, object_pairs_hook=merge_columns))
     except (ValueError, RecursionError) as error:
         return BadRow(f"no JSON: {error}")
 
 
 def _is_object(value: Any) -> dict[str, Any] | BadRow:
-    return value if isinstance(value, dict) else BadRow(f"{str(value)[:40]!r} is no JSON object")
+    return value if isinstance(value, dict) else BadRow(f"{shown(value)} is no JSON object")
 
 
 class ColumnTable:
@@ -162,7 +197,10 @@ class ColumnTable:
         except TABLE_ERRORS as error:
             kind = suffix(path)[1:]
             raise SourceError(f"{path} is damaged or no {kind} file ({error}); fetch or write it again") from None
-        self.columns: list[str] = schema.names
+        self.columns: list[str] = list(dict.fromkeys(schema.names))
+        if len(self.columns) < len(schema.names):
+            name = next(name for name, count in Counter(schema.names).items() if count > 1)
+            raise UsageError(f"{path} has several columns called {name!r}; rename them")
         self.images: Collection[str] = [field.name for field in schema if _is_image(field.type)]
         self.embedded: Collection[str] = {*self.images, *(field.name for field in schema if _is_binary(field.type))}
 
@@ -227,15 +265,22 @@ class Places:
 
     def resolve(self, name: str) -> PictureRef:
         """Where the picture called `name` in the table lies; BadPicture if outside, by name or through a link."""
-        path = self._join(name)
+        path = self.join(name)
+        if len(name) > MAX_NAME or (len(name) > 64 and name.startswith(BASE64)):
+            raise BadPicture(
+                "image as text",
+                f"{self.table}: in the place of a path stand {len(name):,} characters {shown(name, most=24)}, "
+                "base64 as it seems; write the images to files, or as bytes into Parquet",
+            )
         if not (self.allow_outside or self._is_inside(path)):
             raise BadPicture(
                 OUTSIDE,
-                f"{self.table}: picture {name!r} lies {OUTSIDE}; move it or add {setting('allow_outside', True)}",
+                f"{self.table}: picture {shown(name)} lies {OUTSIDE}; move it or add {setting('allow_outside', True)}",
             )
         return PictureRef(path)
 
-    def _join(self, name: str) -> str:
+    def join(self, name: str) -> str:
+        """The path or URL that `name` in the table stands for, the same however it is spelt."""
         if is_url(name):
             return name
         if is_url(self.folder):
@@ -260,66 +305,133 @@ class TablePart:
         self.name = file.label or file.path
         self._places = Places(file.path, allow_outside=reading.allow_outside)
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Check its columns, and that not all of its pictures lie outside its folder."""
         table, layout = self._open()
+        told = layout.told([column for column in table.columns if column != SPLIT_COLUMN])
         if not self.reading.pictures:
-            return
-        if layout.picture in table.embedded and suffix(self.path) == ".parquet":
-            _tell_of_slow_parquet()
-        outside = ""
-        for name in _picture_names(table, layout.picture):
+            return told
+        if layout.picture in table.embedded:
+            if suffix(self.path) == ".parquet":
+                _tell_of_slow_parquet()
+            return told
+        first = ""
+        for _, row in self._rows(table, layout):
             try:
-                self._places.resolve(name)
-                return
+                if isinstance(row, dict) and (name := layout.name_in(row)):
+                    self._places.resolve(name)
+                    return told
             except BadPicture as error:
-                outside = outside or error.detail
-        if outside:
-            raise UsageError(outside)
+                first = first or error.detail
+        if first:
+            raise UsageError(first)
+        return told
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the table; of several rows the last counts."""
         table, layout = self._open()
-        together = _SamePicture(_picture_names(table, layout.picture))
-        for number, row in enumerate(table.rows(layout.columns)):
+        together = _SameImage(filter(None, (self._image_in(row, layout) for _, row in self._rows(table, layout))))
+        splits: Counter[str] = Counter()
+        for number, row in self._rows(table, layout, splits):
             if isinstance(row, BadRow):
                 bad.add(f"row {number}", "damaged row", f"{self.path}: {row.detail}")
                 continue
-            value = row.get(layout.picture) if layout.picture else None
-            name = value.strip() if isinstance(value, str) else ""
-            key = name or str(number)
+            name = layout.name_in(row)
+            key = (name if is_url(name) else posixpath.normpath(name)) if name else str(number)
             captions: Captions | None = read_captions(row, layout, sample_id=key, bad=bad)
-            if name and (captions := together.add(name, captions or {})) is None:
+            if (image := self._image_in(row, layout)) and (captions := together.add(image, captions or {})) is None:
                 continue
             if not captions:
                 bad.add(key, "no caption", f"{self.path} row {number}")
                 continue
             try:
-                yield Sample(key, self._picture(number, value, layout.picture or ""), captions)
+                yield Sample(key, self._picture(number, row, layout), captions)
             except BadPicture as error:
                 bad.add(key, error.cause, error.detail)
+        self._tell_of_splits(splits)
 
     def _open(self) -> tuple[Table, Layout]:
         table = TABLES[suffix(self.path)[1:]](self.path)
         named, image = self.reading.captions, self.reading.image
         layout = find_layout(table.columns, captions=named, image=image, images=table.images)
         require(layout, table.columns, self.path, captions=named, image=image, picture=self.reading.pictures)
-        if not self.reading.pictures and layout.picture in table.embedded:
-            layout = Layout(None, layout.captions)  # spare the reading of what is not needed
-        return table, layout
+        if self.reading.split is not None and SPLIT_COLUMN not in table.columns:
+            raise UsageError(
+                f"{self.path} has no column {SPLIT_COLUMN!r} ({setting('split', self.reading.split)}); its columns are "
+                f"{', '.join(table.columns[:20])}"
+            )
+        if layout.picture in table.embedded:
+            # without pictures, spare the reading of what is not needed
+            return table, layout if self.reading.pictures else replace(layout, picture=None)
+        return table, self._with_folder(table, layout)
 
-    def _picture(self, number: int, value: Any, column: str) -> PictureRef:
+    def _with_folder(self, table: Table, layout: Layout) -> Layout:
+        """The layout with the column that does hold image files, and that of their folder if they lie in it."""
+        candidates = [] if self.reading.image else image_columns(table.columns)
+        if len(candidates) < 2:
+            return layout
+        rows = [row for row in itertools.islice(table.rows(candidates), NUM_ROWS_LOOKED_AT) if isinstance(row, dict)]
+        files = next((c for c in candidates if any(_is_image_name(row.get(c)) for row in rows)), None)
+        if files is None:
+            return layout
+        folders = [None, *(column for column in candidates if column != files)]
+        choices = [replace(layout, picture=files, folder=folder) for folder in folders]
+        there = (choice for choice in choices if any(self._is_there(choice.name_in(row)) for row in rows))
+        likely = replace(layout, picture=files, folder=None if files == layout.picture else layout.picture)
+        return next(there, likely)
+
+    def _is_there(self, name: str) -> bool:
+        return bool(name) and not is_url(self.path) and os.path.isfile(self._places.join(name))
+
+    def _rows(
+        self, table: Table, layout: Layout, splits: Counter[str] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows of the split that is asked for, by their number; `splits` counts those of each where none is."""
+        has_split = SPLIT_COLUMN in table.columns
+        wanted = [*layout.columns, *([SPLIT_COLUMN] if has_split else [])]
+        for number, row in enumerate(table.rows(wanted)):
+            if has_split and isinstance(row, dict):
+                split = str(row.get(SPLIT_COLUMN)).strip()
+                if self.reading.split not in (None, split):
+                    continue
+                if splits is not None:
+                    splits[split] += 1
+            yield number, row
+
+    def _tell_of_splits(self, splits: Counter[str]) -> None:
+        """Say that rows of several splits were read, or raise if those asked for are none."""
+        if self.reading.split is None and 1 < len(splits) < MAX_SPLITS:
+            listed = ", ".join(f"{count:,} {name}" for name, count in splits.most_common())
+            logger.info("%s: all rows were read, %s; %s takes one split", self.path, listed, setting("split", "NAME"))
+        elif self.reading.split is not None and not splits:
+            raise UsageError(f"{self.path} has no rows whose {SPLIT_COLUMN} is {self.reading.split!r}")
+
+    def _image_in(self, row: dict[str, Any] | BadRow, layout: Layout) -> str | bytes:
+        """What is equal for rows of one image: its place, or a digest of its bytes; empty if there is none."""
+        if isinstance(row, BadRow) or layout.picture is None:
+            return ""
+        if name := layout.name_in(row):
+            return self._places.join(name)
+        cell = row.get(layout.picture)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        return hashlib.blake2b(data, digest_size=16).digest() if isinstance(data, bytes) and data else ""
+
+    def _picture(self, number: int, row: dict[str, Any], layout: Layout) -> PictureRef:
         """Where a row's picture lies, after a look at its header; one behind a URL is taken on trust."""
-        if not self.reading.pictures:
+        if not self.reading.pictures or layout.picture is None:
             return PictureRef("")
-        if name := _name_in(value):
+        if name := layout.name_in(row):
             ref = self._places.resolve(name)
             if not is_url(ref.path):
                 check_file(ref.path)
             return ref
-        where = f"{self.path} row {number}, column {column}"
-        check_header(io.BytesIO(cell_bytes(value, where=where)), where)
-        return PictureRef(self.path, offset=number, column=column)
+        where = f"{self.path} row {number}, column {layout.picture}"
+        check_header(io.BytesIO(cell_bytes(row.get(layout.picture), where=where)), where)
+        return PictureRef(self.path, offset=number, column=layout.picture)
+
+
+def _is_image_name(value: Any) -> bool:
+    return suffix(name_in(value))[1:].lower() in PICTURE_ENDINGS
 
 
 @functools.lru_cache
@@ -330,40 +442,24 @@ def _tell_of_slow_parquet() -> None:
     )
 
 
-class _SamePicture:
-    """Brings together the captions of rows that name the same picture; told before of the `names` in all rows.
+class _SameImage:
+    """Brings together the captions of rows with the same image; told before of the `images` in all rows.
 
-    Only the names' hashes are held, and captions of repeated ones between their first and last row.
+    Only their hashes are held, and captions of repeated ones between their first and last row.
     """
 
-    def __init__(self, names: Iterator[str]) -> None:
-        hashes, counts = np.unique(np.fromiter(map(hash, names), np.int64), return_counts=True)
+    def __init__(self, images: Iterable[str | bytes]) -> None:
+        hashes, counts = np.unique(np.fromiter(map(hash, images), np.int64), return_counts=True)
         repeated = counts > 1
         self._left = dict(zip(hashes[repeated].tolist(), counts[repeated].tolist(), strict=True))
-        self._waiting: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._waiting: dict[str | bytes, dict[str, tuple[str, ...]]] = {}
 
-    def add(self, name: str, captions: Captions) -> Captions | None:
-        """All captions of the picture if this is its last row, otherwise None."""
-        if (key := hash(name)) not in self._left:
+    def add(self, image: str | bytes, captions: Captions) -> Captions | None:
+        """All captions of the image if this is its last row, otherwise None."""
+        if (key := hash(image)) not in self._left:
             return captions
-        merged = self._waiting.setdefault(name, {})
+        merged = self._waiting.setdefault(image, {})
         for kind, texts in captions.items():
             merged[kind] = tuple(dict.fromkeys((*merged.get(kind, ()), *texts)))
         self._left[key] -= 1
-        return self._waiting.pop(name) if self._left[key] == 0 else None
-
-
-def _picture_names(table: Table, picture: str | None) -> Iterator[str]:
-    """The pictures that rows name, one a row; none where the pictures themselves are in the table."""
-    if picture is None or picture in table.embedded:
-        return
-    for row in table.rows([picture]):
-        if isinstance(row, dict) and (name := _name_in(row.get(picture))):
-            yield name
-
-
-def _name_in(value: Any) -> str | None:
-    """The path in a picture cell; None if it holds bytes, or nothing."""
-    if isinstance(value, dict) and not value.get("bytes"):
-        value = value.get("path")
-    return value.strip() or None if isinstance(value, str) else None
+        return self._waiting.pop(image) if self._left[key] == 0 else None

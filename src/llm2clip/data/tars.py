@@ -16,7 +16,7 @@ from typing import Any
 
 from llm2clip.data.bad import BadPicture, BadSamples, logger
 from llm2clip.data.bytes import OpenFile, read_at
-from llm2clip.data.files import MAX_TEXT_BYTES, Assembler, check_columns
+from llm2clip.data.files import MAX_TEXT_BYTES, Assembler, check_columns, group_members, split_name
 from llm2clip.data.images import check_place
 from llm2clip.data.sample import PictureRef, Reading, Sample
 from llm2clip.data.spec import File
@@ -127,35 +127,25 @@ def _pax_records(data: bytes) -> Iterator[tuple[str, Any]]:
         data = data[end:]
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and ending of a member, split at the file name's first dot as webdataset does; None for hidden files.
-
-    >>> split_name("./a/0001.short.TXT")
-    ('a/0001', 'short.txt')
-    """
-    folder, slash, file = name.removeprefix("./").rpartition("/")
-    key, _, ending = file.partition(".")
-    return (folder + slash + key, ending.lower()) if key else None
-
-
 def group(members: Iterator[Member]) -> tuple[dict[str, dict[str, Member]], list[str], TarDamage | None]:
     """Members by key, then by ending, in the tar's order; names that came again; and the damage met, if any.
 
     The sample that a damage cut off is left out.
     """
-    groups: dict[str, dict[str, Member]] = {}
-    repeated: list[str] = []
+    met: list[TarDamage] = []
+    groups, repeated = group_members((member.name, member) for member in _with_cut_off(members, met))
+    whole = {key: endings for key, endings in groups.items() if not any(m.size < 0 for m in endings.values())}
+    return whole, repeated, met[0] if met else None
+
+
+def _with_cut_off(members: Iterator[Member], met: list[TarDamage]) -> Iterator[Member]:
+    """`members`, and after a damage, which goes to `met`, the one that it cut off, of size -1."""
     try:
-        for member in members:
-            key, ending = split_name(member.name) or ("", "")
-            if key and ending not in groups.setdefault(key, {}):
-                groups[key][ending] = member
-            elif key:
-                repeated.append(member.name)
+        yield from members
     except TarDamage as damage:
-        groups.pop((split_name(damage.member) or ("",))[0], None)
-        return groups, repeated, damage
-    return groups, repeated, None
+        met.append(damage)
+        if damage.member:
+            yield Member(damage.member, 0, -1)
 
 
 class Tar:
@@ -199,7 +189,7 @@ class TarPart:
         """It, open for reading."""
         return Tar(self.path)
 
-    def check(self) -> None:
+    def check(self) -> str:
         """Check that it is a tar, and that its first samples have what is asked for."""
         if self.size == 0:
             raise SourceError(f"{self.path} is empty (0 bytes); fetch or write it again")
@@ -212,8 +202,7 @@ class TarPart:
             if start != ZEROS:
                 raise SourceError(f"{self.path} is no tar {packed}") from None
         groups, _, damage = group(itertools.islice(tar.members(), NUM_MEMBERS_CHECKED))
-        if damage is None:
-            check_columns(self.path, list(groups.values()), self.reading, tar)
+        return "" if damage else check_columns(self.path, list(groups.values()), self.reading, tar)
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the tar; members of a sample need not lie side by side."""

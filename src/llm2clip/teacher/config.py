@@ -210,6 +210,6 @@ class TeacherConfig(SourceConfig):
 
 
 def for_eval(config: TeacherConfig) -> SourceConfig:
-    """The source settings of `--eval-data`: as for `--data`, other specs."""
+    """The source settings of `--eval-data`: as for `--data`, other specs, whole."""
     names = [f.name for f in dataclasses.fields(SourceConfig)]
-    return SourceConfig(**{**{name: getattr(config, name) for name in names}, "data": config.eval_data})
+    return SourceConfig(**{**{name: getattr(config, name) for name in names}, "data": config.eval_data, "split": None})

@@ -131,7 +131,7 @@ def _read_off(student: Student, image_size: tuple[int, int]) -> tuple[str, Any]:
     return "pooler_output", "mean" if pooled.ndim == 4 else None
 
 
-def _prompts(teacher: SentenceTransformer, prompt: str | None) -> tuple[dict[str, str] | None, str | None]:
+def _prompts(teacher: Any, prompt: str | None) -> tuple[dict[str, str] | None, str | None]:
     """The prompts of the folder and the name of the one put before every text."""
     if prompt:
         return {"caption": prompt}, "caption"

@@ -67,16 +67,10 @@ class Layout:
         kinds = ", ".join(f"{kind} from {' and '.join(names)}" for kind, names in self.captions.items())
         unread = [column for column in columns if column not in self.columns]
         more = f" and {len(unread) - MOST_TOLD} more" if len(unread) > MOST_TOLD else ""
-        return "; ".join(
-            filter(
-                None,
-                [
-                    place and f"image from {place}",
-                    kinds and f"captions {kinds}",
-                    unread and f"not read: {', '.join(unread[:MOST_TOLD])}{more}",
-                ],
-            )
-        )
+        parts = [f"image from {place}"] if place else []
+        parts += [f"captions {kinds}"] if kinds else []
+        parts += [f"not read: {', '.join(unread[:MOST_TOLD])}{more}"] if unread else []
+        return "; ".join(parts)
 
     def name_in(self, row: Mapping[str, Any]) -> str:
         """The picture that a row names, with its folder; empty if it holds the picture itself, or nothing."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from llm2clip.artifacts import fingerprint
 from llm2clip.data.bad import BadSamples, logger
@@ -58,7 +59,7 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
         pictures=pictures,
         word=word,
     )
-    options = {"word": word, "revision": config.revision, "split": config.split}
+    options: dict[str, Any] = {"word": word, "revision": config.revision, "split": config.split}
     files = [file for spec in config.data for file in find_files(spec, **options)]
     parts = [part for file in files for part in _parts_of(file, reading)]
     seen = set()

@@ -159,7 +159,7 @@ def choose_split(what: str, splits: Sequence[str], wanted: str | None, *, usual:
     if wanted is not None and wanted not in splits:
         raise UsageError(f"{what} has no split {wanted!r}; it has {listed}")
     chosen = wanted or (splits[0] if len(splits) == 1 else usual)
-    if chosen not in splits:
+    if chosen is None or chosen not in splits:
         raise UsageError(f"{what} holds the splits {listed}; name one by {setting('split', 'NAME')}")
     if not wanted and len(splits) > 1:
         logger.info("%s: taking the split %s of %s", what, chosen, listed)

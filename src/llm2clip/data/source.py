@@ -13,9 +13,10 @@ from llm2clip.data.bad import BadSamples, logger
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.files import FolderPart, files_in, split_folder
 from llm2clip.data.remote_tars import tar_part
+from llm2clip.data.rows import TABLES
 from llm2clip.data.sample import Part, Reading, Sample
 from llm2clip.data.spec import File, find_files, local_file
-from llm2clip.data.tables import OUTSIDE, TABLES, TablePart
+from llm2clip.data.tables import OUTSIDE, TablePart
 from llm2clip.data.urls import is_url, suffix
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.errors import setting as written

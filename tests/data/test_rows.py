@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip.data.tables import BadRow, CsvTable, JsonTable
+from llm2clip.data.rows import BadRow, CsvTable, JsonTable
 from llm2clip.errors import SourceError
 
 

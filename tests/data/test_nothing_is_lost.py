@@ -322,6 +322,11 @@ def test_the_same_bytes_in_several_rows_are_one_image(
     assert len({sample.picture for sample in found}) == 3
 
 
+def test_one_image_in_all_rows_stands_in_for_none(tmp_path: Path, jpeg: bytes, source_of: Open) -> None:
+    pq.write_table(pa.table({"image": [jpeg] * 3, "caption": list("abc")}), tmp_path / "t.parquet")
+    assert [sample.captions["raw"] for sample in source_of(tmp_path / "t.parquet")] == [("a",), ("b",), ("c",)]
+
+
 # ------------------------------------------------------------------- refusals that help
 
 

@@ -123,7 +123,8 @@ class TablePart:
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the table; of several rows the last counts."""
         table, layout = self._open()
-        together = _SameImage(filter(None, (self._image_in(row, layout) for _, row in self._rows(table, layout))))
+        images = (self._image_in(row, layout) for _, row in self._rows(table, layout))
+        together = _SameImage(filter(None, images), embedded=layout.picture in table.embedded)
         splits: Counter[str] = Counter()
         for number, row in self._rows(table, layout, splits):
             if isinstance(row, BadRow):
@@ -241,9 +242,10 @@ class _SameImage:
     Only their hashes are held, and captions of repeated ones between their first and last row.
     """
 
-    def __init__(self, images: Iterable[str | bytes]) -> None:
+    def __init__(self, images: Iterable[str | bytes], *, embedded: bool) -> None:
         hashes, counts = np.unique(np.fromiter(map(hash, images), np.int64), return_counts=True)
-        repeated = counts > 1
+        # one and the same image in all rows stands in for images that a table of captions does not have
+        repeated = counts > 1 if len(counts) > 1 or not embedded else np.zeros(len(counts), bool)
         self._left = dict(zip(hashes[repeated].tolist(), counts[repeated].tolist(), strict=True))
         self._waiting: dict[str | bytes, dict[str, tuple[str, ...]]] = {}
 

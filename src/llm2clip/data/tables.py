@@ -12,7 +12,7 @@ import itertools
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -124,7 +124,7 @@ class TablePart:
         """Its good samples in the order of the table; of several rows the last counts."""
         table, layout = self._open()
         images = (self._image_in(row, layout) for _, row in self._rows(table, layout))
-        together = _SameImage(filter(None, images), embedded=layout.picture in table.embedded)
+        together = _SameImage(filter(None, images))
         splits: Counter[str] = Counter()
         for number, row in self._rows(table, layout, splits):
             if isinstance(row, BadRow):
@@ -242,10 +242,12 @@ class _SameImage:
     Only their hashes are held, and captions of repeated ones between their first and last row.
     """
 
-    def __init__(self, images: Iterable[str | bytes], *, embedded: bool) -> None:
-        hashes, counts = np.unique(np.fromiter(map(hash, images), np.int64), return_counts=True)
-        # one and the same image in all rows stands in for images that a table of captions does not have
-        repeated = counts > 1 if len(counts) > 1 or not embedded else np.zeros(len(counts), bool)
+    def __init__(self, images: Iterator[str | bytes]) -> None:
+        first = list(itertools.islice(images, 1))
+        hashes, counts = np.unique(np.fromiter(map(hash, itertools.chain(first, images)), np.int64), return_counts=True)
+        repeated = counts > 1
+        if len(counts) == 1 and isinstance(first[0], bytes):
+            repeated[:] = False  # one image in all rows stands in for those that a table of captions does not have
         self._left = dict(zip(hashes[repeated].tolist(), counts[repeated].tolist(), strict=True))
         self._waiting: dict[str | bytes, dict[str, tuple[str, ...]]] = {}
 

@@ -245,6 +245,32 @@ def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
     assert (done.returncode, done.stderr) == (code, "")
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("build-bank --data nothing.csv --teacher org/llm --out out", "nothing.csv: no such file or folder"),
+        ("build-bank --data t.csv --captions raw=texts --teacher org/llm --out out", "no column 'texts'"),
+        ("build-bank --data t.csv --teacher ./llm --out out", "./llm is no folder"),
+        ("train-teacher --data t.csv u.csv --model org/llm --out out", "u.csv: no such file or folder"),
+        ("train-student --bank bank --tower /no/tower --out out", "/no/tower is no folder"),
+        ("evaluate --data t.csv --model org/clip --out out", "picture '../a.jpg' lies outside the table's folder"),
+        ("export --model student/x/y --to tower --out out", "student/x/y is no folder"),
+    ],
+)
+def test_a_mistyped_path_is_told_before_torch_is_imported(command: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n../a.jpg,a cat\n")
+    code = f"""
+import sys
+from llm2clip import cli
+code = cli.run({command.split()!r})
+print(code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["2 False"], done.stderr
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_log_whose_reader_went_does_not_end_a_run(
     seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

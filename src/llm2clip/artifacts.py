@@ -162,6 +162,17 @@ def made_as(manifest: Mapping[str, Any]) -> str:
     return str(manifest.get("format", "")).removeprefix("llm2clip/")
 
 
+def check_name(name: str) -> None:
+    """Raise if the name of a model is neither a folder nor can be a Hub id.
+
+    Raises:
+        UsageError: with what to give.
+    """
+    is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip()
+    if is_path and not (name.strip() and Path(name).is_dir()):
+        raise UsageError(f"{name or repr(name)} is no folder; give the folder of a model, or a Hub id (org/name)")
+
+
 def is_output(folder: str | Path) -> bool:
     """Whether a run of llm2clip began in `folder`, so that what lies there is no source of another.
 

@@ -68,6 +68,7 @@ def run(arguments: list[str]) -> int:
     try:
         verb, rest = find_verb(arguments)
         config = parse(verb, rest)
+        _look_first(config)
         result = _load(VERBS[verb].function)(config)
     except LLM2CLIPError as error:
         return _fail(str(error), error.exit_code)
@@ -85,6 +86,24 @@ def run(arguments: list[str]) -> int:
     if _is_main_process() and isinstance(result, os.PathLike):
         sys.stdout.write(f"{os.fspath(result)}\n")
     return 0
+
+
+def _look_first(config: Any) -> None:
+    """Look at names and sources before torch is imported, which takes seconds: a mistyped path is told at once.
+
+    Raises:
+        LLM2CLIPError: as the stage itself would.
+    """
+    from llm2clip.artifacts import check_name
+    from llm2clip.data.config import SourceConfig
+
+    for field in ("model", "teacher", "tower"):
+        if isinstance(name := getattr(config, field, None), str):
+            check_name(name)
+    if isinstance(config, SourceConfig):
+        from llm2clip.data.source import look_at_sources
+
+        look_at_sources(config)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

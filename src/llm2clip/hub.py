@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
+from llm2clip.artifacts import MANIFEST, RUN, check_finished, check_name, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
 from llm2clip.errors import UsageError, one_line
 
@@ -95,8 +95,7 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
 def _local_folder(name: str, revision: str | None) -> Path:
     if name.strip() and Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UsageError(f"{name or repr(name)} is no folder; give the folder of a model, or a Hub id (org/name)")
+    check_name(name)
     from huggingface_hub import snapshot_download
 
     try:

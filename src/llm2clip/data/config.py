@@ -50,6 +50,11 @@ class SourceConfig:
     revision: str | None = None
     """Commit, branch or tag of a Hub id (hf:org/name)."""
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether the images are read, too, and not the captions alone."""
+        return True
+
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -74,8 +76,30 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
             told.setdefault(part.check(), []).append(part.path)
     for what, paths in told.items():
         if what:
-            logger.info("%s%s: %s", paths[0], f" and {len(paths) - 1} like it" if len(paths) > 1 else "", what)
+            _tell(f"{paths[0]}{f' and {len(paths) - 1} like it' if len(paths) > 1 else ''}: {what}")
     return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Log a line once."""
+    logger.info("%s", line)
+
+
+def look_at_sources(config: SourceConfig) -> None:
+    """Look at the beginning of the tables and tars on this machine, nothing heavy imported: a mistake is told at once.
+
+    Raises:
+        UsageError: for a path or column that is not there.
+        SourceError: if a file cannot be read.
+    """
+    local = [spec for spec in config.data if not is_url(spec) and not spec.startswith("hf:")]
+    files = [file for spec in local for file in find_files(spec)]
+    tables = tuple(file.path for file in files if file.kind != "folder")[:NUM_PARTS_CHECKED]
+    if tables:
+        names = [field.name for field in dataclasses.fields(SourceConfig)]
+        own = {name: getattr(config, name) for name in names}
+        open_source(SourceConfig(**{**own, "data": tables}), pictures=config.needs_images)
 
 
 def _parts_of(file: File, reading: Reading) -> list[Part]:

@@ -60,6 +60,11 @@ class EvaluateConfig(SourceConfig):
                 f"{setting('teacher', 'DIR')} alone"
             )
 
+    @property
+    def needs_images(self) -> bool:
+        """A text encoder alone is scored on captions."""
+        return self.model is not None
+
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""
         return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}

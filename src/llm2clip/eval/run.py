@@ -46,9 +46,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     with open_output(out, "report", config=config.settings()):
-        sources = {
-            name: open_source(part, pictures=config.model is not None) for name, part in parts_of(config).items()
-        }
+        sources = {name: open_source(part, pictures=config.needs_images) for name, part in parts_of(config).items()}
         if is_complete(out):
             done = dict(read_json(out / REPORT))
             check_current(done, config, sources)

@@ -202,6 +202,11 @@ class TeacherConfig(SourceConfig):
             "fp32" if self.tuning == "full" else self.precision
         ]
 
+    @property
+    def needs_images(self) -> bool:
+        """Captions are all that it learns from."""
+        return False
+
     def settings(self) -> dict[str, object]:
         """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""
         from llm2clip.config import to_dict

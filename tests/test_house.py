@@ -23,7 +23,7 @@ SIZES = {
     "": (2_190, 13, 6.4),
     "data": (2_300, 15, 7.0),
     "teacher": (2_870, 18, 8.9),
-    "bank": (3_050, 21, 8.8),
+    "bank": (2_670, 17, 8.5),
     "student": (4_500, 27, 7.4),
     "eval": (890, 8, 9.1),
     "export": (795, 9, 11.0),
@@ -72,7 +72,6 @@ KNOWN = {
         "_supports_flex_attn",
         "_supports_sdpa",
     },
-    "bank/span.py": {"_close"},  # our own: held, never read
     "teacher/fingerprint.py": {"_name_or_path"},  # a key of config.json
 }
 

@@ -158,7 +158,6 @@ GRID: dict[str, dict[str, str | list[str]]] = {
     "bank export": {
         "bank": "build-bank/dtype=int8",
         "out": PLACE,
-        "to": "--to datasets",
         "rows_per_file": "--rows-per-file 9",
         "kinds": "--kinds long",
     },
@@ -276,6 +275,7 @@ REMOVED: dict[str, dict[str, str]] = {
         "soft_targets": "no gain over three seeds (docs/lab-notes.md)",
         "ignore_above": "no gain over three seeds (docs/lab-notes.md)",
     },
+    "bank export": {"to": "datasets.load_dataset reads the Parquet files"},
 }
 """Verb -> field of the old code that is gone -> why. Verbs that are gone: field "*"."""
 ADDED: dict[str, dict[str, str]] = {"demo": {"ablations": "arms that a quick run has as before, others if asked"}}

@@ -154,6 +154,7 @@ def joined(tables: Sequence[Table]) -> Iterator[Sample]:
 def with_captions(sample: Sample, other: Sample) -> Sample:
     """`sample` with the captions of `other` that it does not have already.
 
+    >>> from llm2clip.data.sample import PictureRef
     >>> a = Sample("a", PictureRef("a.jpg"), {"short": ("a disc",)})
     >>> b = Sample("b", PictureRef("a.jpg"), {"short": ("a disc", "one disc"), "zh": ("圆",)})
     >>> dict(with_captions(a, b).captions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def run(device: str, until: float | None = None) -> Iterator[dict]:
 def gather_rows(scratch: Path) -> list[dict]:
     """Vectors a second, from a bank of two shards and from one plain memory map, in turns."""
     bank, plain = make_bank(scratch / "bank"), scratch / "plain.npy"
-    np.save(plain, np.concatenate([np.load(path) for path in sorted((bank / "vectors").glob("0000?.npy"))]))
+    shutil.copyfile(bank / "vectors" / "vectors.npy", plain)
     rows = []
     for processes in (1, 4):
         with get_context("spawn").Pool(processes) as pool:
@@ -71,21 +72,23 @@ def make_bank(folder: Path) -> Path:
     from llm2clip.bank.build import Plan, write_bank_manifest
     from llm2clip.bank.collect import Intake, collect
     from llm2clip.bank.load import TeacherFacts
-    from llm2clip.bank.shards import ShardBuffer, plan_layout, shard_facts
-    from llm2clip.bank.table import Table
+    from llm2clip.bank.reader import Table
+    from llm2clip.bank.vectors import Layout, ShardBuffer
     from llm2clip.data.bad import BadSamples
     from llm2clip.data.sample import PictureRef, Sample
 
-    (folder / "vectors").mkdir(parents=True)
+    folder.mkdir(parents=True)
     samples = (Sample(str(i), PictureRef("a.tar", i), {"raw": (str(i),)}) for i in range(ROWS))
     intake = Intake(samples, "benchmark", BadSamples(0))
     collect(intake, folder)
-    layout = plan_layout(folder, ROWS, ROWS // 2, "float16", DIM, base=None)
+    layout = Layout(folder, ROWS, ROWS // 2, "float16", DIM)
+    layout.prepare()
     draw = np.random.default_rng(0)
+    shards = []
     for shard in range(layout.num_shards):
         buffer = ShardBuffer(layout, shard)
         buffer.vectors.view(np.uint16)[:] = draw.integers(0, 0x3C00, buffer.vectors.shape, np.uint16)
-        buffer.write()
+        shards.append(buffer.write())
     facts = TeacherFacts("benchmark", "0", "", "fp32", DIM)
     plan = Plan(
         out=folder,
@@ -96,8 +99,7 @@ def make_bank(folder: Path) -> Path:
         dtype="float16",
         shard_rows=ROWS // 2,
     )
-    whole = [shard_facts(layout, shard) for shard in range(layout.num_shards)]
-    write_bank_manifest(plan, Table(folder), [facts for facts in whole if facts])
+    write_bank_manifest(plan, Table(folder), shards)
     return folder
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from llm2clip import artifacts
-from llm2clip.errors import ArtifactError, UsageError
+from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError
 
 from .forking import end_of, fork
 
@@ -141,9 +141,9 @@ def test_read_manifest_says_what_is_wrong(tmp_path: Path) -> None:
         (tmp_path / artifacts.MANIFEST).write_bytes(damage)
         with pytest.raises(ArtifactError, match="damaged"):
             artifacts.read_manifest(tmp_path, "bank")
-    newer = {"format": "llm2clip/bank", "format_version": artifacts.FORMAT_VERSION + 1}
+    newer = {"format": "llm2clip/bank", "format_version": artifacts.FORMAT_VERSIONS["bank"] + 1}
     (tmp_path / artifacts.MANIFEST).write_text(json.dumps(newer))
-    with pytest.raises(ArtifactError, match="has format 2"):
+    with pytest.raises(ArtifactError, match="has format 3"):
         artifacts.read_manifest(tmp_path, "bank")
 
 
@@ -153,6 +153,26 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise RuntimeError
     assert artifacts.read_json(tmp_path / "a.json") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_and_leaves_nothing(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(code, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(LLM2CLIPError, match=r"no space left .* type the same command"),
+        artifacts.one_line_disk_errors(tmp_path),
+    ):
+        artifacts.write_json(tmp_path / "a.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_the_disk_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), artifacts.one_line_disk_errors(tmp_path):
+        artifacts.write_json(tmp_path / "absent" / "a.json", {})
 
 
 def test_a_name_that_is_no_utf8_survives_in_json(tmp_path: Path) -> None:

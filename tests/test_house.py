@@ -23,7 +23,7 @@ SIZES = {
     "": (2_545, 16, 6.9),  # with the bundle, of export before, and the table of verbs
     "data": (2_670, 16, 7.2),  # 2,300 before nothing of a source could get lost
     "teacher": (2_870, 18, 8.9),
-    "bank": (3_050, 21, 8.8),
+    "bank": (2_670, 17, 8.5),
     "student": (4_560, 28, 7.4),
     "eval": (890, 8, 9.1),
     "export": (430, 6, 13.3),
@@ -75,7 +75,6 @@ KNOWN = {
         "_supports_flex_attn",
         "_supports_sdpa",
     },
-    "bank/span.py": {"_close"},  # our own: held, never read
     "data/files.py": {"_data_files", "_indices_data_files", "_indices_files"},  # keys of a saved dataset's state.json
     "teacher/fingerprint.py": {"_name_or_path"},  # a key of config.json
 }

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ast
-import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import llm2clip
-from llm2clip.bank.span import Span
-from llm2clip.errors import LLM2CLIPError
 
 SOURCE = Path(llm2clip.__file__).parent
 POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
@@ -151,9 +147,3 @@ def test_a_module_that_cannot_be_imported_is_found(line: str, error: str, tmp_pa
     (package / "inner.py").write_text(f"import json, os.path\n{line}\n")
     run = import_all(package.name, tmp_path)
     assert run.returncode == 1 and error in run.stderr
-
-
-def test_a_bank_is_not_read_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(mmap, "MAP_PRIVATE")
-    with pytest.raises(LLM2CLIPError, match=r"a bank cannot be read on \w+; use Linux or macOS"):
-        Span([tmp_path / "a.npy"], [1], dtype=np.float32, row_shape=(2,))

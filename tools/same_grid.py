@@ -160,7 +160,6 @@ GRID: dict[str, dict[str, str | list[str]]] = {
     "bank export": {
         "bank": "build-bank/dtype=int8",
         "out": PLACE,
-        "to": "--to datasets",
         "rows_per_file": "--rows-per-file 9",
         "kinds": "--kinds long",
     },
@@ -278,6 +277,7 @@ REMOVED: dict[str, dict[str, str]] = {
         "soft_targets": "no gain over three seeds (docs/lab-notes.md)",
         "ignore_above": "no gain over three seeds (docs/lab-notes.md)",
     },
+    "bank export": {"to": "datasets.load_dataset reads the Parquet files"},
 }
 """Verb -> field of the old code that is gone -> why. Verbs that are gone: field "*"."""
 _READS = {
@@ -319,5 +319,22 @@ ALLOWED: list[tuple[str, str, str]] = [
         "since 54488bc scored with position frequencies in fp32, as the saved teacher has them",
     ),
     ("train-teacher/*eval-data*", "manifest.json probed_on", "since 54488bc in words, not as a flag"),
+    *(
+        ("*bank*", place, "a bank's format is 2 since 54488bc; what is in it is compared by its export and its info")
+        for place in (
+            "manifest.json format_version",
+            "manifest.json fingerprint",
+            "manifest.json source_fingerprint",
+            "manifest.json shards*",
+            "manifest.json table*",
+            "* bank_fingerprint",
+            "* config/bank_fingerprint",
+        )
+    ),
+    ("*@info", "stdout fingerprint", "of a bank's files"),
+    ("*@info", "stdout source_fingerprint", "of a merged bank: of its banks' fingerprints"),
+    ("*@info", "stdout bytes/*", "of other files"),
+    ("bank-info*", "stdout*", "shards and not files; sizes and fingerprint of other files"),
+    ("bank-verify*", "stdout line 0", "files and shards that were checked"),
 ]
 """(row, place, why) of what may differ, with * and ?; a place is "FILE KEY/KEY" or "default FIELD", as printed."""

@@ -9,6 +9,7 @@ absolute path of the folder itself: two runs that do the same thing write the sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,14 +19,16 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from llm2clip.errors import ArtifactError, UsageError, setting
+from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError, setting
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
 LOCK = ".lock"
 BEGIN_SECONDS = 10.0
 """How long a process waits for others that are just beginning on a folder it shares with them."""
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"bank": 2}
+"""Of kinds of artifact that have changed since version 1."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def canonical_json(value: Any) -> str:
@@ -67,15 +70,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary name is fixed (`.NAME.tmp`), so what a killed run left is overwritten, not collected.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    to_disk(temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:
     """Have a file's bytes on the disk before it is given its name."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def one_line_disk_errors(path: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, and that nothing is lost.
+
+    Raises:
+        LLM2CLIPError: instead of the system's error for a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise LLM2CLIPError(
+            f"no space left on the disk of {path}: free some and type the same command, it goes on where it stopped"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,7 +145,7 @@ def manifest_of(kind: str, *, config: Mapping[str, Any], **facts: Any) -> dict[s
 
     return {
         "format": f"llm2clip/{kind}",
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS.get(kind, 1),
         "llm2clip_version": __version__,
         **facts,
         "config": dict(config),
@@ -134,7 +157,7 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
 
     Raises:
         UsageError: if `folder` does not exist or is another kind of artifact.
-        ArtifactError: if it is unfinished, damaged or from a newer format.
+        ArtifactError: if it is unfinished, damaged or of a format that this version does not read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -146,9 +169,13 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     found = made_as(manifest) if isinstance(manifest, dict) else ""
     if found != kind:
         raise UsageError(f"{folder} holds a {found or 'folder of another program'}, not a {kind}")
-    if manifest.get("format_version", 0) > FORMAT_VERSION:
+    version, wanted = manifest.get("format_version", 0), FORMAT_VERSIONS.get(kind, 1)
+    if version > wanted:
+        raise ArtifactError(f"{folder} has format {version}; this llm2clip reads up to {wanted}, upgrade")
+    if kind in FORMAT_VERSIONS and version < wanted:
         raise ArtifactError(
-            f"{folder} has format {manifest['format_version']}; this llm2clip reads up to {FORMAT_VERSION}, upgrade"
+            f"{folder}: this {kind} was made by an older version (format {version}, now {wanted}): build it again in a "
+            "new folder, by the command that made it"
         )
     return manifest
 

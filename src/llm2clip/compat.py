@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +72,3 @@ class OwnWeights:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(Path(resume_from_checkpoint), model)
-
-
-def datasets_state(files: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """The `state.json` by which `datasets.load_from_disk` reads Arrow files that lie there already.
-
-    `save_to_disk` writes it too, but only behind a second copy of the rows. Read in datasets 5.2.
-    """
-    return {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from llm2clip.bank import collect as module
 from llm2clip.bank.collect import Intake, collect
-from llm2clip.bank.table import Table
+from llm2clip.bank.reader import SCHEMAS, TABLE, Table, read_arrow
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
@@ -33,7 +36,11 @@ def test_by_hand(tmp_path) -> None:
     assert table.rows(0, "long").tolist() == [1, 0]
     assert table.rows(1, "short").tolist() == []
     assert [table.sample(i) for i in range(3)] == SAMPLES
-    assert np.load(tmp_path / "table" / "picture_path.npy").tolist() == [0, 0, 1]
+    assert table.picture_path.tolist() == [0, 0, 1]
+    assert (table.caption_start.tolist(), table.caption_kind.tolist()) == ([0, 3, 4, 6], [0, 1, 1, 1, 0, 0])
+    assert [int(text) for text in table.hashes[:, 0]] == [
+        hashlib.sha256(table.text(i).encode()).digest()[0] for i in range(4)
+    ]
 
 
 def test_chunks_make_no_difference(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +108,59 @@ def test_a_sample_without_captions_keeps_its_place(tmp_path) -> None:
     collect(intake(samples), tmp_path)
     table = Table(tmp_path)
     assert [len(table.rows(i)) for i in range(3)] == [3, 0, 1]
+
+
+def test_columns_are_the_files_own_memory(tmp_path) -> None:
+    """Plain numpy arrays that nobody copies: what a loader process reads for each sample."""
+    collect(intake(SAMPLES), tmp_path)
+    table = Table(tmp_path)
+    for array in (table.caption_start, table.caption_kind, table.caption_row, table.picture_path, table.hashes):
+        assert type(array) is np.ndarray and not array.flags.owndata and not array.flags.writeable
+    assert [array.dtype for array in (table.caption_start, table.caption_kind, table.caption_row)] == [
+        np.int64,
+        np.uint8,
+        np.int64,
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 10_000])
+def test_a_column_is_one_array_however_it_was_filled(chunk: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_CAPTIONS", chunk)
+    samples = [Sample(str(i), PictureRef(f"{i}.jpg", i, 2 * i), {"raw": (f"caption {i}",)}) for i in range(99)]
+    collect(intake(samples), tmp_path)
+    for name in SCHEMAS:
+        batch = read_arrow(tmp_path, name)
+        assert len(batch) == 99
+        batch.validate(full=True)
+    assert [Table(tmp_path).sample(i) for i in range(99)] == samples
+
+
+def test_nothing_but_the_table_is_left(tmp_path) -> None:
+    (tmp_path / f".{TABLE}.tmp").mkdir()
+    (tmp_path / f".{TABLE}.tmp" / "of a killed run").touch()
+    collect(intake(SAMPLES), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [TABLE]
+    assert sorted(path.name for path in (tmp_path / TABLE).iterdir()) == ["facts.json", "samples.arrow", "texts.arrow"]
+
+
+def test_files_of_the_table_are_on_the_disk_before_it_has_its_name(tmp_path, renames: dict[str, list[str]]) -> None:
+    collect(intake(SAMPLES), tmp_path)
+    assert renames == {"facts.json": [], TABLE: []}
+
+
+def test_many_captions_take_no_more_memory_than_few(tmp_path) -> None:
+    """Beside 32 bytes a distinct caption: here all are the same few, of a kilobyte each."""
+
+    def peak(count: int) -> int:
+        (tmp_path / str(count)).mkdir()
+        texts = [f"{i:04d}" * 256 for i in range(64)]
+        samples = (Sample(f"{i}", PictureRef("a.tar", i), {"raw": (texts[i % 64],)}) for i in range(count))
+        tracemalloc.start()
+        collect(intake(samples), tmp_path / str(count))
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    peak(100)
+    few, many = peak(20_000), peak(60_000)
+    assert many < few + 1_000_000  # as numbers alone 40,000 samples and captions are 1.9 MB, as objects of Python 20

@@ -44,7 +44,7 @@ def test_settings_are_what_decides_the_content() -> None:
 
 
 def test_other_configs() -> None:
-    with pytest.raises(UsageError, match="'csv' is unknown"):
-        BankExportConfig(bank="bank", out="out", to="csv")
+    with pytest.raises(UsageError, match=r"^rows_per_file is 0"):
+        BankExportConfig(bank="bank", out="out", rows_per_file=0)
     with pytest.raises(UsageError, match=r"^min_cosine is 1\.5"):
         BankVerifyConfig(bank="bank", min_cosine=1.5)

@@ -21,7 +21,7 @@ def test_facts(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["histogram"] == {"1-8": 60, "9-16": 60}
     assert facts["bytes"]["vectors"] > 120 * 64
     text = capsys.readouterr().out
-    assert "32 x float16 in 8 files" in text and bank.teacher_fingerprint in text
+    assert "32 x float16 in 8 shards" in text and bank.teacher_fingerprint in text
 
 
 def test_json(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llm2clip.artifacts import is_complete
 from llm2clip.bank import fill as fill_module
-from llm2clip.bank import shards as shards_module
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.claims import CLAIMS, Claims
 from llm2clip.bank.config import BankAddConfig, BankConfig
 from llm2clip.bank.merge import add_to_bank
-from llm2clip.bank.reader import VECTORS, Bank
-from llm2clip.bank.shards import ShardBuffer
+from llm2clip.bank.reader import Bank
+from llm2clip.bank.vectors import ShardBuffer
 
 from ..forking import PATIENCE_SECONDS, end_of, fork
 
@@ -74,12 +74,12 @@ def test_three_processes_share_the_work(work, bank: Bank, config: BankConfig, fi
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("renames", range(3))
+@pytest.mark.parametrize("flushes", range(3))
 @pytest.mark.parametrize("work", [by_part, by_rank])
 def test_one_of_three_is_killed(
-    work, renames: int, bank: Bank, config: BankConfig, tmp_path: Path, files_of: Files, monkeypatch
+    work, flushes: int, bank: Bank, config: BankConfig, tmp_path: Path, files_of: Files, monkeypatch
 ) -> None:
-    """Before it renames its shard's vectors, tokens or facts; the others have a shard in hand, too, at that moment."""
+    """Before it flushes its shard's vectors, tokens or facts; the others have a shard in hand, too, at that moment."""
     in_hand = tmp_path / "in hand"
     prepare = fill_module._prepare
 
@@ -93,7 +93,7 @@ def test_one_of_three_is_killed(
             return prepare(*arguments)
 
         monkeypatch.setattr(fill_module, "_prepare", first)
-        die_before(renames, monkeypatch)
+        die_before(flushes, monkeypatch)
         work(config, 1)
 
     monkeypatch.setattr(fill_module, "_prepare", after_the_first)
@@ -104,18 +104,23 @@ def test_one_of_three_is_killed(
     assert files_of(config.out) == files_of(bank.folder)
 
 
-def die_before(renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process kill itself before so many renames of files of vectors."""
-    rename, left = os.replace, [renames]
+def die_before(flushes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process kill itself before the flush, after so many others, of a shard's file."""
+    write, fsync = ShardBuffer.write, os.fsync
 
-    def replace(source: Path, target: Path) -> None:
-        if Path(target).parent.name == VECTORS:
+    def doomed(buffer: ShardBuffer) -> None:
+        left = [flushes]
+
+        def flush(descriptor: int) -> None:
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1
-        rename(source, target)
+            fsync(descriptor)
 
-    monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "fsync", flush)
+        write(buffer)
+
+    monkeypatch.setattr(ShardBuffer, "write", doomed)
 
 
 @pytest.mark.parametrize("work", [by_part, by_rank])
@@ -181,7 +186,7 @@ def test_a_shard_that_another_process_made_stays_its_own(
     assert encoded == []
 
 
-LEFTOVERS = ("vectors/.00000.npy.0123abcd.tmp", ".table.0123abcd.tmp/text.npy", f"{CLAIMS}/shard-00001")
+LEFTOVERS = ("vectors/.00000.json.tmp", ".table.tmp/texts.arrow", f"{CLAIMS}/shard-00001")
 
 
 def test_what_killed_processes_left_goes(config: BankConfig) -> None:
@@ -193,34 +198,13 @@ def test_what_killed_processes_left_goes(config: BankConfig) -> None:
     assert not list(config.out.rglob(".*"))
 
 
-def test_one_gives_a_new_bank_the_shards_of_another_while_others_wait(
-    bank: Bank, write_captions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the one to finish first would remove what a slower one is just writing."""
+def test_two_add_to_a_bank_at_once(bank: Bank, write_captions, tmp_path: Path, monkeypatch, files_of: Files) -> None:
+    """Each copies some of the old vectors, one encodes the new ones."""
+    monkeypatch.setattr(fill_module, "WAIT_SECONDS", 0.05)
     data = write_captions(tmp_path / "data" / "new.csv", 1, columns={"raw": 6})
     config = BankAddConfig(data=(str(data),), bank=bank.folder, out=tmp_path / "more", device="cpu")
-
-    def slow() -> None:
-        replace = os.replace
-
-        def late(source: Path, target: Path) -> None:
-            monkeypatch.undo()
-            (tmp_path / "linked").touch()
-            wait_for(config.out / "manifest.json", seconds=2.0)
-            replace(source, target)
-
-        link = os.link
-
-        def first(source: Path, target: Path) -> None:
-            link(source, target)
-            monkeypatch.setattr(os, "replace", late)
-
-        monkeypatch.setattr(shards_module.os, "link", first)
-        add_to_bank(config)
-
-    def other() -> None:
-        wait_for(tmp_path / "linked")
-        add_to_bank(config)
-
-    assert [end_of(child) for child in [fork(slow), fork(other)]] == [0, 0]
+    assert [end_of(child) for child in [fork(lambda: add_to_bank(config)) for _ in range(2)]] == [0, 0]
     assert is_complete(config.out)
+    alone = add_to_bank(dataclasses.replace(config, out=tmp_path / "alone"))
+    assert files_of(config.out) == files_of(alone)
+    np.testing.assert_array_equal(Bank.open(alone).vectors(range(120)), bank.vectors(range(120)))

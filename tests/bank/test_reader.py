@@ -1,9 +1,10 @@
-"""Reading a bank: by hand with numpy alone, in any order, from other processes."""
+"""Reading a bank: by hand with pyarrow and numpy alone, in any order, from other processes."""
 
 from __future__ import annotations
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from multiprocessing import get_context
@@ -12,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm2clip.artifacts import write_json
 from llm2clip.bank.dtypes import DTYPES
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.verify import cosines
 from llm2clip.errors import ArtifactError, UsageError
 
+from ..forking import end_of, fork
+
 
 def test_counts(bank: Bank) -> None:
-    assert (bank.num_samples, bank.num_rows, bank.num_shards, bank.dim) == (60, 120, 8, 32)
+    assert (bank.num_samples, bank.num_rows, bank.layout.num_shards, bank.dim) == (60, 120, 8, 32)
     assert bank.kinds == ["short", "long"]
     assert bank.rows(3).tolist() == [6, 7]
     assert bank.rows(3, "long").tolist() == [7]
@@ -29,7 +33,7 @@ def test_counts(bank: Bank) -> None:
 
 
 def test_vectors_in_any_order(bank: Bank) -> None:
-    everything = np.concatenate([np.load(path) for path in sorted(bank.folder.glob("vectors/[0-9]*[0-9].npy"))])
+    everything = np.load(bank.folder / "vectors" / "vectors.npy")
     assert everything.shape == (120, 32) and everything.dtype == np.float16
     rows = np.random.default_rng(0).integers(0, 120, 500)
     np.testing.assert_array_equal(bank.vectors(rows), everything[rows])
@@ -70,9 +74,23 @@ def test_the_program_in_the_docs_reads_a_bank(bank: Bank, tmp_path: Path) -> Non
 def test_a_bank_travels_to_other_processes(bank: Bank) -> None:
     copy = pickle.loads(pickle.dumps(bank))
     np.testing.assert_array_equal(copy.vectors([3, 99]), bank.vectors([3, 99]))
-    with get_context("fork").Pool(2) as pool:
-        parts = pool.map(bank.vectors, [[3, 99], [5]])
-    np.testing.assert_array_equal(parts[0], bank.vectors([3, 99]))
+    assert copy.sample(7) == bank.sample(7)
+    for method in ("fork", "spawn"):
+        with get_context(method).Pool(2) as pool:
+            parts = pool.map(bank.vectors, [[3, 99], [5]])
+            samples = pool.map(bank.sample, [3, 59])
+        np.testing.assert_array_equal(parts[0], bank.vectors([3, 99]))
+        assert samples == [bank.sample(3), bank.sample(59)]
+
+
+def test_a_bank_of_any_tables_is_read_in_a_forked_child_as_it_is(bank: Bank) -> None:
+    """A loader's process has the parent's open bank, without opening it again."""
+    child = fork(lambda: check_reads(bank))
+    assert end_of(child) == 0
+
+
+def check_reads(bank: Bank) -> None:
+    assert bank.vectors([3, 99]).any() and bank.text(7) and bank.picture(3).path.endswith("3.jpg")
 
 
 def test_reading_needs_no_torch(bank: Bank) -> None:
@@ -93,14 +111,42 @@ def test_every_dtype_is_close_to_the_truth(dtype: str, bank: Bank, captions_csv:
     assert cosines(vectors.astype(np.float32), exact.vectors(rows)).min() > 0.9995
 
 
-def test_a_damaged_shard_is_one_line(captions_csv: Path, build, tmp_path: Path) -> None:
-    bank = build(captions_csv, tmp_path / "bank")
-    (bank.folder / "vectors" / "00002.npy").write_bytes(b"nonsense")
-    (bank.folder / "vectors" / "00003.npy").unlink()
-    np.save(bank.folder / "vectors" / "00004.npy", np.zeros((2, 3)))
-    for row, complaint in ((32, "is damaged: it holds 8 bytes"), (48, "is missing"), (64, "expected float16")):
-        with pytest.raises(ArtifactError, match=complaint):
-            bank.vectors([row])
+def test_damaged_vectors_are_one_line(bank: Bank, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    path = copy / "vectors" / "vectors.npy"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ArtifactError, match=r"vectors\.npy is damaged: it holds 8 bytes, expected float16 \(120, 32\)"):
+        Bank.open(copy)
+    np.save(path, np.zeros((2, 3)))
+    with pytest.raises(ArtifactError, match=r"it holds float64 \(2, 3\) in 176 bytes, expected float16"):
+        Bank.open(copy)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"vectors\.npy is missing"):
+        Bank.open(copy)
+
+
+@pytest.mark.parametrize("name", ["samples", "texts"])
+def test_a_damaged_table_is_one_line(name: str, bank: Bank, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    path, other = (copy / "table" / f"{each}.arrow" for each in (name, "texts" if name == "samples" else "samples"))
+    data = path.read_bytes()
+    for wrong in (b"", b"nonsense", data[: len(data) // 2], data[:-1], other.read_bytes()):
+        path.write_bytes(wrong)
+        with pytest.raises(ArtifactError, match=rf"{name}\.arrow is damaged \(.+\); delete it"):
+            Bank.open(copy)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=rf"{name}\.arrow is missing"):
+        Bank.open(copy)
+
+
+def test_a_bank_of_an_older_format_is_one_line(bank: Bank, tmp_path: Path, captions_csv: Path, build) -> None:
+    copy = Path(shutil.copytree(bank.folder, tmp_path / "bank"))
+    write_json(copy / "manifest.json", {**bank.manifest, "format_version": 1})
+    message = r"this bank was made by an older version \(format 1, now 2\): build it again in a new folder"
+    with pytest.raises(ArtifactError, match=message):
+        Bank.open(copy)
+    with pytest.raises(ArtifactError, match=message):
+        build(captions_csv, copy)
 
 
 def test_what_is_no_bank(tmp_path: Path, bank: Bank) -> None:

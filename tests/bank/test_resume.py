@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import io
 import os
 import shutil
 import signal
@@ -29,7 +29,7 @@ Tick = Callable[[], None]
 def watched(tick: Tick, log: Path) -> Iterator[None]:
     """Calls `tick` before and after each write, flush, rename and encoded batch; logs the captions encoded."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((os, "replace"), (os, "fsync"), (os, "link"), (builtins, "open"), (shutil, "rmtree")):
+        for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (io, "open"), (shutil, "rmtree")):
             patch.setattr(owner, name, around(getattr(owner, name), tick))
         patch.setattr(CaptionEncoder, "_forward", around(CaptionEncoder._forward, tick))
         run = CaptionEncoder.run

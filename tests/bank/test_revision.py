@@ -12,7 +12,6 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llm2clip.artifacts import read_json, write_json
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankAddConfig, BankConfig, BankInfoConfig, BankMergeConfig, BankVerifyConfig
 from llm2clip.bank.info import bank_info
@@ -84,17 +83,6 @@ def test_verify_knows_the_revision(hub: Path, build_pinned: Build, capsys: pytes
     assert f"{NAME} at v1 " in capsys.readouterr().out
 
 
-def test_a_bank_that_names_it_in_its_settings_alone(hub: Path, build_pinned: Build) -> None:
-    """As they did at first."""
-    bank = build_pinned("a")
-    for file in (bank / "teacher.json", bank / "manifest.json"):
-        content = read_json(file)
-        del content.get("teacher", content)["revision"]
-        write_json(file, content)
-    move_main(hub)
-    assert verify(bank)["sample"] == 5
-
-
 @pytest.mark.parametrize(
     ("first", "second", "kept"), [("v1", "v1", "v1"), ("v1", "stable", "v1"), (None, "v1", "v1"), (None, None, None)]
 )
@@ -137,7 +125,7 @@ def test_add(hub: Path, build_pinned: Build, write_captions, tmp_path: Path) -> 
 def test_a_bank_begun_with_one_copy_and_ended_with_another(hub: Path, build_pinned: Build, files_of) -> None:
     bank = build_pinned("a")
     before = files_of(bank)
-    (bank / "vectors" / "00000.npy").unlink()
+    (bank / "vectors" / "00000.json").unlink()
     build_pinned("a", teacher=str(hub / "snapshots" / OLD), revision=None)
     assert files_of(bank) == before
     assert verify(bank)["sample"] == 5

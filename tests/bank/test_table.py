@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.bank import table as module
+from llm2clip.bank import reader as module
 from llm2clip.bank.collect import Intake, collect
-from llm2clip.bank.table import Table, joined, picture_index, with_captions
+from llm2clip.bank.merge import joined, picture_hashes, picture_index, with_captions
+from llm2clip.bank.reader import Table, read_arrow
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import PictureRef, Sample
 
@@ -83,7 +84,7 @@ def test_of_a_picture_that_comes_twice_in_a_table_the_first_counts(
     monkeypatch.setattr(module, "BLOCK_ROWS", rows)
     places = [PictureRef("/0.tar", i) for i in (0, 1, 2, 3, 0)]
     twice = table_of(tmp_path / "b", [named(f"b{n}", place) for n, place in enumerate(places)])
-    hashes = module.picture_hashes(twice, range(5))
+    hashes = picture_hashes(twice, range(5))
     assert picture_index(twice).lookup(hashes).tolist() == [0, 1, 2, 3, 0]
     first = table_of(tmp_path / "a", [named("a", places[1])])
     assert [(s.id, s.captions["raw"]) for s in joined([first, twice])] == [
@@ -96,12 +97,9 @@ def test_bytes_of_a_sample_and_of_a_caption(tmp_path: Path) -> None:
     """As `docs/bank-format.md` says: 38 a sample beside its id, 9 a caption beside its text."""
 
     def size(name: str, samples: list[Sample]) -> int:
-        """Numbers without the headers; the texts themselves are the same few."""
+        """Bytes of the columns of samples and captions."""
         table = table_of(tmp_path / name, samples)
-        texts = ("path", "id", "text", "hash", "path_start", "text_start")
-        return sum(
-            table._load(file.stem).nbytes for file in (table.folder / "table").glob("*.npy") if file.stem not in texts
-        )
+        return read_arrow(table.folder, "samples").nbytes - sum(len(sample.id) for sample in samples)
 
     few, more, captions = (
         [named(str(i), TAR, raw=("a", "b")[:each]) for i in range(count)] for count, each in ((1, 1), (11, 1), (11, 2))

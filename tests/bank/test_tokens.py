@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llm2clip.bank.tokens import TokenBlock, can_tokenise_ahead, pad, plan_batches, tokenise
+from llm2clip.bank.encoder import TokenBlock, can_tokenise_ahead, pad, plan_batches, tokenise
 from llm2clip.teacher.model import load_teacher
 
 TEXTS = ["a red disc", "a", "two small blue discs and the dark square near the corner"]
@@ -40,7 +40,7 @@ def test_long_texts_are_cut_as_the_teacher_cuts_them(teacher) -> None:
 
 def test_many_texts_are_tokenised_in_parts(teacher, monkeypatch) -> None:
     whole = tokenise(teacher, TEXTS * 3, None)
-    monkeypatch.setattr("llm2clip.bank.tokens.TOKENISE_AT_ONCE", 2)
+    monkeypatch.setattr("llm2clip.bank.encoder.TOKENISE_AT_ONCE", 2)
     parts = tokenise(teacher, TEXTS * 3, None)
     np.testing.assert_array_equal(whole.arrays["input_ids"], parts.arrays["input_ids"])
     np.testing.assert_array_equal(whole.start, parts.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from llm2clip.artifacts import file_digest, read_json, write_json
 from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
+from llm2clip.bank.vectors import checksum
 from llm2clip.bank.verify import check_table, cosines, verify_bank
 from llm2clip.errors import ArtifactError, UsageError
 
-FILES = """vectors/00003.npy vectors/00000.tokens.npy vectors/00003.json table/text.npy table/hash.npy table/facts.json
-teacher.json""".split()
+FILES = "vectors/vectors.npy vectors/tokens.npy vectors/00003.json table/samples.arrow table/texts.arrow".split()
+FILES += ["table/facts.json", "teacher.json"]
 
 
 @pytest.fixture
@@ -26,9 +28,9 @@ def copy(bank: Bank, tmp_path: Path) -> Path:
 
 def test_a_whole_bank(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
     report = verify_bank(BankVerifyConfig(bank=bank.folder, device="cpu"))
-    assert report["files"] == 15 + 16 and report["sample"] == 64
+    assert (report["files"], report["shards"], report["sample"]) == (5, 8, 64)
     assert report["min_cosine"] > 0.99999
-    assert "31 files whole" in capsys.readouterr().out
+    assert "5 files and 8 shards whole" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -37,34 +39,43 @@ def test_a_flipped_bit_is_found(copy: Path, name: str, place: float) -> None:
     data = bytearray((copy / name).read_bytes())
     data[int(place * len(data))] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(ArtifactError, match=str(Path(name).name)):
+    shard = r"|vectors/0000\d\.json" if name.endswith(".npy") else ""
+    with pytest.raises(ArtifactError, match=re.escape(Path(name).name) + shard):
         verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
 
 
-def test_a_flipped_byte_is_mended_by_deleting_the_file(copy: Path, bank: Bank, captions_csv, build, files_of) -> None:
-    path = copy / "vectors" / "00003.npy"
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(ArtifactError, match="delete these files and type the command"):
+def flip_rows(folder: Path, name: str, first: int, last: int) -> None:
+    """Turn the signs of some rows of an array."""
+    array = np.load(folder / "vectors" / f"{name}.npy", mmap_mode="r+")
+    array[first:last] = -array[first:last]
+    array.flush()
+
+
+def test_a_flipped_byte_is_mended_by_deleting_what_is_named(
+    copy: Path, bank: Bank, captions_csv, build, files_of, encoded
+) -> None:
+    flip_rows(copy, "vectors", 48, 49)
+    with pytest.raises(ArtifactError, match=r"damaged: vectors/00003\.json; delete these files and type the command"):
         verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
-    path.unlink()
+    (copy / "vectors" / "00003.json").unlink()
+    encoded.clear()
     build(captions_csv, copy)
+    assert encoded == [16]
     assert files_of(copy) == files_of(bank.folder)
 
 
 def test_a_missing_file_is_found(copy: Path) -> None:
-    (copy / "vectors" / "00001.npy").unlink()
-    with pytest.raises(ArtifactError, match=r"vectors/00001\.npy"):
+    (copy / "vectors" / "00001.json").unlink()
+    with pytest.raises(ArtifactError, match=r"vectors/00001\.json"):
+        verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
+    (copy / "vectors" / "vectors.npy").unlink()
+    with pytest.raises(ArtifactError, match=r"vectors/vectors\.npy is missing"):
         verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
 
 
 def test_wrong_vectors_with_right_checksums_are_found(copy: Path) -> None:
-    manifest = read_json(copy / "manifest.json")
-    for shard in manifest["shards"]:
-        entry = shard["files"]["vectors"]
-        np.save(copy / entry["file"], -np.load(copy / entry["file"]))
-        entry["sha256"] = file_digest(copy / entry["file"])
-        write_json((copy / entry["file"]).with_suffix(".json"), shard)
-    write_json(copy / "manifest.json", manifest)
+    flip_rows(copy, "vectors", 0, 120)
+    seal_shards(copy)
     with pytest.raises(ArtifactError, match=r"has cosine -1\.0"):
         verify_bank(BankVerifyConfig(bank=copy, device="cpu"))
 
@@ -95,17 +106,35 @@ def falls(starts: np.ndarray) -> np.ndarray:
         ("caption_kind", lambda a: a + 1, "a caption's kind does not exist"),
         ("caption_start", falls, "caption_start does not rise"),
         ("caption_start", ends_early, "caption_start does not end with the captions"),
-        ("hash", lambda a: a[:-1], "hashes and texts differ in number"),
     ],
 )
 def test_a_broken_table_with_right_checksums_is_found(copy: Path, column: str, change, complaint: str) -> None:
-    path = copy / "table" / f"{column}.npy"
-    np.save(path, change(np.load(path)).astype(np.load(path).dtype))
+    path = change_in_place(copy, column, change)
     with pytest.raises(ArtifactError, match=f"{complaint}; delete its table folder"):
-        check_table(Bank.open(copy).table)
+        check_table(Bank.open(copy))
     seal(copy, path)
     with pytest.raises(ArtifactError, match=complaint):
         verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
+
+
+def change_in_place(folder: Path, column: str, change) -> Path:
+    """Change a column of the table, whose numbers are found by what they are."""
+    array = getattr(Bank.open(folder), column)
+    path = folder / "table" / "samples.arrow"
+    data = path.read_bytes()
+    assert data.count(array.tobytes()) == 1
+    path.write_bytes(data.replace(array.tobytes(), change(array).astype(array.dtype).tobytes()))
+    return path
+
+
+def seal_shards(folder: Path) -> None:
+    """Give changed vectors the checksums they have now, wherever one stands."""
+    manifest, layout = read_json(folder / "manifest.json"), Bank.open(folder).layout
+    for shard, facts in enumerate(manifest["shards"]):
+        rows = layout.rows(shard)
+        facts["sha256"]["vectors"] = checksum(layout.open("vectors")[rows.start : rows.stop])
+        write_json(layout.facts_path(shard), facts)
+    write_json(folder / "manifest.json", manifest)
 
 
 def seal(folder: Path, path: Path) -> None:
@@ -116,36 +145,29 @@ def seal(folder: Path, path: Path) -> None:
 
 
 def test_samples_without_captions_are_no_fault(bank: Bank, copy: Path) -> None:
-    starts = np.load(copy / "table" / "caption_start.npy")
-    np.save(copy / "table" / "caption_start.npy", np.concatenate([starts[:1], starts[:1], starts[2:]]))
-    check_table(Bank.open(copy).table)
+    change_in_place(copy, "caption_start", lambda starts: np.concatenate([starts[:1], starts[:1], starts[2:]]))
+    check_table(Bank.open(copy))
 
 
 def test_a_caption_that_is_another_with_right_checksums_is_found(copy: Path) -> None:
-    path = copy / "table" / "text.npy"
-    texts = np.load(path)
-    texts[0] ^= 1
-    np.save(path, texts)
+    path, text = copy / "table" / "texts.arrow", Bank.open(copy).text(0).encode()
+    data = path.read_bytes()
+    assert data.count(text) == 1
+    path.write_bytes(data.replace(text, text[:-1] + b"x"))
     seal(copy, path)
-    with pytest.raises(ArtifactError, match=r"hash\.npy does not fit text\.npy"):
+    with pytest.raises(ArtifactError, match="hashes do not fit their texts"):
         verify_bank(BankVerifyConfig(bank=copy, device="cpu", sample=120))
 
 
 def test_a_single_wrong_vector_is_named(copy: Path) -> None:
-    manifest = read_json(copy / "manifest.json")
-    shard = manifest["shards"][5]
-    entry = shard["files"]["vectors"]
-    vectors = np.load(copy / entry["file"])
-    norm = np.linalg.norm(vectors[7].astype(np.float32))
-    vectors[7] = np.roll(vectors[7], 1)
-    assert norm > 0
-    np.save(copy / entry["file"], vectors)
-    entry["sha256"] = file_digest(copy / entry["file"])
-    write_json(copy / "vectors" / "00005.json", shard)
-    write_json(copy / "manifest.json", manifest)
+    vectors = np.load(copy / "vectors" / "vectors.npy", mmap_mode="r+")
+    assert vectors[87].any()
+    vectors[87] = np.roll(vectors[87], 1)
+    vectors.flush()
+    seal_shards(copy)
     with pytest.raises(ArtifactError, match=r"the vector of row 87 .* below min_cosine 0\.999"):
         verify_bank(BankVerifyConfig(bank=copy, device="cpu", sample=120))
-    assert verify_bank(BankVerifyConfig(bank=copy, teacher="none"))["files"] == 31
+    assert verify_bank(BankVerifyConfig(bank=copy, teacher="none"))["files"] == 5
 
 
 @pytest.mark.parametrize(("sample", "seed"), [(10, 0), (10, 1), (100, 1), (1000, 0)])
@@ -172,12 +194,12 @@ def test_captions_are_encoded_again_as_they_were(settings, captions_csv, build, 
 
 def test_what_is_said(bank: Bank, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = verify_bank(BankVerifyConfig(bank=bank.folder, teacher="none"))
-    arrays = list(bank.folder.rglob("*.npy"))
-    assert report["bytes"] == sum(path.stat().st_size for path in [*arrays, bank.folder / "table" / "facts.json"])
+    paths = [*bank.folder.rglob("*.npy"), *(bank.folder / "table").iterdir()]
+    assert report["bytes"] == sum(path.stat().st_size for path in paths)
     assert "captions encoded again" not in capsys.readouterr().out
     for shard in range(6):
-        (copy / "vectors" / f"{shard:05d}.npy").unlink()
-    with pytest.raises(ArtifactError, match=r"damaged: vectors/00000\.npy, .*vectors/00004\.npy and 1 more; delete"):
+        (copy / "vectors" / f"{shard:05d}.json").unlink()
+    with pytest.raises(ArtifactError, match=r"damaged: vectors/00000\.json, .*vectors/00004\.json and 1 more; delete"):
         verify_bank(BankVerifyConfig(bank=copy, teacher="none"))
 
 

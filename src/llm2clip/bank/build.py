@@ -12,19 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import MANIFEST, file_digest, fingerprint, manifest_of, open_output, read_json
+from llm2clip.artifacts import (
+    file_digest,
+    fingerprint,
+    is_complete,
+    one_line_disk_errors,
+    open_output,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from llm2clip.bank.claims import Claims
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankConfig, EncodeConfig
 from llm2clip.bank.dtypes import row_bytes
 from llm2clip.bank.encoder import CaptionEncoder
-from llm2clip.bank.files import one_line_disk_errors, write_facts
 from llm2clip.bank.fill import WAIT_SECONDS, fill
 from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, resolve_prompt
-from llm2clip.bank.reader import VECTORS, Bank
+from llm2clip.bank.reader import FACTS, TABLE, Bank, Table, has_table
 from llm2clip.bank.reuse import Reuse, check_reuse
-from llm2clip.bank.shards import Layout, link_shards, plan_layout, shard_facts
-from llm2clip.bank.table import FACTS, TABLE, Table, has_table
+from llm2clip.bank.vectors import VECTORS, Layout
 from llm2clip.data.source import open_source
 from llm2clip.errors import UsageError, setting
 from llm2clip.hub import pick_device, pick_precision
@@ -44,9 +52,8 @@ class Plan:
         encoder: encodes; None if every caption comes from another bank.
         intake: opens the samples; its fingerprint is checked on every run.
         dtype: how vectors are stored.
-        shard_rows: captions in one file of vectors.
-        base: a bank whose shards are this one's first.
-        reuse: further banks to copy vectors from.
+        shard_rows: captions of a shard.
+        reuse: banks to copy vectors from.
         part: (i, n): make only every n-th shard.
     """
 
@@ -57,7 +64,6 @@ class Plan:
     intake: Callable[[], Intake]
     dtype: str
     shard_rows: int
-    base: Bank | None = None
     reuse: tuple[Bank, ...] = ()
     part: tuple[int, int] = (0, 1)
 
@@ -174,20 +180,18 @@ def write_bank(plan: Plan) -> Path:
         open_output(plan.out, "bank", config=plan.settings, shared=True),
         Claims(plan.out) as claims,
     ):
-        (plan.out / VECTORS).mkdir(exist_ok=True)
+        if is_complete(plan.out):
+            read_manifest(plan.out, "bank")  # refuses an older format
         plan = dataclasses.replace(plan, teacher=_agree_on_teacher(plan, claims))
         table = _table(plan, intake, claims)
-        rows, dtype, dim = table.num_rows, plan.dtype, plan.teacher.dim
-        layout = plan_layout(plan.out, rows, plan.shard_rows, dtype, dim, base=plan.base)
-        if (plan.out / MANIFEST).exists() and _is_whole(layout):
+        layout = Layout(plan.out, table.num_rows, plan.shard_rows, plan.dtype, plan.teacher.dim)
+        with claims.hold("vectors"):
+            layout.prepare()
+        if is_complete(plan.out) and all(map(layout.is_whole, range(layout.num_shards))):
             logger.info("%s is already complete", plan.out)
             return plan.out
-        if plan.base is not None:
-            with claims.hold("base"):
-                link_shards(layout, plan.base)
         _say_size(layout, table)
-        reuse = Reuse(plan.reuse)
-        fill(layout, table, plan.encoder, reuse, claims=claims, part=plan.part, offset=_rank_offset())
+        fill(layout, table, plan.encoder, Reuse(plan.reuse), claims=claims, part=plan.part, offset=_rank_offset())
         _finish(plan, layout, table, claims)
     return plan.out
 
@@ -201,7 +205,7 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
     path = plan.out / TEACHER
     with claims.hold("teacher"):
         if not path.exists():
-            write_facts(path, dataclasses.asdict(plan.teacher))
+            write_json(path, dataclasses.asdict(plan.teacher))
     begun = TeacherFacts(**read_json(path))
     if begun.precision != plan.teacher.precision:
         raise UsageError(
@@ -236,10 +240,6 @@ def _table(plan: Plan, intake: Intake, claims: Claims) -> Table:
     return table
 
 
-def _is_whole(layout: Layout) -> bool:
-    return all(shard_facts(layout, shard) is not None for shard in range(layout.num_shards))
-
-
 def _rank_offset() -> float:
     """Where among the shards this process begins, by its rank under torchrun or accelerate."""
     return int(os.environ.get("RANK", "0")) / int(os.environ.get("WORLD_SIZE", "1"))
@@ -248,8 +248,7 @@ def _rank_offset() -> float:
 def _say_size(layout: Layout, table: Table) -> None:
     """Say how large the bank will be, and warn if the disk has no room for what is not there yet."""
     needed, each = layout.num_bytes(), row_bytes(layout.dtype, layout.dim)
-    whole = (shard for shard in range(layout.num_shards) if shard_facts(layout, shard) is not None)
-    missing = needed - each * sum(len(layout.rows(shard)) for shard in whole)
+    missing = each * sum(len(layout.rows(shard)) for shard in range(layout.num_shards) if not layout.is_whole(shard))
     free = shutil.disk_usage(layout.folder).free
     logger.info(
         "%s captions of %s samples, %s distinct: %s vectors of %s x %s, %s each; %s free on the disk",
@@ -268,33 +267,28 @@ def _say_size(layout: Layout, table: Table) -> None:
 
 def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
     """Write the manifest, if every shard is whole; the last of several processes does."""
-    shards = [shard_facts(layout, shard) for shard in range(layout.num_shards)]
-    whole = [facts for facts in shards if facts is not None]
-    if len(whole) < len(shards):
+    shards = [layout.facts_path(shard) for shard in range(layout.num_shards) if layout.is_whole(shard)]
+    if len(shards) < layout.num_shards:
         logger.info(
             "part %d/%d is done; %d of %d shards are made, the part that ends last completes the bank",
             *plan.part,
-            len(whole),
             len(shards),
+            layout.num_shards,
         )
         return
     with claims.hold("finish"):
-        write_bank_manifest(plan, table, whole)
-        _tidy(plan.out)
-
-
-def _tidy(out: Path) -> None:
-    """Remove what killed processes left half-written: whoever writes holds a claim, and all is whole by now."""
-    for leftover in [*out.glob(".*.tmp"), *(out / VECTORS).glob(".*.tmp")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        write_bank_manifest(plan, table, [read_json(path) for path in shards])
+        for leftover in [*plan.out.glob(".*.tmp"), *(plan.out / VECTORS).glob(".*.tmp")]:  # of killed processes
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
-    """Write `manifest.json`: everything a reader needs to know, and the checksum of every file."""
+    """Write `manifest.json`: everything a reader needs to know, and checksums of all."""
     facts = table.facts
     digests = [entry["sha256"] for entry in facts["files"].values()]
-    digests += [entry["sha256"] for shard in shards for entry in shard["files"].values()]
-    manifest = manifest_of(
+    digests += [digest for shard in shards for digest in shard["sha256"].values()]
+    write_manifest(
+        plan.out,
         "bank",
         fingerprint=fingerprint([plan.teacher.fingerprint, plan.teacher.prompt, facts["kinds"], digests]),
         teacher_fingerprint=plan.teacher.fingerprint,
@@ -316,4 +310,3 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
         shards=shards,
         config=plan.settings,
     )
-    write_facts(plan.out / MANIFEST, manifest)

@@ -14,7 +14,6 @@ from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError, setting
 
-FORMATS = ("parquet", "datasets")
 SPEED_FIELDS = ("out", "reuse", "shard", "device", "batch_tokens", "compile")
 """Fields that do not decide what is written (beyond rounding), so a run may go on with other values of them."""
 
@@ -49,6 +48,10 @@ class EncodeConfig:
             check_positive(batch_tokens=self.batch_tokens)
         self.part()
 
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}
+
     def part(self) -> tuple[int, int]:
         """`--shard` as numbers; (0, 1) without it.
 
@@ -78,7 +81,7 @@ class BankConfig(EncodeConfig, SourceConfig):
     dtype: str = "float16"
     """How vectors are stored: float16, float32, bfloat16, or int8 (half of float16; a scale for each 64 dimensions)."""
     shard_rows: int = 32768
-    """Captions in one file of vectors; at most one such file per process is lost when a run is killed."""
+    """Captions encoded between two saves; at most so many per process are lost when a run is killed."""
     reuse: tuple[Path, ...] = ()
     """Other banks of the same teacher, prompt and precision; captions found in them are copied, not encoded."""
 
@@ -93,18 +96,13 @@ class BankConfig(EncodeConfig, SourceConfig):
                 "the two"
             )
 
-    def settings(self) -> dict[str, Any]:
-        """The fields that decide what is written, JSON-ready."""
-        return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BankAddConfig(EncodeConfig, SourceConfig):
     """A new bank: an existing one plus the captions of further sources; only captions it does not hold are encoded.
 
     Captions of a picture the bank knows (same file and place) join its sample, so a new kind of caption is added by
-    giving the same pictures with another `--captions`. Existing vector files are linked, not copied, where the file
-    system can.
+    giving the same pictures with another `--captions`. Vectors that are there are copied.
     """
 
     bank: Positional[Path]
@@ -118,10 +116,6 @@ class BankAddConfig(EncodeConfig, SourceConfig):
         super().__post_init__()
         self.check_encoding()
 
-    def settings(self) -> dict[str, Any]:
-        """The fields that decide what is written, JSON-ready."""
-        return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BankMergeConfig:
@@ -131,7 +125,7 @@ class BankMergeConfig:
     """
 
     banks: Positional[tuple[Path, ...]]
-    """The banks, two or more; the first one's vector files are linked, not copied, where the file system can."""
+    """The banks, two or more."""
     out: Path
     """Folder of the new bank."""
 
@@ -181,19 +175,19 @@ class BankVerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BankExportConfig:
-    """A bank's captions and vectors for other programs, one row a caption."""
+    """A bank's captions and vectors for other programs as Parquet files, one row a caption.
+
+    `datasets.load_dataset("parquet", data_dir=OUT)` reads them.
+    """
 
     bank: Positional[Path]
     """The bank."""
     out: Path
     """Folder to write: new, empty, or begun by this same export, which then goes on where it stopped."""
-    to: str = "parquet"
-    """parquet: Parquet files; datasets: a folder for `datasets.load_from_disk`."""
     rows_per_file: int = 65536
     """Captions in one file."""
     kinds: tuple[str, ...] = ()
     """Only captions of these kinds; by default all."""
 
     def __post_init__(self) -> None:
-        check_choice(setting("to"), self.to, FORMATS)
         check_positive(rows_per_file=self.rows_per_file)

@@ -10,11 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.artifacts import atomic_path, fingerprint, is_complete, open_output, write_json, write_manifest
+from llm2clip.artifacts import atomic_path, is_complete, one_line_disk_errors, open_output, write_manifest
 from llm2clip.bank.config import BankExportConfig
-from llm2clip.bank.files import one_line_disk_errors
 from llm2clip.bank.reader import Bank
-from llm2clip.compat import datasets_state
 from llm2clip.config import check_choice, to_dict
 from llm2clip.errors import setting
 from llm2clip.progress import Progress
@@ -36,7 +34,6 @@ def export_bank(config: BankExportConfig) -> Path:
     with one_line_disk_errors(out), open_output(out, "bank-export", config=identity):
         if is_complete(out):
             return out
-        names = write_parquet(bank, out, config) if config.to == "parquet" else write_datasets(bank, out, config)
         write_manifest(
             out,
             "bank-export",
@@ -44,7 +41,7 @@ def export_bank(config: BankExportConfig) -> Path:
             bank_fingerprint=bank.fingerprint,
             teacher_fingerprint=bank.teacher_fingerprint,
             dim=bank.dim,
-            files=names,
+            files=write_parquet(bank, out, config),
         )
     return out
 
@@ -61,52 +58,26 @@ def write_parquet(bank: Bank, out: Path, config: BankExportConfig) -> list[str]:
     return names
 
 
-def write_datasets(bank: Bank, out: Path, config: BankExportConfig) -> list[str]:
-    """Arrow files with the two JSON files that `datasets.load_from_disk` reads."""
-    from datasets import DatasetInfo, Features
-
-    names = []
-    schema = None
-    for i, count, block in _blocks(bank, config):
-        names.append(f"data-{i:05d}-of-{count:05d}.arrow")
-        if schema is None or not (out / names[-1]).exists():
-            table = rows_of(bank, block, config.kinds)
-            schema = table.schema
-            with atomic_path(out / names[-1]) as temporary:
-                _write_arrow(table, temporary)
-    info = DatasetInfo(features=Features.from_arrow_schema(schema))
-    info.write_to_directory(str(out))
-    write_json(out / "state.json", datasets_state(names, fingerprint([bank.fingerprint, list(config.kinds)])))
-    return names
-
-
-def _write_arrow(table: pa.Table, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
 def rows_of(bank: Bank, captions: range, kinds: tuple[str, ...]) -> pa.Table:
     """The given captions (numbered through the bank), less those of other kinds, as an Arrow table."""
-    table = bank.table
     numbers = np.arange(captions.start, captions.stop)
-    codes = np.asarray(table.caption_kind[captions.start : captions.stop])
+    codes = bank.caption_kind[captions.start : captions.stop]
     if kinds:
         wanted = np.isin(codes, [bank.kinds.index(kind) for kind in kinds])
         numbers, codes = numbers[wanted], codes[wanted]
-    samples = np.searchsorted(table.caption_start, numbers, side="right") - 1
-    rows = np.asarray(table.caption_row)[numbers]
-    pictures = [table.picture(int(sample)) for sample in samples]
-    vectors = bank.vectors(rows)
+    samples = np.searchsorted(bank.caption_start, numbers, side="right") - 1
+    rows = bank.caption_row[numbers]
+    pictures = [bank.picture(int(sample)) for sample in samples]
     return pa.table(
         {
-            "id": pa.array([table.sample_id(int(sample)) for sample in samples], pa.string()),
+            "id": pa.array([bank.sample_id(int(sample)) for sample in samples], pa.string()),
             "path": pa.array([_as_utf8(picture.path) for picture in pictures], pa.string()),
             "offset": pa.array([picture.offset for picture in pictures], pa.int64()),
             "length": pa.array([picture.length for picture in pictures], pa.int64()),
             "column": pa.array([picture.column for picture in pictures], pa.string()),
             "kind": pa.array([bank.kinds[code] for code in codes], pa.string()),
-            "caption": pa.array(table.texts(rows), pa.string()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), bank.dim),
+            "caption": pa.array(bank.texts(rows), pa.string()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(bank.vectors(rows).reshape(-1)), bank.dim),
         }
     )
 
@@ -118,7 +89,7 @@ def _as_utf8(path: str) -> str:
 
 def _blocks(bank: Bank, config: BankExportConfig) -> Iterator[tuple[int, int, range]]:
     """File number, number of files, and the captions in the file; progress is shown."""
-    total = len(bank.table.caption_row)
+    total = len(bank.caption_row)
     count = max(1, -(-total // config.rows_per_file))
     with Progress(total, description="export", unit="captions") as progress:
         for i in range(count):

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from llm2clip.bank.claims import Claims
 from llm2clip.bank.dtypes import Stored, row_bytes
 from llm2clip.bank.encoder import CaptionEncoder, Prepared
+from llm2clip.bank.reader import Table
 from llm2clip.bank.reuse import Reuse
-from llm2clip.bank.shards import Layout, ShardBuffer, shard_facts
-from llm2clip.bank.table import Table
+from llm2clip.bank.vectors import Layout, ShardBuffer
 from llm2clip.progress import Progress
 
 WAIT_SECONDS = 2.0
@@ -54,7 +54,7 @@ def fill(
     mine = list(range(part[0], layout.num_shards, part[1]))
     first = int(offset * len(mine))
     mine = mine[first:] + mine[:first]
-    missing = [shard for shard in mine if shard_facts(layout, shard) is None]
+    missing = [shard for shard in mine if not layout.is_whole(shard)]
     total = sum(len(layout.rows(shard)) for shard in mine)
     done = total - sum(len(layout.rows(shard)) for shard in missing)
     ended = threading.Event()
@@ -95,7 +95,7 @@ def _jobs(
         for shard in missing:
             if not claims.take(_task(shard)):
                 left.append(shard)
-            elif shard_facts(layout, shard) is not None:
+            elif layout.is_whole(shard):
                 claims.release(_task(shard))
                 yield shard
             else:

@@ -55,7 +55,7 @@ def bank_facts(folder: str | Path) -> dict[str, Any]:
         "num_tokens": manifest["num_tokens"],
         "dim": bank.dim,
         "dtype": bank.dtype,
-        "shards": bank.num_shards,
+        "shards": bank.layout.num_shards,
         "bytes": {"vectors": _size(bank.folder / "vectors"), "table": _size(bank.folder / "table")},
         "bad_samples": manifest["bad_samples"],
         "kinds": kinds,
@@ -66,9 +66,9 @@ def bank_facts(folder: str | Path) -> dict[str, Any]:
 def token_counts_by_kind(bank: Bank) -> NDArray[np.int64]:
     """How many captions of each kind have how many tokens `[kinds, longest + 1]`."""
     counts = np.zeros((len(bank.kinds), 1), np.int64)
-    for first in range(0, len(bank.table.caption_row), BLOCK_CAPTIONS):
+    for first in range(0, len(bank.caption_row), BLOCK_CAPTIONS):
         block = slice(first, first + BLOCK_CAPTIONS)
-        tokens, kinds = bank.tokens(bank.table.caption_row[block]), bank.table.caption_kind[block]
+        tokens, kinds = bank.tokens(bank.caption_row[block]), bank.caption_kind[block]
         width = max(counts.shape[1], int(tokens.max()) + 1)
         counts = np.pad(counts, ((0, 0), (0, width - counts.shape[1])))
         flat = np.bincount(kinds.astype(np.int64) * width + tokens, minlength=counts.size)
@@ -118,7 +118,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"samples   {facts['num_samples']:,}; bad and left out: {facts['bad_samples']['num_bad']:,}",
         f"captions  {facts['num_captions']:,}, distinct {facts['num_rows']:,} ({repeated:.1%} repeated), "
         f"{facts['num_tokens']:,} tokens",
-        f"vectors   {facts['dim']} x {facts['dtype']} in {facts['shards']} files, "
+        f"vectors   {facts['dim']} x {facts['dtype']} in {facts['shards']} shards, "
         f"{human_bytes(facts['bytes']['vectors'])}; table {human_bytes(facts['bytes']['table'])}",
         "",
         f"{'kind':<12}{'samples':>12}{'captions':>12}{'tokens: mean':>14}{'median':>8}{'95 %':>8}{'longest':>9}",

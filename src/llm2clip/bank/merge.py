@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from llm2clip.artifacts import fingerprint
 from llm2clip.bank.build import Plan, load_encoder, same_teacher_settings, write_bank
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankAddConfig, BankMergeConfig
-from llm2clip.bank.files import temporary_name
+from llm2clip.bank.hashes import Hashes, HashIndex, as_hashes, digest
 from llm2clip.bank.load import TeacherFacts
-from llm2clip.bank.reader import Bank
-from llm2clip.bank.reuse import check_same_precision, check_same_teacher, find_teacher, teacher_of
-from llm2clip.bank.table import Table, joined
+from llm2clip.bank.reader import Bank, Table, blocks
+from llm2clip.bank.reuse import check_same_teacher, find_teacher, teacher_of
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import Sample
 from llm2clip.data.source import Source, open_source
@@ -33,16 +35,11 @@ def merge_banks(config: BankMergeConfig) -> Path:
     banks = [Bank.open(folder) for folder in config.banks]
     teacher = teacher_of_all(banks)
     for bank in banks[1:]:
-        check_same_teacher(bank, teacher)
-        check_same_precision(bank, teacher, remedy=f"build it again with {setting('precision', teacher.precision)}")
+        again = f"build it again with {setting('precision', teacher.precision)}"
+        check_same_teacher(bank, teacher, remedy=again)
 
     def intake() -> Intake:
-        return Intake(
-            joined([bank.table for bank in banks]),
-            fingerprint([bank.fingerprint for bank in banks]),
-            bad_of(banks),
-            base=banks[0].table,
-        )
+        return Intake(joined(banks), fingerprint([bank.fingerprint for bank in banks]), bad_of(banks), base=banks[0])
 
     return write_bank(
         Plan(
@@ -53,8 +50,7 @@ def merge_banks(config: BankMergeConfig) -> Path:
             intake=intake,
             dtype=banks[0].dtype,
             shard_rows=banks[0].manifest["shard_rows"],
-            base=banks[0],
-            reuse=tuple(banks[1:]),
+            reuse=tuple(banks),
         )
     )
 
@@ -77,15 +73,14 @@ def add_to_bank(config: BankAddConfig) -> Path:
         prompt=recorded.prompt,
         auto_precision=recorded.precision,
     )
-    check_same_teacher(bank, teacher)
-    check_same_precision(bank, teacher, remedy=f"leave out {setting('precision')}")
+    check_same_teacher(bank, teacher, remedy=f"leave out {setting('precision')}")
     settings = {**config.settings(), "teacher": teacher.name, "teacher_revision": teacher.revision}
 
     def intake() -> Intake:
         source = open_source(config)
         bad = bad_of([bank])
-        samples = samples_with(bank, source, temporary_name(out / ADDED), bad)
-        return Intake(samples, fingerprint([bank.fingerprint, source.fingerprint]), bad, base=bank.table)
+        samples = samples_with(bank, source, out / f".{ADDED}.tmp", bad)
+        return Intake(samples, fingerprint([bank.fingerprint, source.fingerprint]), bad, base=bank)
 
     return write_bank(
         Plan(
@@ -96,7 +91,7 @@ def add_to_bank(config: BankAddConfig) -> Path:
             intake=intake,
             dtype=bank.dtype,
             shard_rows=bank.manifest["shard_rows"],
-            base=bank,
+            reuse=(bank,),
             part=config.part(),
         )
     )
@@ -107,11 +102,12 @@ def samples_with(bank: Bank, source: Source, folder: Path, bad: BadSamples) -> I
 
     The source is laid down as a table of its own in `folder` first: it may name pictures in another order.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     folder.mkdir()
     try:
         collect(Intake(source, source.fingerprint, source.bad), folder)
         bad.merge(source.bad)
-        yield from joined([bank.table, Table(folder)])
+        yield from joined([bank, Table(folder)])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -134,3 +130,54 @@ def bad_of(banks: list[Bank]) -> BadSamples:
     for bank in banks:
         bad.merge(bank.manifest["bad_samples"])
     return bad
+
+
+def joined(tables: Sequence[Table]) -> Iterator[Sample]:
+    """The samples of several tables one after another; captions of one picture are gathered in its first sample."""
+    indexes = [picture_index(table) for table in tables[1:]]
+    taken = [np.zeros(table.num_samples, bool) for table in tables]
+    for number, table in enumerate(tables):
+        for block in blocks(table.num_samples):
+            hashes = picture_hashes(table, block)
+            matches = {later: indexes[later - 1].lookup(hashes) for later in range(number + 1, len(tables))}
+            for place, i in enumerate(block):
+                if taken[number][i]:
+                    continue
+                sample = table.sample(i)
+                for later, found in matches.items():
+                    if (j := found[place]) >= 0 and not taken[later][j]:
+                        taken[later][j] = True
+                        sample = with_captions(sample, tables[later].sample(j))
+                yield sample
+
+
+def with_captions(sample: Sample, other: Sample) -> Sample:
+    """`sample` with the captions of `other` that it does not have already.
+
+    >>> from llm2clip.data.sample import PictureRef
+    >>> a = Sample("a", PictureRef("a.jpg"), {"short": ("a disc",)})
+    >>> b = Sample("b", PictureRef("a.jpg"), {"short": ("a disc", "one disc"), "zh": ("圆",)})
+    >>> dict(with_captions(a, b).captions)
+    {'short': ('a disc', 'one disc'), 'zh': ('圆',)}
+    """
+    captions = dict(sample.captions)
+    for kind, texts in other.captions.items():
+        have = captions.get(kind, ())
+        captions[kind] = (*have, *(text for text in texts if text not in have))
+    return Sample(sample.id, sample.picture, captions)
+
+
+def picture_index(table: Table) -> HashIndex:
+    """From the hash of where a picture lies to its (first) sample."""
+    index = HashIndex()
+    for block in blocks(table.num_samples):
+        hashes, first = np.unique(picture_hashes(table, block), axis=0, return_index=True)
+        new = index.lookup(hashes) < 0
+        index.insert(hashes[new], first[new] + block.start)
+    return index
+
+
+def picture_hashes(table: Table, samples: range) -> Hashes:
+    """The hash of where each sample's picture lies."""
+    pictures = (table.picture(i) for i in samples)
+    return as_hashes([digest(os.fsencode(f"{p.path}\0{p.offset}\0{p.length}\0{p.column}")) for p in pictures])

@@ -12,7 +12,7 @@ from llm2clip.bank.dtypes import Stored, pack
 from llm2clip.bank.hashes import Hashes, HashIndex
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
-from llm2clip.bank.shards import ShardBuffer
+from llm2clip.bank.vectors import ShardBuffer
 from llm2clip.errors import UsageError, setting
 
 
@@ -28,7 +28,7 @@ class Reuse:
         self._indexes = []
         for bank in banks:
             index = HashIndex()
-            index.insert(np.asarray(bank.table.hashes), np.arange(bank.num_rows))
+            index.insert(bank.hashes, np.arange(bank.num_rows))
             self._indexes.append(index)
 
     def copy(self, hashes: Hashes, buffer: ShardBuffer) -> NDArray[np.int64]:
@@ -54,8 +54,7 @@ class Reuse:
 
 def teacher_of(bank: Bank) -> TeacherFacts:
     """What a bank's manifest says of its teacher."""
-    in_settings = bank.manifest["config"].get("teacher_revision")  # where it stood before it was one of the facts
-    return TeacherFacts(**{"revision": in_settings, **bank.manifest["teacher"]})
+    return TeacherFacts(**bank.manifest["teacher"])
 
 
 def find_teacher(bank: Bank, name: str | None) -> tuple[str, str | None]:
@@ -75,46 +74,33 @@ def check_reuse(banks: Sequence[Bank], teacher: TeacherFacts, dtype: str) -> Non
         UsageError: if a bank is by another teacher, prompt or precision, or cannot become `dtype` without loss.
     """
     for bank in banks:
-        check_same_teacher(bank, teacher)
-        precision = bank.manifest["teacher"]["precision"]
-        check_same_precision(
-            bank, teacher, remedy=f"give {setting('precision', precision)}, or leave it out of {setting('reuse')}"
-        )
+        precision = setting("precision", teacher_of(bank).precision)
+        check_same_teacher(bank, teacher, remedy=f"give {precision}, or leave it out of {setting('reuse')}")
         if bank.dtype not in (dtype, "float32"):
             raise UsageError(
                 f"{bank.folder} holds {bank.dtype} vectors, which cannot become {dtype} without loss; leave it out"
             )
 
 
-def check_same_precision(bank: Bank, teacher: TeacherFacts, *, remedy: str) -> None:
-    """Check that a bank's vectors were made in the precision of `teacher`, the one that a manifest can name.
+def check_same_teacher(bank: Bank, teacher: TeacherFacts, *, remedy: str = "") -> None:
+    """Check that a bank's vectors can stand beside those of `teacher`: one teacher, prompt and precision.
 
     Args:
-        remedy: what to type, for the message.
+        remedy: what to type if the precision is another.
 
     Raises:
-        UsageError: naming both precisions.
+        UsageError: naming both fingerprints, prompts or precisions.
     """
-    precision = bank.manifest["teacher"]["precision"]
-    if precision != teacher.precision:
+    own = teacher_of(bank)
+    if own.fingerprint != teacher.fingerprint:
         raise UsageError(
-            f"{bank.folder} was built in {precision}, not {teacher.precision}: a bank holds vectors of one precision; "
-            f"{remedy}"
-        )
-
-
-def check_same_teacher(bank: Bank, teacher: TeacherFacts) -> None:
-    """Check that a bank's vectors can stand beside those of `teacher`.
-
-    Raises:
-        UsageError: naming both fingerprints, or both prompts.
-    """
-    if bank.teacher_fingerprint != teacher.fingerprint:
-        raise UsageError(
-            f"{bank.folder} was built by another teacher: its fingerprint is {bank.teacher_fingerprint}, that of "
+            f"{bank.folder} was built by another teacher: its fingerprint is {own.fingerprint}, that of "
             f"{teacher.name} is {teacher.fingerprint}"
         )
-    if bank.manifest["teacher"]["prompt"] != teacher.prompt:
+    if own.prompt != teacher.prompt:
+        raise UsageError(f"{bank.folder} was built with the prompt {own.prompt!r}, not {teacher.prompt!r}")
+    if own.precision != teacher.precision:
         raise UsageError(
-            f"{bank.folder} was built with the prompt {bank.manifest['teacher']['prompt']!r}, not {teacher.prompt!r}"
+            f"{bank.folder} was built in {own.precision}, not {teacher.precision}: a bank holds vectors of one "
+            f"precision; {remedy}"
         )

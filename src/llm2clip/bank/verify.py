@@ -16,9 +16,9 @@ from llm2clip.bank.config import BankVerifyConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.hashes import as_hashes, digest, text_bytes
 from llm2clip.bank.load import facts_of, load_for_encoding
-from llm2clip.bank.reader import VECTORS, Bank
+from llm2clip.bank.reader import Bank, Table
 from llm2clip.bank.reuse import check_same_teacher, find_teacher, teacher_of
-from llm2clip.bank.table import Table
+from llm2clip.bank.vectors import checksum
 from llm2clip.errors import ArtifactError, setting
 from llm2clip.hub import pick_device
 from llm2clip.progress import human_bytes, track
@@ -36,7 +36,7 @@ def verify_bank(config: BankVerifyConfig) -> dict[str, Any]:
     """
     bank = Bank.open(config.bank)
     report = {"folder": str(config.bank), **check_files(bank)}
-    check_table(bank.table)
+    check_table(bank)
     if config.teacher != NO_TEACHER:
         report |= check_vectors(bank, config)
     sys.stdout.write(as_text(report) + "\n")
@@ -44,35 +44,30 @@ def verify_bank(config: BankVerifyConfig) -> dict[str, Any]:
 
 
 def check_files(bank: Bank) -> dict[str, Any]:
-    """Compare every file with the checksum in the manifest.
+    """Compare every file, and of the vectors every shard, with the checksum in the manifest.
 
     Raises:
         ArtifactError: naming those that are missing or differ.
     """
-    recorded = {name: entry["sha256"] for name, entry in bank.manifest["table"].items()}
-    for shard in bank.manifest["shards"]:
-        recorded |= {entry["file"]: entry["sha256"] for entry in shard["files"].values()}
-    damaged, num_bytes = [], 0
-    for name, sha256 in track(recorded.items(), description="verify", unit="files", total=len(recorded)):
-        path = bank.folder / name
-        if not path.exists() or file_digest(path) != sha256:
-            damaged.append(name)
-        else:
-            num_bytes += path.stat().st_size
-    damaged += [name for name, content in json_files(bank).items() if not _holds(bank.folder / name, content)]
+    layout, tables = bank.layout, bank.manifest["table"]
+    arrays = {name: layout.open(name) for name in layout.arrays}
+    shards = list(enumerate(bank.manifest["shards"]))
+    damaged = [name for name, entry in tables.items() if file_digest(bank.folder / name) != entry["sha256"]]
+    for shard, facts in track(shards, description="verify", unit="shards", total=len(shards)):
+        rows, path = layout.rows(shard), layout.facts_path(shard)
+        found = {name: checksum(array[rows.start : rows.stop]) for name, array in arrays.items()}
+        if found != facts["sha256"] or not _holds(path, facts):
+            damaged.append(str(path.relative_to(bank.folder)))
+    if not _holds(bank.folder / TEACHER, bank.manifest["teacher"]):
+        damaged.append(TEACHER)
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         raise ArtifactError(
             f"{bank.folder}: damaged: {', '.join(damaged[:5])}{more}; delete these files and type the command that "
-            "made the bank again: only they are made anew"
+            "made the bank again: only they, and the vectors of these shards, are made anew"
         )
-    return {"files": len(recorded), "bytes": num_bytes}
-
-
-def json_files(bank: Bank) -> dict[str, Any]:
-    """What the JSON files of teacher and shards hold, by the manifest."""
-    shards = {f"{VECTORS}/{number:05d}.json": shard for number, shard in enumerate(bank.manifest["shards"])}
-    return {**shards, TEACHER: bank.manifest["teacher"]}
+    paths = [*(bank.folder / name for name in tables), *map(layout.path, arrays)]
+    return {"files": len(paths), "shards": len(shards), "bytes": sum(path.stat().st_size for path in paths)}
 
 
 def _holds(path: Path, content: Any) -> bool:
@@ -92,7 +87,6 @@ def check_table(table: Table) -> None:
         "caption_start does not end with the captions": int(starts[-1]) != len(rows),
         "a caption's row does not exist": bool(len(rows)) and not 0 <= rows.min() <= rows.max() < table.num_rows,
         "a caption's kind does not exist": bool(len(rows)) and int(table.caption_kind.max()) >= len(table.kinds),
-        "hashes and texts differ in number": len(table.hashes) != table.num_rows,
     }
     for problem, found in problems.items():
         if found:
@@ -119,9 +113,9 @@ def check_vectors(bank: Bank, config: BankVerifyConfig) -> dict[str, Any]:
     check_same_teacher(bank, facts_of(teacher, name, prompt=prompt, precision=precision, dim=encoder.dim))
     draw = np.random.default_rng(config.seed)
     rows = np.sort(draw.choice(bank.num_rows, min(config.sample, bank.num_rows), replace=False))
-    texts = bank.table.texts(rows)
-    if not np.array_equal(as_hashes([digest(text_bytes(text)) for text in texts]), bank.table.hashes[rows]):
-        raise ArtifactError(f"{bank.folder}: hash.npy does not fit text.npy; delete its table folder, make it again")
+    texts = bank.texts(rows)
+    if not np.array_equal(as_hashes([digest(text_bytes(text)) for text in texts]), bank.hashes[rows]):
+        raise ArtifactError(f"{bank.folder}: hashes do not fit their texts; delete its table folder, make it again")
     again, _ = encoder.encode(texts)
     cosine = cosines(bank.vectors(rows).astype(np.float32), again)
     worst = int(cosine.argmin())
@@ -148,7 +142,10 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for a person."""
-    lines = [f"{report['folder']}: {report['files']} files whole ({human_bytes(report['bytes'])}), table consistent"]
+    lines = [
+        f"{report['folder']}: {report['files']} files and {report['shards']} shards whole "
+        f"({human_bytes(report['bytes'])}), table consistent"
+    ]
     if "sample" in report:
         lines.append(
             f"{report['sample']} captions encoded again: cosine at least {report['min_cosine']:.6f}, "

@@ -44,7 +44,7 @@ VERBS = {
     ),
     "join-teachers": Verb(
         "one teacher of several, such as an LLM and a CLIP's own text half",
-        "llm2clip.teacher.join_config:JoinConfig",
+        "llm2clip.teacher.config:JoinConfig",
         "llm2clip.teacher.join:join_teachers",
     ),
     "build-bank": Verb(

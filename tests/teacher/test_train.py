@@ -55,7 +55,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = PairTrainer.__init__
 
     def patched(self, **kwargs):
-        original(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], KillAt(step)]})
+        original(self, **{**kwargs, "callbacks": [KillAt(step)]})
 
     monkeypatch.setattr(PairTrainer, "__init__", patched)
 
@@ -323,6 +323,12 @@ def test_settings_and_model_are_looked_at_before_the_data(changes, words, config
 def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch):
     monkeypatch.setattr("llm2clip.teacher.loss.pair_loss", lambda v, labels, scale: v[0].sum() * float("nan"))
     with pytest.raises(LLM2CLIPError, match="the loss is nan at step 1"):
+        train_teacher(config())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(config, monkeypatch):
+    monkeypatch.setattr("llm2clip.teacher.loss.pair_loss", lambda v, labels, scale: (0 * v[0].sum()).sqrt())
+    with pytest.raises(LLM2CLIPError, match="the gradient norm is nan at step 1; checkpoints of earlier steps"):
         train_teacher(config())
 
 

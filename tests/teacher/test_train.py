@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,14 @@ def test_settings_and_model_are_looked_at_before_the_data(changes, words, config
         changes = {"model": str(tiny_tower)}
     with pytest.raises(UsageError, match=words):
         train_teacher(config(data=("nosuch.csv",), **changes))
+
+
+def test_every_process_has_an_equal_part_of_a_batch(config):
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="^batch_size 5 is no multiple of the 2 processes"):
+        train_module.check_model(config(batch_size=5), two)
+    with pytest.raises(UsageError, match="^mntp_batch_size 3 is no multiple of the 2 processes"):
+        train_module.check_model(config(mntp=True, mntp_batch_size=3), two)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch):

@@ -135,19 +135,9 @@ class TeacherConfig(SourceConfig):
         check_choice(setting("tuning"), self.tuning, TUNINGS)
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_choice(setting("positives"), self.positives, POSITIVES)
-        positive: tuple[str, ...] = (
-            "max_length",
-            "lora_rank",
-            "lora_alpha",
-            "scale",
-            "learning_rate",
-            "max_grad_norm",
-        )
-        positive += ("mntp_steps", "mntp_batch_size", "mntp_mask")
-        check_positive(**{name: getattr(self, name) for name in positive})
-        for name in ("steps", "epochs", "micro_batch_size", "save_every"):
-            if getattr(self, name) is not None:
-                check_positive(**{name: getattr(self, name)})
+        names: tuple[str, ...] = ("max_length", "lora_rank", "lora_alpha", "scale", "learning_rate", "max_grad_norm")
+        names += ("mntp_steps", "mntp_batch_size", "mntp_mask", "steps", "epochs", "micro_batch_size", "save_every")
+        check_positive(**{name: value for name in names if (value := getattr(self, name)) is not None})
         for name in ("adaptor_layers", "eval_every", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be 0 or more")

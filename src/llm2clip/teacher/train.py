@@ -118,9 +118,14 @@ def _finish(
 
 
 def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
-    """The LLM's folder; raises at once if it cannot be a teacher, before hours of reading captions."""
+    """The LLM's folder; raises at once if it cannot be a teacher or trained so, before hours of reading captions."""
     if config.precision == "fp16" and state.device.type == "cpu":
         raise UsageError(f"{setting('precision', 'fp16')} needs a GPU; on a CPU give bf16 or fp32")
+    for name in ("batch_size", "mntp_batch_size") if config.mntp else ("batch_size",):
+        if getattr(config, name) % state.num_processes:
+            raise UsageError(
+                f"{setting(name)} {getattr(config, name)} is no multiple of the {state.num_processes} processes"
+            )
     with state.main_process_first():
         folder = find_text_model(config.model, revision=config.model_revision)
     if config.quantize:
@@ -169,10 +174,6 @@ def train(
     """Train `encoder` in place on the tasks."""
     sizes = [len(task) for task in tasks]
     steps = config.steps or count_steps(sizes, batch_size=config.batch_size, epochs=config.epochs or 1)
-    if config.batch_size % state.num_processes:
-        raise UsageError(
-            f"{setting('batch_size')} {config.batch_size} is no multiple of the {state.num_processes} processes"
-        )
     order = BatchOrder(
         sizes,
         batch_size=config.batch_size,

@@ -314,7 +314,7 @@ ALLOWED: list[tuple[str, str, str]] = [
         (
             "train-teacher/*mntp*",
             place,
-            "since 54488bc transformers' collator draws what stands for a hidden token; held by tests/teacher/oracle.py",
+            "since 54488bc transformers' collator draws what stands for a hidden token; see tests/teacher/oracle.py",
         )
         for place in ("mntp.jsonl *", "log.jsonl *", "manifest.json *", "*.safetensors *")
     ),

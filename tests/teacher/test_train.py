@@ -323,9 +323,9 @@ def test_settings_and_model_are_looked_at_before_the_data(changes, words, config
 
 def test_every_process_has_an_equal_part_of_a_batch(config):
     two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    with pytest.raises(UsageError, match="^batch_size 5 is no multiple of the 2 processes"):
+    with pytest.raises(UsageError, match=r"^batch_size 5 is no multiple of the 2 processes"):
         train_module.check_model(config(batch_size=5), two)
-    with pytest.raises(UsageError, match="^mntp_batch_size 3 is no multiple of the 2 processes"):
+    with pytest.raises(UsageError, match=r"^mntp_batch_size 3 is no multiple of the 2 processes"):
         train_module.check_model(config(mntp=True, mntp_batch_size=3), two)
 
 

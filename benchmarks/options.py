@@ -60,7 +60,8 @@ def main() -> None:
 
 def prepare(demo: Path, seed: int, split: str, share: str) -> None:
     """The pictures that are scored, the joined teacher, its bank and one of int8 vectors."""
-    from llm2clip.teacher.join import JoinConfig, join_teachers
+    from llm2clip.teacher.config import JoinConfig
+    from llm2clip.teacher.join import join_teachers
 
     folder, out = demo / f"seed-{seed}", demo / "options" / f"seed-{seed}"
     if split != "test" and not (out / split / "captions.csv").exists():

@@ -30,7 +30,7 @@ _HOME = {
     "contrastive_loss": "llm2clip.student.loss",
     "start_student": "llm2clip.student.start",
     "train_student": "llm2clip.student.train",
-    "JoinConfig": "llm2clip.teacher.join_config",
+    "JoinConfig": "llm2clip.teacher.config",
     "join_teachers": "llm2clip.teacher.join",
     "TeacherConfig": "llm2clip.teacher.config",
     "load_teacher": "llm2clip.teacher.model",

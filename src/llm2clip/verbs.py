@@ -52,7 +52,7 @@ VERBS = {
     ),
     "join-teachers": Verb(
         summary="one teacher of several, such as an LLM and a CLIP's own text half",
-        config="llm2clip.teacher.join_config:JoinConfig",
+        config="llm2clip.teacher.config:JoinConfig",
         function="llm2clip.teacher.join:join_teachers",
         example="llm2clip join-teachers --teachers teacher openai/clip-vit-large-patch14 --out joined",
     ),

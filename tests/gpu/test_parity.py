@@ -36,10 +36,9 @@ from llm2clip.student.model import Student
 from llm2clip.student.train import train_student
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.loss import pair_loss
-from llm2clip.teacher.mntp import StepArguments
 from llm2clip.teacher.model import load_teacher
 from llm2clip.teacher.train import train_teacher
-from llm2clip.teacher.trainer import PairArguments
+from llm2clip.teacher.trainer import Arguments
 
 from .place import gpu_only, losses, on_the_cpu, on_the_device
 
@@ -286,9 +285,8 @@ def test_the_second_gpu(finished_teacher: Path, tiny_llm: Path, pictures_csv: Pa
     train_teacher(TeacherConfig(**settings, mntp=True, mntp_steps=2, mntp_batch_size=4, out=tmp_path / "teacher"))
 
 
-@pytest.mark.parametrize("kind", [PairArguments, StepArguments])
-def test_a_trainer_stays_on_one_device(kind: type, tmp_path: Path) -> None:
-    arguments = kind(output_dir=str(tmp_path), use_cpu=not torch.cuda.is_available())
+def test_a_trainer_stays_on_one_device(tmp_path: Path) -> None:
+    arguments = Arguments(output_dir=str(tmp_path), use_cpu=not torch.cuda.is_available())
     number = arguments.n_gpu
     assert number == min(1, torch.cuda.device_count())
     arguments._n_gpu = 4  # as without torchrun on a machine of four

@@ -207,7 +207,7 @@ def test_a_killed_teacher_goes_on_exactly(
     original = PairTrainer.__init__
 
     def killed(self: PairTrainer, **kwargs: Any) -> None:
-        original(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], KillAt()]})
+        original(self, **{**kwargs, "callbacks": [KillAt()]})
 
     with monkeypatch.context() as patch:
         patch.setattr(PairTrainer, "__init__", killed)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm2clip import journal
 from llm2clip.artifacts import read_json, read_manifest, write_json
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.student import journal, session, train
+from llm2clip.student import session, train
 from llm2clip.student.accelerator import start_accelerator
 from llm2clip.student.checkpoint import tensors_fingerprint
 from llm2clip.student.config import StudentConfig

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm2clip.errors import UsageError
 from llm2clip.hub import find_model
-from llm2clip.teacher.opening import check_weights, find_text_model, is_decoder, is_from_llm2vec, one_line_errors
+from llm2clip.teacher.model import check_weights, find_text_model, is_decoder, is_from_llm2vec, one_line_errors
 
 
 @pytest.mark.parametrize(

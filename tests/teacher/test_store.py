@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
-from llm2clip.teacher.store import share_of_negatives, store_captions, store_triplets
+from llm2clip.teacher.data import share_of_negatives, store_captions, store_triplets
 
 
 def sample(i: int, **captions: tuple[str, ...]) -> Sample:
     return Sample(id=str(i), picture=PictureRef(f"/{i}.jpg"), captions=captions)
+
+
+class Samples(list):
+    """Stands for a `Source`."""
+
+    fingerprint = "of these"
+
+
+def kept(path: Path, samples: Iterable[Sample], **options: Any) -> Any:
+    """The rows that are stored of the samples."""
+    return store_captions(path, Samples(samples), **options)[0]
 
 
 def triplets(path: Path, rows: list[object]) -> Path:
@@ -29,20 +42,23 @@ def test_pictures_with_two_captions_are_kept_in_order(tmp_path):
         sample(2, short=("same", "same")),
         sample(3, zh=("红色", "猫")),
     ]
-    rows = store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
+    rows = kept(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
     assert [row["texts"] for row in rows] == [["a", "b", "c"], ["红色", "猫"]]
     assert rows[0]["kinds"] == ["short", "long", "long"]
-    again = store_captions(tmp_path / "a", iter(()), kinds=None, same=False, bad=BadSamples(0.5))  # read back
+    again = kept(tmp_path / "a", iter(()), kinds=None, same=False, bad=BadSamples(0.5))  # read back
     assert len(again) == 2
-    one = store_captions(tmp_path / "b", samples, kinds=None, same=True, bad=BadSamples(0.5))
+    bad = BadSamples(0.5)
+    _, facts = store_captions(tmp_path / "facts", Samples(samples), kinds=None, same=False, bad=bad)
+    assert facts == {"source_fingerprint": "of these", "bad_samples": bad.to_json()}
+    one = kept(tmp_path / "b", samples, kinds=None, same=True, bad=BadSamples(0.5))
     assert len(one) == 4
-    some = store_captions(tmp_path / "c", samples, kinds={("long", "short"): 1.0}, same=False, bad=BadSamples(0.5))
+    some = kept(tmp_path / "c", samples, kinds={("long", "short"): 1.0}, same=False, bad=BadSamples(0.5))
     assert len(some) == 1
 
 
 def test_many_rows_cross_the_chunks(tmp_path):
     samples = [sample(i, short=(f"s{i}", f"t{i}")) for i in range(2500)]
-    rows = store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
+    rows = kept(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
     assert len(rows) == 2500 and rows[1999]["texts"] == ["s1999", "t1999"]
 
 
@@ -50,15 +66,13 @@ def test_no_pairs_at_all_is_an_error_that_says_what_to_type(tmp_path):
     with pytest.raises(
         SourceError, match=r"two different captions of the kinds long\+short; .*captions={'KIND': 'COLUMN'}"
     ):
-        store_captions(
-            tmp_path / "a", [sample(0, raw=("a", "b"))], kinds={("long", "short"): 1}, same=False, bad=BadSamples(0.5)
-        )
+        kept(tmp_path / "a", [sample(0, raw=("a", "b"))], kinds={("long", "short"): 1}, same=False, bad=BadSamples(0.5))
 
 
 def test_a_book_is_no_caption(tmp_path):
     bad = BadSamples(0.5)
     samples = [sample(0, short=("word " * 100_000, "a", "b"))]
-    rows = store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=bad)
+    rows = kept(tmp_path / "a", samples, kinds=None, same=False, bad=bad)
     assert rows[0]["texts"] == ["a", "b"] and bad.counts == {"caption too long": 1}
 
 
@@ -117,17 +131,17 @@ def test_a_byte_order_mark_is_no_matter(tmp_path):
 def test_captions_that_are_all_too_long_are_said_to_be(tmp_path):
     samples = [sample(i, short=("a",), long=("word " * 100_000,)) for i in range(3)]
     with pytest.raises(TooManyBadSamples, match=r"3 of 3 .*3 caption too long.*500,000 characters"):
-        store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
+        kept(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.5))
 
 
 def test_file_names_for_captions_mean_mixed_up_columns(tmp_path):
     samples = [sample(i, short=(f"pictures/{i}.JPG",), long=(f"a red disc {i}",)) for i in range(30)]
     with pytest.raises(TooManyBadSamples, match=r"30 of 30 .*30 caption is a file name.*pictures/0.JPG"):
-        store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.05))
+        kept(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.05))
     assert not (tmp_path / "a").exists()
     bad = BadSamples(0.05)
     samples = [*samples[:1], *(sample(i, short=(f"disc {i}.jpg",), long=(f"no.{i} in red.png !",)) for i in range(30))]
-    assert len(store_captions(tmp_path / "a", samples, kinds=None, same=False, bad=bad)) == 30
+    assert len(kept(tmp_path / "a", samples, kinds=None, same=False, bad=bad)) == 30
     assert bad.num_bad == 1
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = PairTrainer.__init__
 
     def patched(self, **kwargs):
-        original(self, **{**kwargs, "callbacks": [*kwargs["callbacks"], KillAt(step)]})
+        original(self, **{**kwargs, "callbacks": [KillAt(step)]})
 
     monkeypatch.setattr(PairTrainer, "__init__", patched)
 
@@ -320,9 +321,23 @@ def test_settings_and_model_are_looked_at_before_the_data(changes, words, config
         train_teacher(config(data=("nosuch.csv",), **changes))
 
 
+def test_every_process_has_an_equal_part_of_a_batch(config):
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"^batch_size 5 is no multiple of the 2 processes"):
+        train_module.check_model(config(batch_size=5), two)
+    with pytest.raises(UsageError, match=r"^mntp_batch_size 3 is no multiple of the 2 processes"):
+        train_module.check_model(config(mntp=True, mntp_batch_size=3), two)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(config, monkeypatch):
     monkeypatch.setattr("llm2clip.teacher.loss.pair_loss", lambda v, labels, scale: v[0].sum() * float("nan"))
     with pytest.raises(LLM2CLIPError, match="the loss is nan at step 1"):
+        train_teacher(config())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(config, monkeypatch):
+    monkeypatch.setattr("llm2clip.teacher.loss.pair_loss", lambda v, labels, scale: (0 * v[0].sum()).sqrt())
+    with pytest.raises(LLM2CLIPError, match="the gradient norm is nan at step 1; checkpoints of earlier steps"):
         train_teacher(config())
 
 

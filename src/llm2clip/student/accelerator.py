@@ -14,8 +14,8 @@ from packaging.version import Version
 from llm2clip.artifacts import forget_unused
 from llm2clip.compat import forget_precision
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line, setting
+from llm2clip.journal import find_tracker
 from llm2clip.student.config import StudentConfig
-from llm2clip.student.journal import find_tracker
 
 CURVES = "curves"
 """Folder in the output where a tracker on disk (TensorBoard) writes."""

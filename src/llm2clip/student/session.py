@@ -18,6 +18,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.config import to_dict
 from llm2clip.data.bad import BadSamples
 from llm2clip.errors import UsageError, setting
+from llm2clip.journal import Journal, flat
 from llm2clip.student.accelerator import compile_tower, fail_together
 from llm2clip.student.checkpoint import (
     load_best,
@@ -32,7 +33,6 @@ from llm2clip.student.checkpoint import (
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
-from llm2clip.student.journal import Journal, flat
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.mix import check_banks
 from llm2clip.student.model import Student

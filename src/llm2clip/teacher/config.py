@@ -1,12 +1,13 @@
-"""The settings of `train-teacher`: the LLM, the captions it learns from, and how it is trained."""
+"""The settings of `train-teacher` and `join-teachers`."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2clip.config import PRECISIONS, Texts, Weights, check_choice, check_positive
+from llm2clip.config import PRECISIONS, Texts, Weights, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError, setting
 
@@ -134,19 +135,9 @@ class TeacherConfig(SourceConfig):
         check_choice(setting("tuning"), self.tuning, TUNINGS)
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_choice(setting("positives"), self.positives, POSITIVES)
-        positive: tuple[str, ...] = (
-            "max_length",
-            "lora_rank",
-            "lora_alpha",
-            "scale",
-            "learning_rate",
-            "max_grad_norm",
-        )
-        positive += ("mntp_steps", "mntp_batch_size", "mntp_mask")
-        check_positive(**{name: getattr(self, name) for name in positive})
-        for name in ("steps", "epochs", "micro_batch_size", "save_every"):
-            if getattr(self, name) is not None:
-                check_positive(**{name: getattr(self, name)})
+        names: tuple[str, ...] = ("max_length", "lora_rank", "lora_alpha", "scale", "learning_rate", "max_grad_norm")
+        names += ("mntp_steps", "mntp_batch_size", "mntp_mask", "steps", "epochs", "micro_batch_size", "save_every")
+        check_positive(**{name: value for name in names if (value := getattr(self, name)) is not None})
         for name in ("adaptor_layers", "eval_every", "warmup_steps", "weight_decay", "workers"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be 0 or more")
@@ -191,6 +182,11 @@ class TeacherConfig(SourceConfig):
                 raise UsageError(message)
 
     @property
+    def work(self) -> Path:
+        """The folder in `out` for what a finished teacher has no use of."""
+        return Path(self.out) / "work"
+
+    @property
     def task_names(self) -> list[str]:
         """The tasks, in order: "captions" if there is `data`, then the stem of each file of `text_pairs`."""
         return [*([CAPTIONS_TASK] if self.data else []), *(Path(file).stem for file in self.text_pairs)]
@@ -209,8 +205,6 @@ class TeacherConfig(SourceConfig):
 
     def settings(self) -> dict[str, object]:
         """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""
-        from llm2clip.config import to_dict
-
         return {key: value for key, value in to_dict(self).items() if key not in SPEED_FIELDS}
 
 
@@ -218,3 +212,43 @@ def for_eval(config: TeacherConfig) -> SourceConfig:
     """The source settings of `--eval-data`: as for `--data`, other specs, whole."""
     names = [f.name for f in dataclasses.fields(SourceConfig)]
     return SourceConfig(**{**{name: getattr(config, name) for name in names}, "data": config.eval_data, "split": None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinConfig:
+    """Make one teacher of several: a caption's vector is theirs, each of unit length, one behind the other.
+
+    An LLM and the text half of the CLIP whose tower will be trained: the paper's best scheme (table 9, d).
+    """
+
+    teachers: tuple[str, ...]
+    """Two or more, folders or Hub ids: a teacher, an LLM, any SentenceTransformer, or a CLIP or SigLIP (its texts)."""
+    out: Path
+    """Folder of the joined teacher; made if it is not there."""
+    weights: tuple[float, ...] = ()
+    """Length of each teacher's part of the vector, in their order; by default 1 for all."""
+    revisions: tuple[str, ...] = ()
+    """Branch, tag or commit of each teacher, in their order ("main" for one that is a local folder)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the teachers. Only for sources you trust."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            UsageError: for an impossible value or combination.
+        """
+        if len(self.teachers) < 2:
+            raise UsageError(f"{setting('teachers')} names {len(self.teachers)}; give two or more to be joined")
+        for name, values in (("weights", self.weights), ("revisions", self.revisions)):
+            if values and len(values) != len(self.teachers):
+                raise UsageError(
+                    f"{setting(name)} has {len(values)} values for {len(self.teachers)} teachers; give one each"
+                )
+        for weight in self.weights:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise UsageError(f"{setting('weights')} has {weight}; each must be above 0")
+
+    def settings(self) -> dict[str, object]:
+        """The fields that decide what is written, JSON-ready."""
+        return {key: value for key, value in to_dict(self).items() if key != "out"}

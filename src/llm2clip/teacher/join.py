@@ -16,11 +16,10 @@ from torch.nn.functional import normalize
 from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model
+from llm2clip.teacher.config import JoinConfig
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests, remember_origin, teacher_fingerprint
-from llm2clip.teacher.join_config import JoinConfig
 from llm2clip.teacher.joined_module import Joined
-from llm2clip.teacher.model import load_joined, load_teacher
-from llm2clip.teacher.opening import check_weights, one_line_errors
+from llm2clip.teacher.model import check_weights, load_joined, load_teacher, one_line_errors
 
 logger = logging.getLogger("llm2clip")
 TWO_TOWERS = ("clip", "metaclip_2", "siglip", "siglip2")

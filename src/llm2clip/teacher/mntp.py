@@ -1,35 +1,34 @@
 """Masked next-token prediction, an optional first step: an LLM learns to make use of two-way attention.
 
 As in LLM2Vec (https://arxiv.org/abs/2404.05961, section 2.1): a share of the tokens is hidden, and each hidden token is
-predicted from the state of the token *before* it, where a causal LLM is used to predict it. The adapters are merged
-before the contrastive step.
+predicted from the state of the token *before* it, where a causal LLM is used to predict it. So the loss is the causal
+LLM's own. The adapters are merged before the contrastive step.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, Trainer
 
 from llm2clip.errors import SourceError, UsageError, setting
+from llm2clip.hub import ModelFolder
+from llm2clip.teacher.config import TeacherConfig
+from llm2clip.teacher.data import TEXT, stored
 from llm2clip.teacher.mixture import BatchOrder, Key
-from llm2clip.teacher.opening import one_line_errors
-from llm2clip.teacher.store import open_rows, write_rows
-from llm2clip.teacher.trainer import Log, OneDevice, Run, TrainedWeights, prepare_model, run_trainer
+from llm2clip.teacher.model import one_line_errors, prepare_tokenizer
+from llm2clip.teacher.trainer import Log, OrderedTrainer, arguments, prepare_model, run_trainer
 from llm2clip.teacher.tuning import is_sharded, load_trained, trained_weights, with_lora
 
-KEEP, REPLACE = 0.1, 0.1
-"""Of the chosen tokens, the share left as it is and the share replaced by a random token, as in BERT; the rest is
-replaced by the mask token."""
-NO_LABEL = -100
 BLANK = "_"
 """The mask token of LLM2Vec's Llama models, which have none of their own."""
 
@@ -37,14 +36,24 @@ BLANK = "_"
 class MaskedTexts(Dataset[dict[str, list[int]]]):
     """Texts with hidden tokens, indexed by the keys of a `BatchOrder` over one task.
 
+    What is hidden of a text hangs on `seed`, the pass and its place alone, so that it is the same on any number of
+    processes, and in a run that goes on.
+
     Args:
         captions: stored captions; of each row one caption, another one in each pass.
         texts: stored plain texts.
+        share: of the tokens that are hidden; of a text at least one.
+        mask_id: the token read in place of eight in ten hidden ones; one in ten is read as it is, and for one in ten a
+            random token, as in BERT.
     """
 
     def __init__(self, captions: Any, texts: Any, tokenizer: Any, *, share: float, mask_id: int, seed: int) -> None:
-        self.captions, self.texts, self.tokenizer = captions, texts, tokenizer
-        self.share, self.mask_id, self.seed = share, mask_id, seed
+        self.captions, self.texts, self.tokenizer, self.share, self.seed = captions, texts, tokenizer, share, seed
+        masking = copy.deepcopy(tokenizer)  # the teacher's own is saved, and must not take "_" for a special token
+        masking.mask_token = masking.convert_ids_to_tokens(mask_id)
+        self.collator = DataCollatorForLanguageModeling(
+            masking, mlm_probability=1.0, mask_replace_prob=0.8, random_replace_prob=0.1
+        )
 
     def __len__(self) -> int:
         return len(self.captions) + len(self.texts)
@@ -56,137 +65,87 @@ class MaskedTexts(Dataset[dict[str, list[int]]]):
             text = draw.choice(self.captions[index]["texts"])
         else:
             text = self.texts[index - len(self.captions)]["text"]
-        ids = self.tokenizer(text, truncation=True)["input_ids"]
-        special = set(self.tokenizer.all_special_ids)
-        inputs, labels = mask_tokens(
-            ids, share=self.share, mask_id=self.mask_id, vocabulary=len(self.tokenizer), special=special, draw=draw
-        )
-        return {"input_ids": inputs, "labels": labels}
+        return self.hide(self.tokenizer(text, truncation=True)["input_ids"], draw)
+
+    def hide(self, ids: list[int], draw: random.Random) -> dict[str, list[int]]:
+        """What the LLM reads of a text's tokens, and as labels the hidden ones (-100 elsewhere)."""
+        special = self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+        # The first token has no token before it to be predicted from, and special ones need no guessing.
+        open_to = [i for i in range(1, len(ids)) if not special[i]]
+        # At least one: of a batch without any the mean loss would be no number.
+        chosen = [i for i in open_to if draw.random() < self.share] or draw.sample(open_to, min(1, len(open_to)))
+        self.collator.generator = torch.Generator().manual_seed(draw.getrandbits(63))
+        hidden = self.collator([{"input_ids": ids, "special_tokens_mask": [i not in chosen for i in range(len(ids))]}])
+        return {name: hidden[name][0].tolist() for name in ("input_ids", "labels")}
 
 
-def mask_tokens(
-    ids: Sequence[int], *, share: float, mask_id: int, vocabulary: int, special: set[int], draw: random.Random
-) -> tuple[list[int], list[int]]:
-    """Hide a share of the tokens; returns what the LLM reads, and the hidden tokens (-100 elsewhere).
-
-    The first token has no token before it to be predicted from, and special ones need no guessing: neither is hidden.
-    At least one token is hidden if any can be.
-    """
-    open_to = [i for i, token in enumerate(ids) if i > 0 and token not in special]
-    chosen = [i for i in open_to if draw.random() < share] or (draw.sample(open_to, 1) if open_to else [])
-    inputs, labels = list(ids), [NO_LABEL] * len(ids)
-    for i in chosen:
-        labels[i] = ids[i]
-        fate = draw.random()
-        if fate >= KEEP + REPLACE:
-            inputs[i] = mask_id
-        elif fate >= KEEP:
-            inputs[i] = draw.randrange(vocabulary)
-    return inputs, labels
+class MaskedTrainer(OrderedTrainer, Trainer):  # type: ignore[misc]
+    """transformers' trainer, on masked texts."""
 
 
-def pad(rows: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, Tensor]:
-    """The rows as tensors `[B, T]`, padded on the right."""
-    width = max(len(row["input_ids"]) for row in rows)
-    filled = {
-        "input_ids": [row["input_ids"] + [pad_id] * (width - len(row["input_ids"])) for row in rows],
-        "labels": [row["labels"] + [NO_LABEL] * (width - len(row["labels"])) for row in rows],
-        "attention_mask": [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows],
-    }
-    return {name: torch.tensor(value) for name, value in filled.items()}
-
-
-class StepArguments(OneDevice, TrainingArguments):  # type: ignore[misc]
-    """Arguments of the trainer on masked texts."""
-
-
-class MaskedTrainer(TrainedWeights, Trainer):  # type: ignore[misc]
-    """transformers' trainer, reading masked texts in a `BatchOrder`."""
-
-    def __init__(self, *, texts: MaskedTexts, order: BatchOrder, pad_id: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.texts, self.order, self.pad_id = texts, order, pad_id
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader of this process's parts of the batches."""
-        self.accelerator.even_batches = False
-        loader: DataLoader[Any] = DataLoader(
-            self.texts,
-            batch_sampler=self.order,
-            collate_fn=lambda rows: pad(rows, pad_id=self.pad_id),
-            num_workers=self.args.dataloader_num_workers,
-        )
-        return self.accelerator.prepare(loader)
-
-
-def train_mntp(
-    model: str | Path,
-    out: Path,
-    *,
-    captions: Any,
-    texts: Any,
-    run: Run,
-    batch_size: int,
-    num_processes: int = 1,
-    main: bool = True,
-    share: float = 0.2,
-    mask_token: str | None = None,
-    max_length: int = 512,
-    lora: dict[str, Any] | None = None,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-) -> Path:
-    """Train the LLM in `model` and write it, with its tokenizer, to `out`; returns `out`, at once if it is there.
+def train_mntp(config: TeacherConfig, model: ModelFolder, captions: Any, state: PartialState) -> Path:
+    """Train the LLM in `model` and write it, with its tokenizer; returns its folder, at once if it is there.
 
     Args:
         captions: stored captions, or an empty list.
-        texts: stored plain texts, or an empty list.
-        lora: rank, alpha and dropout of adapters on every linear layer, or None to train every weight.
 
     Raises:
-        UsageError: if `mask_token` is no token, or there are fewer texts than a batch holds.
+        UsageError: if there are fewer texts than a batch holds.
+        SourceError: if a file of plain text cannot be read, or all are blank.
     """
+    out = config.work / "mntp"
     if out.exists():
         return out
+    with state.main_process_first():
+        texts = store_lines(config.work / "mntp-text.arrow", config.mntp_text) if config.mntp_text else []
 
     def load() -> tuple[Any, Any]:
+        lora = config.tuning == "lora"
         causal_lm, tokenizer = load_causal_lm(
-            model, max_length=max_length, dtype=dtype, trust_remote_code=trust_remote_code
+            model.path,
+            max_length=config.max_length,
+            dtype=config.load_dtype if lora else "float32",  # without adapters this step trains the weights held
+            trust_remote_code=config.trust_remote_code,
         )
         causal_lm.config.is_causal = False
-        return causal_lm if lora is None else with_lora(causal_lm, **lora, seed=run.seed), tokenizer
+        if lora:
+            rank, alpha, dropout = config.lora_rank, config.lora_alpha, config.lora_dropout
+            causal_lm = with_lora(causal_lm, rank=rank, alpha=alpha, dropout=dropout, seed=config.seed)
+        return causal_lm, tokenizer
 
     causal_lm, tokenizer = load()
-    data = MaskedTexts(
-        captions, texts, tokenizer, share=share, mask_id=mask_token_id(tokenizer, mask_token), seed=run.seed
-    )
+    mask_id = mask_token_id(tokenizer, config.mntp_mask_token)
+    data = MaskedTexts(captions, texts, tokenizer, share=config.mntp_mask, mask_id=mask_id, seed=config.seed)
+    batch_size = config.mntp_batch_size
     if len(data) < batch_size:
         raise UsageError(
             f"{setting('mntp')} has {len(data)} texts, fewer than {setting('mntp_batch_size')} {batch_size}"
         )
-    order = BatchOrder([len(data)], batch_size=batch_size, steps=run.steps, seed=run.seed, num_parts=num_processes)
-    prepare_model(causal_lm, run)
+    parts = state.num_processes
+    order = BatchOrder([len(data)], batch_size=batch_size, steps=config.mntp_steps, seed=config.seed, num_parts=parts)
+    prepare_model(causal_lm, config, attention_dropout=0.0)
     trainer = MaskedTrainer(
         model=causal_lm,
-        args=StepArguments(**run.arguments(batch_size=order.batch_size)),
-        callbacks=[Log(run.log, description="masked next-token prediction")],
-        texts=data,
+        args=arguments(config, order, folder="mntp-checkpoints"),
+        data_collator=DataCollatorForTokenClassification(tokenizer),  # pads, and leaves the padding unlabelled
+        rows=data,
         order=order,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
+    description = "masked next-token prediction"
+    trainer.add_callback(Log(trainer.accelerator, Path(config.out), file="mntp.jsonl", description=description))
     run_trainer(trainer, smaller="mntp_batch_size")
     if is_sharded(causal_lm):  # one process puts the whole together again
         weights = trained_weights(causal_lm)
         causal_lm, _ = load()
         load_trained(causal_lm, weights)
-    if main:
-        merged = causal_lm.merge_and_unload() if lora is not None else causal_lm
+    if state.is_main_process:
+        merged = causal_lm.merge_and_unload() if config.tuning == "lora" else causal_lm
         partial = out.with_name(out.name + ".partial")
         merged.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
         os.replace(partial, out)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    state.wait_for_everyone()
     return out
 
 
@@ -201,6 +160,7 @@ def load_causal_lm(
             name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    prepare_tokenizer(tokenizer, name)
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
     causal_lm.config.use_cache = False
     return causal_lm, tokenizer
@@ -229,20 +189,19 @@ def store_lines(path: Path, files: Iterable[str]) -> Any:
     Raises:
         SourceError: if a file cannot be read, or all are blank.
     """
-    if not path.exists():
-        import pyarrow as pa
-
-        write_rows(path, _lines(files), {"text": pa.string()})
-    rows = open_rows(path)
-    if not len(rows):
-        raise SourceError(f"{setting('mntp_text')} {' '.join(files)} holds no text")
+    rows, _ = stored(path, _lines(files), {"text": TEXT})
     return rows
 
 
 def _lines(files: Iterable[str]) -> Iterator[dict[str, str]]:
+    found = False
     for name in files:
         try:
             with Path(name).open(encoding="utf-8-sig") as file:
-                yield from ({"text": line.strip()} for line in file if line.strip())
+                for text in filter(None, map(str.strip, file)):
+                    found = True
+                    yield {"text": text}
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"{setting('mntp_text')} {name} cannot be read: {error}") from None
+    if not found:
+        raise SourceError(f"{setting('mntp_text')} {' '.join(files)} holds no text")

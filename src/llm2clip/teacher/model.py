@@ -1,22 +1,25 @@
-"""The only place that makes, loads and saves a teacher; a teacher is a SentenceTransformer."""
+"""The only place that finds, makes, loads and saves a teacher; a teacher is a SentenceTransformer."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from llm2clip.errors import UsageError, setting
-from llm2clip.hub import ModelFolder, cast
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
+from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, quiet_transformers
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
-from llm2clip.teacher.opening import check_weights, find_text_model, is_decoder, is_from_llm2vec, one_line_errors
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
 
@@ -24,6 +27,9 @@ logger = logging.getLogger("llm2clip")
 POOLING_MODES = {"mean": "mean", "last-token": "lasttoken", "weighted": "weightedmean"}
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 PROBE_TOKENS = 6
+VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
+LLM2VEC_CLASS = re.compile(r"(Llama|Mistral|Gemma|Qwen2)(Bi\w*|Encoder)Model")
+"""LLM2Vec's two-way classes: the plain model of transformers, same weights, without the causal mask."""
 
 
 def load_teacher(
@@ -153,7 +159,7 @@ def llm_as_encoder(
             module_output_name="token_embeddings",
         )
     check_weights(transformer, folder)
-    prepare_tokenizer(transformer, folder.name)
+    prepare_tokenizer(transformer.tokenizer, folder.name)
     wrapped = from_llm2vec and speaks_llama_3(transformer.tokenizer)
     if chat_template is None:
         chat_template = wrapped
@@ -221,9 +227,8 @@ def check_attention(encoder: SentenceTransformer, attention: str, name: str | Pa
         raise UsageError(f"{name} keeps its {has} attention whatever its config says; give {setting('attention', has)}")
 
 
-def prepare_tokenizer(transformer: Transformer, name: str | Path) -> None:
+def prepare_tokenizer(tokenizer: Any, name: str | Path) -> None:
     """Give the tokenizer a padding token, and padding on the right: position 0 is then a caption's first token."""
-    tokenizer = transformer.tokenizer
     if tokenizer is None:
         raise UsageError(f"{name} has no tokenizer; put its tokenizer files beside config.json")
     if tokenizer.pad_token is None:
@@ -254,3 +259,85 @@ def four_bit_config() -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def find_text_model(name: str | Path | ModelFolder, *, revision: str | None = None) -> ModelFolder:
+    """The folder of a text model, downloaded for a Hub id.
+
+    Raises:
+        UsageError: saying what it holds instead.
+        ArtifactError: if it is a teacher that is not finished.
+    """
+    folder = find_model(name, revision=revision)
+    if folder.made not in ("teacher", ""):
+        raise UsageError(
+            f"{folder.name} is no teacher (found: {folder.made}); give the folder that train-teacher made, or an LLM"
+        )
+    if folder.kind == "transformers":
+        kind = str(folder.config.get("model_type", ""))
+        architectures = " ".join(folder.config.get("architectures") or [])
+        if any(hint in (kind + architectures).lower() for hint in VISION_HINTS) and "vocab_size" not in folder.config:
+            raise UsageError(
+                f"{folder.name} is a vision model ({kind or architectures}), not a language model; give an LLM"
+            )
+        if not kind:
+            raise UsageError(f"{folder.name} is no transformers model: its config.json has no model_type")
+    return folder
+
+
+def is_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a decoder LLM, which attends causally unless told otherwise."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    architectures = " ".join(config.get("architectures") or [])
+    if "CausalLM" in architectures or "LMHead" in architectures:
+        return True
+    kind = config.get("model_type", "")
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def is_from_llm2vec(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` names a two-way class of LLM2Vec, as those of the released LLM2CLIP teachers do.
+
+    Their code was written for transformers 4.40 to 4.46 and is not needed: with `is_causal` off, the plain model is
+    the same.
+    """
+    named = [*(config.get("architectures") or []), *map(str, (config.get("auto_map") or {}).values())]
+    return any(LLM2VEC_CLASS.fullmatch(name.rsplit(".", 1)[-1]) for name in named)
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str | Path) -> Iterator[None]:
+    """Turn what loading a model from `name` may raise into one line; loading itself is kept quiet.
+
+    Transformers would report the LLM's output layer as an unexpected weight, each time.
+
+    Raises:
+        UsageError: if the model cannot be loaded.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
+            raise
+        detail = " ".join(str(error).split())[:300]
+        raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
+
+
+def check_weights(model: torch.nn.Module, folder: ModelFolder) -> None:
+    """Raise if the files of a model lack some of its weights, which transformers then draws at random.
+
+    Raises:
+        UsageError: naming one.
+    """
+    with one_line_errors(folder.name):
+        missing = missing_weights(model, folder.path)
+    if missing:
+        raise UsageError(
+            f"{folder.name} lacks weights of its model, such as {missing[0]} ({len(missing)} in all); get its files "
+            "again"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -19,36 +18,19 @@ from transformers import AutoTokenizer
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
+from llm2clip.teacher import tuning
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
-from llm2clip.teacher.mixture import (
-    BatchOrder,
-    Mixture,
-    Task,
-    check_sizes,
-    count_steps,
-    task_weights,
-)
-from llm2clip.teacher.mntp import mask_token_id, store_lines, train_mntp
-from llm2clip.teacher.model import four_bit_config, llm, llm_as_encoder, save
-from llm2clip.teacher.opening import find_text_model, one_line_errors
+from llm2clip.teacher.mixture import BatchOrder, Mixture, Task, check_sizes, count_steps, task_weights
+from llm2clip.teacher.mntp import mask_token_id, train_mntp
+from llm2clip.teacher.model import find_text_model, four_bit_config, llm, llm_as_encoder, one_line_errors, save
 from llm2clip.teacher.probe import CaptionSet, probe_captions
-from llm2clip.teacher.trainer import Run, fit
-from llm2clip.teacher.tuning import (
-    add_adaptor,
-    add_lora,
-    freeze,
-    is_sharded,
-    load_trained,
-    merge_lora,
-    move_lora,
-    trained_weights,
-)
+from llm2clip.teacher.trainer import fit
+from llm2clip.teacher.tuning import merge_lora
 
 logger = logging.getLogger("llm2clip")
-WORK = "work"
 MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 1e-3}
 """How far (1 - cosine) merging the adapter may move a vector: the rounding of the weights' dtype."""
 
@@ -77,23 +59,25 @@ def train_teacher(config: TeacherConfig) -> Path:
     with _output(out, config, main=state.is_main_process):
         if is_complete(out):
             logger.info("%s: already complete", out)
-            shutil.rmtree(out / WORK, ignore_errors=True)  # a kill may have come just before this
+            shutil.rmtree(config.work, ignore_errors=True)  # a kill may have come just before this
             return out
         check_tasks(config)
         llm_folder = check_model(config, state)
         with state.main_process_first():
-            (out / WORK).mkdir(exist_ok=True)
-            tasks, facts = prepare_tasks(config, out / WORK)
+            config.work.mkdir(exist_ok=True)
+            tasks, facts = prepare_tasks(config, config.work)
             check_sizes(tasks, batch_size=config.batch_size)
             probe_set = prepare_probe(config, tasks)
-        model = find_model(first_step(config, llm_folder, tasks, state)) if config.mntp else llm_folder
+        model = llm_folder
+        if config.mntp:
+            model = find_model(train_mntp(config, model, tasks[0].rows if config.data else [], state))
         encoder = build_encoder(config, model, state)
-        before = _probe(encoder, probe_set, out / WORK / "before.json", state)
+        before = _probe(encoder, probe_set, config.work / "before.json", state)
         train(config, encoder, tasks, probe_set, state)
-        if is_sharded(encoder):  # one process puts the whole together again
-            weights = trained_weights(encoder)
+        if tuning.is_sharded(encoder):  # one process puts the whole together again
+            weights = tuning.trained_weights(encoder)
             encoder = build_encoder(config, model, state)
-            load_trained(encoder, weights)
+            tuning.load_trained(encoder, weights)
         _finish(config, encoder, llm_folder, probe_set, state, {**facts, "before": before})
     return out
 
@@ -114,7 +98,7 @@ def _finish(
             if config.save_adapter:
                 llm(encoder).save_pretrained(str(out / "adapter"))
             if config.quantize:
-                move_lora(encoder, _base(config, llm_folder, state), folder=out / WORK / "adapter")
+                tuning.move_lora(encoder, _base(config, llm_folder, state), folder=config.work / "adapter")
             facts["merge_error"] = merge_checked(encoder, probe_set, tolerance=MERGE_TOLERANCE[config.precision])
         save(encoder, out, attention=config.attention)
         facts["after"] = probe_captions(lambda texts: _encode(encoder, texts), probe_set) if probe_set else None
@@ -129,14 +113,19 @@ def _finish(
             probed_on=probed_on,
             **facts,
         )
-        shutil.rmtree(out / WORK)
+        shutil.rmtree(config.work)
     state.wait_for_everyone()
 
 
 def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
-    """The LLM's folder; raises at once if it cannot be a teacher, before hours of reading captions."""
+    """The LLM's folder; raises at once if it cannot be a teacher or trained so, before hours of reading captions."""
     if config.precision == "fp16" and state.device.type == "cpu":
         raise UsageError(f"{setting('precision', 'fp16')} needs a GPU; on a CPU give bf16 or fp32")
+    for name in ("batch_size", "mntp_batch_size") if config.mntp else ("batch_size",):
+        if getattr(config, name) % state.num_processes:
+            raise UsageError(
+                f"{setting(name)} {getattr(config, name)} is no multiple of the {state.num_processes} processes"
+            )
     with state.main_process_first():
         folder = find_text_model(config.model, revision=config.model_revision)
     if config.quantize:
@@ -155,10 +144,11 @@ def build_encoder(config: TeacherConfig, model: ModelFolder, state: PartialState
     """The LLM as an encoder, with adapters in it if those are to be trained."""
     encoder = _base(config, model, state, quantize=config.quantize)
     if config.tuning == "lora":
-        add_lora(encoder, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout, seed=config.seed)
+        rank, alpha, dropout = config.lora_rank, config.lora_alpha, config.lora_dropout
+        tuning.add_lora(encoder, rank=rank, alpha=alpha, dropout=dropout, seed=config.seed)
     elif config.tuning == "frozen":
-        freeze(encoder)
-    add_adaptor(encoder, layers=config.adaptor_layers)
+        llm(encoder).requires_grad_(False)
+    tuning.add_adaptor(encoder, layers=config.adaptor_layers)
     return encoder
 
 
@@ -178,44 +168,12 @@ def _base(
     )
 
 
-def first_step(config: TeacherConfig, model: ModelFolder, tasks: list[Task], state: PartialState) -> Path:
-    """Masked next-token prediction; returns the folder of the LLM that went through it."""
-    out = Path(config.out)
-    with state.main_process_first():
-        texts = store_lines(out / WORK / "mntp-text.arrow", config.mntp_text) if config.mntp_text else []
-    run = run_settings(config, config.mntp_steps, out)
-    return train_mntp(
-        model.path,
-        out / WORK / "mntp",
-        captions=tasks[0].rows if config.data else [],
-        texts=texts,
-        run=dataclasses.replace(
-            run, checkpoints=out / WORK / "mntp-checkpoints", log=out / "mntp.jsonl", attention_dropout=0.0
-        ),
-        batch_size=config.mntp_batch_size,
-        num_processes=state.num_processes,
-        main=state.is_main_process,
-        share=config.mntp_mask,
-        mask_token=config.mntp_mask_token,
-        max_length=config.max_length,
-        lora={"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-        if config.tuning == "lora"
-        else None,
-        dtype=config.load_dtype if config.tuning == "lora" else "float32",  # else this step trains the weights held
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
 def train(
     config: TeacherConfig, encoder: SentenceTransformer, tasks: list[Task], probe_set: CaptionSet, state: PartialState
 ) -> None:
     """Train `encoder` in place on the tasks."""
     sizes = [len(task) for task in tasks]
     steps = config.steps or count_steps(sizes, batch_size=config.batch_size, epochs=config.epochs or 1)
-    if config.batch_size % state.num_processes:
-        raise UsageError(
-            f"{setting('batch_size')} {config.batch_size} is no multiple of the {state.num_processes} processes"
-        )
     order = BatchOrder(
         sizes,
         batch_size=config.batch_size,
@@ -229,31 +187,7 @@ def train(
         scores = probe_captions(lambda texts: _encode(encoder, texts), probe_set)
         return {name: scores[name] for name in ("cra_second", "cra_all", "alignment", "uniformity")}
 
-    run = run_settings(config, steps, Path(config.out))
-    fit(encoder, Mixture(tasks, seed=config.seed), order, run=run, probe=probe if probe_set else None)
-
-
-def run_settings(config: TeacherConfig, steps: int, out: Path) -> Run:
-    """The part of the settings that the trainer needs."""
-    return Run(
-        checkpoints=out / WORK / "checkpoints",
-        log=out / "log.jsonl",
-        steps=steps,
-        scale=config.scale,
-        micro_batch_size=config.micro_batch_size,
-        mask_duplicates=config.mask_duplicates,
-        attention_dropout=config.attention_dropout,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        precision=config.precision,
-        gradient_checkpointing=config.gradient_checkpointing,
-        workers=config.workers,
-        save_every=config.save_every,
-        eval_every=config.eval_every,
-        seed=config.seed,
-    )
+    fit(encoder, Mixture(tasks, seed=config.seed), order, config=config, probe=probe if probe_set else None)
 
 
 def merge_checked(encoder: SentenceTransformer, captions: CaptionSet, *, tolerance: float) -> float:
@@ -321,5 +255,5 @@ def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
             yield
         except (UsageError, SourceError, TooManyBadSamples):
             if not began:
-                shutil.rmtree(out / WORK, ignore_errors=True)
+                shutil.rmtree(config.work, ignore_errors=True)
             raise

@@ -1,13 +1,13 @@
-"""The trainer of stage 1: sentence-transformers' own, fed in our order and with checkpoints of what is trained."""
+"""The trainers of stage 1 and of MNTP: the libraries' own, fed in our order, with checkpoints of what is trained."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from llm2clip.compat import OwnWeights
 from llm2clip.config import save_interval
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
-from llm2clip.progress import Progress
+from llm2clip.journal import LOG, Journal
+from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.loss import CaptionLoss
 from llm2clip.teacher.mixture import BatchOrder, Mixture
 from llm2clip.teacher.model import llm
@@ -32,90 +33,68 @@ STATE = "trainer_state.json"
 WARMUP_SHARE = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """How to train; the fields are those of TeacherConfig."""
-
-    checkpoints: Path
-    log: Path
-    steps: int
-    learning_rate: float = 2e-4
-    warmup_steps: int = 300
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    precision: str = "fp32"
-    gradient_checkpointing: bool = False
-    workers: int = 0
-    save_every: int | None = None
-    seed: int = 0
-    scale: float = 50.0
-    micro_batch_size: int | None = None
-    mask_duplicates: bool = True
-    attention_dropout: float = 0.0
-    eval_every: int = 0
-
-    def arguments(self, *, batch_size: int) -> dict[str, Any]:
-        """The trainer arguments that stage 1 and MNTP share; `batch_size` is per process."""
-        return {
-            "output_dir": str(self.checkpoints),
-            "max_steps": self.steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": self.learning_rate,
-            "warmup_steps": min(self.warmup_steps, int(WARMUP_SHARE * self.steps)),
-            "lr_scheduler_type": "linear",
-            "weight_decay": self.weight_decay,
-            "max_grad_norm": self.max_grad_norm,
-            "bf16": self.precision == "bf16",
-            "fp16": self.precision == "fp16",
-            "save_strategy": "steps",
-            "save_steps": save_interval(self.save_every, self.steps),
-            "save_total_limit": 1,
-            "logging_steps": max(1, min(10, self.steps // 20)),
-            "logging_nan_inf_filter": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "seed": self.seed,
-            "dataloader_num_workers": self.workers,
-            "dataloader_drop_last": True,
-            "remove_unused_columns": False,
-            "ddp_find_unused_parameters": False,
-            "use_cpu": not torch.accelerator.is_available(),
-        }
-
-
 def fit(
     encoder: SentenceTransformer,
     mixture: Mixture,
     order: BatchOrder,
     *,
-    run: Run,
+    config: TeacherConfig,
     probe: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """Train `encoder` in place, from the last whole checkpoint in `run.checkpoints` if there is one.
+    """Train `encoder` in place, from the last whole checkpoint of the run if there is one.
 
     Args:
-        probe: gives scores to note in the log every `run.eval_every` steps.
+        probe: gives scores to note in the log every `config.eval_every` steps.
     """
     instructions = {task.name: _query_prompts(encoder, task.instruction) for task in mixture.tasks}
     for prompts in instructions.values():
         check_prompt(encoder, prompts["query"])
-    arguments = PairArguments(**run.arguments(batch_size=order.batch_size), prompts=instructions)
-    prepare_model(llm(encoder), run)
+    prepare_model(llm(encoder), config, attention_dropout=config.attention_dropout)
     trainer = PairTrainer(
         model=encoder,
-        args=arguments,
+        args=arguments(config, order, folder="checkpoints", prompts=instructions),
         loss=CaptionLoss(
             encoder,
-            scale=run.scale,
-            micro_batch_size=run.micro_batch_size,
-            mask_duplicates=run.mask_duplicates,
+            scale=config.scale,
+            micro_batch_size=config.micro_batch_size,
+            mask_duplicates=config.mask_duplicates,
         ),
-        callbacks=[Log(run.log, probe=probe, every=run.eval_every)],
-        mixture=mixture,
+        rows=mixture,
         order=order,
     )
+    trainer.add_callback(Log(trainer.accelerator, Path(config.out), probe=probe, every=config.eval_every))
     run_trainer(trainer)
     encoder.eval()
+
+
+def arguments(config: TeacherConfig, order: BatchOrder, *, folder: str, **others: Any) -> Arguments:
+    """The arguments of a trainer of `order` with its checkpoints in `folder` of the run's work folder."""
+    return Arguments(
+        output_dir=str(config.work / folder),
+        max_steps=order.steps,
+        per_device_train_batch_size=order.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=min(config.warmup_steps, int(WARMUP_SHARE * order.steps)),
+        lr_scheduler_type="linear",
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        save_strategy="steps",
+        save_steps=save_interval(config.save_every, order.steps),
+        save_total_limit=1,
+        logging_steps=max(1, min(10, order.steps // 20)),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+        dataloader_num_workers=config.workers,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),
+        **others,
+    )
 
 
 def run_trainer(trainer: Any, *, smaller: str = "micro_batch_size") -> None:
@@ -155,10 +134,10 @@ def last_checkpoint(folder: Path, *, num_processes: int = 1) -> Path | None:
     return None
 
 
-def prepare_model(model: Any, run: Run) -> None:
+def prepare_model(model: Any, config: TeacherConfig, *, attention_dropout: float) -> None:
     """Set what training changes in a model: dropout of attention, recomputed activations."""
-    set_attention_dropout(model, run.attention_dropout)
-    if run.gradient_checkpointing:
+    set_attention_dropout(model, attention_dropout)
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -194,7 +173,7 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-class OneDevice:
+class Arguments(SentenceTransformerTrainingArguments):  # type: ignore[misc]
     """Trainer arguments for one device a process, also where the process sees several GPUs and torchrun is not used.
 
     By itself the trainer would share each batch among them by torch's DataParallel, which fails at features that are no
@@ -204,18 +183,35 @@ class OneDevice:
     @property
     def n_gpu(self) -> int:
         """0 or 1."""
-        return min(1, super().n_gpu)  # type: ignore[misc]
+        return min(1, super().n_gpu)
 
 
-class PairArguments(OneDevice, SentenceTransformerTrainingArguments):  # type: ignore[misc]
-    """Arguments of the trainer on pairs."""
+class OrderedTrainer(OwnWeights):
+    """What makes of a transformers trainer one of ours: it reads `rows` in an order of batches given for all processes.
 
-
-class TrainedWeights(OwnWeights):
-    """Checkpoints hold the weights in training only: the adapters, or all of them in full tuning."""
+    Checkpoints hold the weights in training only: the adapters, or all of them in full tuning.
+    """
 
     model: Any
     args: Any
+    accelerator: Any
+    data_collator: Any
+
+    def __init__(self, *, rows: Any, order: BatchOrder, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows, self.order = rows, order
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader of this process's parts of the batches."""
+        self.accelerator.even_batches = False
+        loader: DataLoader[Any] = DataLoader(
+            self.rows,
+            batch_sampler=self.order,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
     def save_model(self, output_dir: str | None = None, **options: Any) -> None:
         """Write the weights in training; every process takes part, as each may hold a shard of them."""
@@ -230,95 +226,53 @@ class TrainedWeights(OwnWeights):
         load_trained(model if model is not None else self.model, load_file(folder / WEIGHTS))
 
 
-class PairTrainer(TrainedWeights, SentenceTransformerTrainer):  # type: ignore[misc]
-    """sentence-transformers' trainer, reading a `Mixture` in a `BatchOrder`."""
-
-    def __init__(self, *, mixture: Mixture, order: BatchOrder, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.mixture, self.order = mixture, order
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader of this process's parts of the batches."""
-        self.accelerator.even_batches = False
-        loader: DataLoader[Any] = DataLoader(
-            self.mixture,
-            batch_sampler=self.order,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-        )
-        return self.accelerator.prepare(loader)
+class PairTrainer(OrderedTrainer, SentenceTransformerTrainer):  # type: ignore[misc]
+    """sentence-transformers' trainer, on a `Mixture`."""
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No model card: it would read the whole dataset."""
 
 
 class Log(TrainerCallback):
-    """Progress on the console, a JSON line for each logged step, and a stop when the loss is no number."""
+    """Keeps a `Journal` of what a trainer says, and of the scores that `probe` gives every `every` steps."""
 
     def __init__(
         self,
-        path: Path,
+        accelerator: Any,
+        out: Path,
         *,
+        file: str = LOG,
         description: str = "train teacher",
         probe: Callable[[], dict[str, Any]] | None = None,
         every: int = 0,
     ) -> None:
-        self.path, self.description, self.probe, self.every = path, description, probe, every
-        self.progress: Progress | None = None
-        self.note, self.start = "", time.monotonic()
+        self.accelerator, self.probe, self.every = accelerator, probe if every else None, every
+        # all digits: the learning rate has those of Python
+        self.begin = functools.partial(Journal, accelerator, out, file=file, description=description, digits=17)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop the lines of steps that will be taken again."""
+        """Open the journal; the lines of steps that will be taken again are dropped."""
         self.start = time.monotonic()
-        if not state.is_world_process_zero:
-            return
-        if self.every and self.probe is not None and is_sharded(kwargs["model"]):
-            logger.warning(
-                "%s: no scores on the way, as one process alone cannot run a sharded model", setting("eval_every")
-            )
-        self.progress = Progress(state.max_steps, description=self.description, unit="steps", initial=state.global_step)
-        self.progress.__enter__()
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _is_before(line, state.global_step)]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        self.journal = self.begin(total=state.max_steps, step=state.global_step)
+        if self.probe is not None and is_sharded(kwargs["model"]):
+            self.probe = None
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "%s: no scores on the way, as one process alone cannot run a sharded model", setting("eval_every")
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step; take the scores when their turn comes."""
-        if self.progress is None:
-            return
-        self.progress.advance(note=self.note)
-        due = self.every and state.global_step % self.every == 0
-        if self.probe is not None and due and not is_sharded(kwargs["model"]):
-            self._write({"step": state.global_step, **self.probe()})
+        self.journal.advance(state.global_step)
+        if self.probe is not None and state.global_step % self.every == 0 and self.accelerator.is_main_process:
+            self.journal.note(state.global_step, self.probe())
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note loss, learning rate and gradient norm."""
         logs: dict[str, Any] = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise LLM2CLIPError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower {setting('learning_rate')} or use "
-                f"{setting('precision', 'bf16')}"
-            )
-        if self.progress is not None:
-            self.note = f"loss {float(logs['loss']):.4g}"
-            entry = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.start, 3)}
-            self._write(entry)
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if "loss" in logs:
+            self.journal.note(state.global_step, {**logs, "seconds": round(time.monotonic() - self.start, 3)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the progress display."""
-        if self.progress is not None:
-            self.progress.__exit__(None, None, None)
-
-
-def _is_before(line: str, step: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError):
-        return False
+        """End the journal."""
+        self.journal.close()

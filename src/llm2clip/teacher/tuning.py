@@ -58,11 +58,6 @@ def move_lora(encoder: SentenceTransformer, base: SentenceTransformer, *, folder
         encoder[0].model = PeftModel.from_pretrained(llm(base), str(folder))
 
 
-def freeze(encoder: SentenceTransformer) -> None:
-    """Let no weight of the LLM train."""
-    llm(encoder).requires_grad_(False)
-
-
 def add_adaptor(encoder: SentenceTransformer, *, layers: int) -> None:
     """Put residual layers behind the pooling; they start as nothing, and are sentence-transformers' own modules."""
     dim = encoder.get_embedding_dimension()

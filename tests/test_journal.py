@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.student.journal import FLUSH_EVERY, Journal, find_tracker, flat
+from llm2clip.journal import FLUSH_EVERY, Journal, find_tracker, flat
 
 
 class OneProcess:
@@ -103,3 +103,37 @@ def test_a_gradient_that_is_no_number_stops_the_run_unless_a_scaler_skips_it(tmp
     journal.add(3, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
     journal.flush()
     assert lines(tmp_path)[-1] == {**lines(tmp_path)[-1], "step": 3, "grad_norm": None}
+
+
+def test_values_at_hand_keep_their_digits_and_are_looked_at_too(tmp_path) -> None:
+    journal = Journal(OneProcess(), tmp_path, total=3, step=0, file="mntp.jsonl", digits=17)
+    journal.note(1, {"loss": 2.0, "learning_rate": 1 / 3})
+    with pytest.raises(LLM2CLIPError, match="loss is nan at step 2"):
+        journal.note(2, {"loss": float("nan"), "learning_rate": 1 / 3})
+    text = (tmp_path / "mntp.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == [{"step": 1, "loss": 2.0, "learning_rate": 1 / 3}]
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_other_processes_write_nothing_and_stop_with_the_first(tmp_path, caplog) -> None:
+    other = OneProcess()
+    other.is_main_process = False
+    with caplog.at_level("INFO", logger="llm2clip"):
+        journal = Journal(other, tmp_path, total=3, step=0, pictures=8)
+        journal.add(1, {"loss": torch.tensor(2.0)})
+        journal.flush()
+        journal.advance(1)
+        with pytest.raises(LLM2CLIPError, match="loss is inf at step 2"):
+            journal.note(2, {"loss": float("inf")})
+        journal.close()
+    assert not list(tmp_path.iterdir()) and not caplog.text and not other.logged
+
+
+def test_the_progress_goes_on_from_the_step_and_ends(tmp_path, caplog) -> None:
+    with caplog.at_level("INFO", logger="llm2clip"):
+        journal = Journal(OneProcess(), tmp_path, total=9, step=7, description="train teacher")
+        journal.note(8, {"loss": 2.0})
+        journal.advance(9)
+        journal.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "train teacher: 7/9 steps" and told[-1].startswith("train teacher: 9/9 steps")

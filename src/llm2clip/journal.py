@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress line, `log.jsonl`, curves in a tracker, and a stop when the loss is no number.
+"""What a training says of itself: a progress line, `log.jsonl`, curves in a tracker, a stop when the loss is no number.
 
 Values stay on the device until `FLUSH_EVERY` steps are together, so that logging never makes the device wait.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.artifacts import json_bytes
+from llm2clip.artifacts import atomic_path, json_bytes
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.progress import Progress
 
@@ -31,19 +31,36 @@ class Journal:
 
     Args:
         accelerator: of the run; knows the trackers.
-        out: the student's folder.
+        out: the folder that is being made.
         total: steps in all.
-        step: steps done by an earlier run; what `log.jsonl` says of later ones is dropped.
-        pictures: pictures a step, over all processes.
+        step: steps done by an earlier run; what the log says of later ones is dropped.
+        pictures: pictures a step, over all processes, for the rate of what is added; 0 for texts alone.
+        file: the log's name in `out`.
+        description: what the progress line calls the training.
+        digits: significant digits of a number in the log; 7 are those of float32, 17 all that Python has.
     """
 
-    def __init__(self, accelerator: Any, out: Path, *, total: int, step: int, pictures: int) -> None:
-        self._accelerator, self._out, self._pictures = accelerator, out, pictures
+    def __init__(
+        self,
+        accelerator: Any,
+        out: Path,
+        *,
+        total: int,
+        step: int,
+        pictures: int = 0,
+        file: str = LOG,
+        description: str = "train student",
+        digits: int = 7,
+    ) -> None:
+        self._accelerator, self._out, self._file = accelerator, out, file
+        self._pictures, self._digits = pictures, digits
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
         self._last_flush = time.monotonic()
+        self._progress: Progress | None = None
+        self._note = ""
         if accelerator.is_main_process:
-            _keep_until(out / LOG, step)
-        self.progress = Progress(total, description="train student", unit="steps", initial=step)
+            _keep_until(out / file, step)
+            self._progress = Progress(total, description=description, unit="steps", initial=step).__enter__()
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Note the values of a finished step (from 1).
@@ -71,11 +88,37 @@ class Journal:
             {"step": step, **dict(zip(names, row, strict=True)), "pictures_per_second": rate}
             for (step, _), row in zip(self._waiting, table.tolist(), strict=True)
         ]
-        count, self._waiting, self._last_flush = len(self._waiting), [], now
+        self._waiting, self._last_flush = [], now
+        self._write(lines)
+        self.advance(lines[-1]["step"])
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write values that are at hand, scores or what a trainer took together, as a line of their own.
+
+        Raises:
+            LLM2CLIPError: if there is a loss or gradient among them that is no number.
+        """
+        self.flush()
+        self._write([{"step": step, **values}])
+
+    def advance(self, step: int) -> None:
+        """Have the progress line stand at `step`, behind it the last values written."""
+        if self._progress is not None:
+            self._progress.advance(step - self._progress.done, note=self._note)
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        """Write the lines up to the first with a loss or gradient that is no number, which ends the run."""
         # A scaler for fp16 skips the step where a gradient is no number; anyone else's weights are lost by it.
         watched = ["loss"] if self._accelerator.scaler is not None else ["loss", "grad_norm"]
         bad = [(i, name) for i, line in enumerate(lines) for name in watched if not math.isfinite(line.get(name, 0.0))]
-        self._write(lines[: bad[0][0]] if bad else lines)
+        good = lines[: bad[0][0]] if bad else lines
+        if self._accelerator.is_main_process:
+            with (self._out / self._file).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(_round(line, self._digits)) + "\n" for line in good)
+            for line in good:
+                values = {name: value for name, value in line.items() if name != "step"}
+                self._accelerator.log(values, step=line["step"])
+                self._note = _shown(line) or self._note
         if bad:
             line, name = lines[bad[0][0]], bad[0][1]
             raise LLM2CLIPError(
@@ -83,29 +126,12 @@ class Journal:
                 f"earlier steps are kept in {self._out}: lower {setting('learning_rate')}, add "
                 f"{setting('warmup_steps')} or take {setting('precision', 'fp32')}, in a new {setting('out')}"
             )
-        if self._accelerator.is_main_process:
-            last = lines[-1]
-            note = " ".join(f"{name} {last[name]:.4g}" for name in ("loss", "accuracy", "scale") if name in last)
-            self.progress.advance(count, note=f"{note}, {rate:,.0f} pictures/s")
-
-    def note(self, step: int, values: Mapping[str, float]) -> None:
-        """Write other values of a step, such as scores, as a line of their own."""
-        self.flush()
-        self._write([{"step": step, **values}])
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        if not self._accelerator.is_main_process:
-            return
-        with (self._out / LOG).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_round(line)) + "\n" for line in lines)
-        for line in lines:
-            values = {name: value for name, value in line.items() if name != "step"}
-            self._accelerator.log(values, step=line["step"])
 
     def close(self) -> None:
         """Write what waits, end the progress line and the trackers."""
         self.flush()
-        self.progress.__exit__(None, None, None)
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
@@ -152,12 +178,20 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if line["step"] <= step:
             kept.append(text)
-    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
 
 
-def _round(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with seven digits a number, and null for what JSON cannot say (a gradient norm of inf, in fp16)."""
+def _shown(line: Mapping[str, Any]) -> str:
+    """What of a line the progress shows."""
+    shown = [f"{name} {line[name]:.4g}" for name in ("loss", "accuracy", "scale") if name in line]
+    rate = [f"{line['pictures_per_second']:,.0f} pictures/s"] if "pictures_per_second" in line else []
+    return ", ".join(filter(None, [" ".join(shown), *rate]))
+
+
+def _round(line: Mapping[str, Any], digits: int) -> dict[str, Any]:
+    """The line with so many digits a number, and null for what JSON cannot say (a gradient norm of inf, in fp16)."""
     return {
-        name: (float(f"{value:.7g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+        name: (float(f"{value:.{digits}g}") if math.isfinite(value) else None) if isinstance(value, float) else value
         for name, value in line.items()
     }

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
-from llm2clip.errors import UsageError, one_line
+from llm2clip.errors import LLM2CLIPError, UsageError, one_line
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -160,6 +161,20 @@ def quiet_transformers(*, bars: bool = True) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Turn what transformers may raise about a model into a UsageError of one line, which begins with `what`.
+
+    Our own errors, and that of a GPU's full memory, stay what they are.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
+            raise
+        raise UsageError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

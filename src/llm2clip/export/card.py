@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from llm2clip.artifacts import read_json
 from llm2clip.errors import ArtifactError, UsageError, setting
+from llm2clip.export.tower import load_options
 
 TITLES = {
     "sentence-transformers": "LLM2CLIP: texts and pictures in one space",
@@ -137,7 +140,8 @@ checks that it is the right teacher."""
 
 def use_tower(facts: dict[str, Any]) -> str:
     """How to load the tower by its own class."""
-    options = ", add_pooling_layer=False" if facts["pooling"] != "pooler" and facts["tower_type"] in WITHOUT else ""
+    tower_class = getattr(transformers, facts["tower_class"])
+    options = "".join(f", {name}={value}" for name, value in load_options(tower_class, facts["pooling"]).items())
     return f"""```python
 import torch
 from PIL import Image
@@ -154,8 +158,6 @@ It takes the place of the tower it was trained from, for example as the vision t
 
 
 USE = {"sentence-transformers": use_bundle, "transformers": use_model, "tower": use_tower}
-WITHOUT = ("vit", "deit", "beit", "vit_msn", "ijepa")
-"""Families whose class makes up a pooler unless told not to."""
 
 
 def origin_table(facts: dict[str, Any]) -> str:

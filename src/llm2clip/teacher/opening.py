@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip import hub
+from llm2clip.errors import UsageError
 from llm2clip.hub import ModelFolder, find_model, missing_weights, quiet_transformers
 
 VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
@@ -69,21 +69,15 @@ def is_from_llm2vec(config: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors(name: str | Path) -> Iterator[None]:
-    """Turn what loading a model from `name` may raise into one line; loading itself is kept quiet.
+    """Around loading a model from `name`: what that raises is one line; loading itself is kept quiet.
 
     Transformers would report the LLM's output layer as an unexpected weight, each time.
 
     Raises:
         UsageError: if the model cannot be loaded.
     """
-    try:
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
-            raise
-        detail = " ".join(str(error).split())[:300]
-        raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
+    with hub.one_line_errors(f"{name} cannot be loaded as a text model"), quiet_transformers():
+        yield
 
 
 def check_weights(model: torch.nn.Module, folder: ModelFolder) -> None:

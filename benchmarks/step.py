@@ -162,7 +162,6 @@ def ours(setting: Setting, folder: Path) -> Iterator[int]:
     for batches in session.batches():
         if session.step == 0:
             yield 0
-        session.begin_step()
         session.journal.add(session.step + 1, train_step(session, batches))
         session.step += 1
         yield setting.batch

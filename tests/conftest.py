@@ -153,11 +153,11 @@ def write_student(tower: Path, folder: Path, **facts: object) -> Path:
     import torch
 
     from llm2clip.artifacts import write_manifest
-    from llm2clip.student.model import Student
+    from llm2clip.student.start import start_student
     from llm2clip.student.transform import ImageTransform
 
     torch.manual_seed(3)
-    student = Student.from_tower(str(tower), teacher_dim=32, projection_dim=24)
+    student = start_student(str(tower), teacher_dim=32, projection_dim=24)
     student.save_pretrained(folder)
     ImageTransform.from_pretrained(tower).save(folder)
     write_manifest(folder, "student", config={"tower": "a/tower", "batch_size": 8}, steps=3, **facts)

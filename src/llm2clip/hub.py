@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 
 from llm2clip.artifacts import MANIFEST, RUN, check_finished, check_name, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
-from llm2clip.errors import UsageError, one_line
+from llm2clip.errors import LLM2CLIPError, UsageError, one_line
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each precision that a setting can name, but for "auto"."""
 STUDENT_CONFIG = "student_config.json"
 """What an exported bundle keeps of its student's config; no other SentenceTransformer has it."""
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
 """What loading a damaged or foreign model raises."""
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
@@ -162,6 +162,20 @@ def quiet_transformers(*, bars: bool = True) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Turn what transformers may raise about a model into a UsageError of one line, which begins with `what`.
+
+    Our own errors, and that of a GPU's full memory, stay what they are.
+    """
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
+            raise
+        raise UsageError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

@@ -14,7 +14,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.bundle import save_bundle
 from llm2clip.export.check import PROBE_TEXTS, least_cosine, probe_images
 from llm2clip.export.formats import tower
-from llm2clip.student.model import Student
+from llm2clip.student.start import start_student
 from llm2clip.student.transform import ImageTransform
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
@@ -61,7 +61,7 @@ def model(request: pytest.FixtureRequest, finished_teacher: Path, tmp_path: Path
     awaken(tower)
     tower.save_pretrained(tmp_path / "tower")
     processor.save_pretrained(tmp_path / "tower")
-    student = Student.from_tower(str(tmp_path / "tower"), teacher_dim=32, projection_dim=24)
+    student = start_student(str(tmp_path / "tower"), teacher_dim=32, projection_dim=24)
     transform = ImageTransform.from_processor(processor)
     return LLM2CLIP(student, transform, load_teacher(finished_teacher, device="cpu"))
 

@@ -1,7 +1,8 @@
-"""Checkpoints: everything comes back, the last two are kept, a torn one is not taken for whole."""
+"""Checkpoints: everything comes back in any shards, the last two are kept, a torn one is not taken for whole."""
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from llm2clip.errors import ArtifactError
-from llm2clip.student import checkpoint
 from llm2clip.student.checkpoint import (
     drop_checkpoints,
     load_checkpoint,
@@ -22,6 +26,11 @@ from llm2clip.student.checkpoint import (
     tensors_fingerprint,
     whole_weights,
 )
+
+if __name__ != "__main__":
+    from .forks import side_by_side
+
+WHOLE = torch.arange(30).reshape(5, 6)
 
 
 def trained(steps: int, *, seed: int = 0):
@@ -70,7 +79,7 @@ def test_parameters_that_have_not_learned_yet(tmp_path) -> None:
 
 def test_processes_that_hold_no_shards_write_and_copy_nothing(tmp_path) -> None:
     model, optimizers = trained(1)
-    save_checkpoint(tmp_path, 1, state_tensors(model, optimizers), {}, process=1, num_processes=2)
+    save_checkpoint(tmp_path, 1, state_tensors(model, optimizers), {}, is_main=False)
     assert not list(tmp_path.iterdir())
     assert whole_weights(model, keep=False) == {}
 
@@ -96,19 +105,29 @@ def test_a_checkpoint_half_written_is_no_checkpoint(tmp_path) -> None:
 
 def test_damage_is_named(tmp_path) -> None:
     save_checkpoint(tmp_path, 3, {"model/x": torch.zeros(1)}, {})
-    (tmp_path / "checkpoints" / "step-00000003" / "state.safetensors").write_bytes(b"nonsense")
+    (file,) = (tmp_path / "checkpoints" / "step-00000003").glob("*.safetensors")
+    file.write_bytes(b"nonsense")
     with pytest.raises(ArtifactError, match="step-00000003 is damaged"):
+        load_checkpoint(tmp_path)
+    file.unlink()
+    with pytest.raises(ArtifactError, match=r"step-00000003 is damaged \(0 of 1 files are there\)"):
         load_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "step-00000003" / "state.json").write_text('{"step": 3}')
     with pytest.raises(ArtifactError, match="step-00000003 is damaged"):
         load_checkpoint(tmp_path)
 
 
-def test_a_part_written_where_the_first_process_does_not_see_it(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "DTensor", torch.Tensor)  # as if the tensor were in shards
-    with pytest.raises(ArtifactError, match="process 1 wrote its part of step-00000005 elsewhere"):
-        save_checkpoint(tmp_path, 5, {"model/x": torch.zeros(1)}, {}, process=0, num_processes=2)
-    assert load_checkpoint(tmp_path) is None
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=str)
+def test_what_goes_wrong_is_told_as_it_is(tmp_path, monkeypatch, error) -> None:
+    """Not as torch's list of tracebacks, which no `except Exception` would catch."""
+
+    def breaks(descriptor: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", breaks)
+    with pytest.raises(type(error)) as caught:
+        save_checkpoint(tmp_path, 3, {"model/x": torch.zeros(1)}, {})
+    assert caught.value is error and load_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
@@ -124,8 +143,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:
 
 def test_it_is_no_pickle(tmp_path) -> None:
     save_checkpoint(tmp_path, 1, {"model/x": torch.zeros(1)}, {})
-    files = {p.name for p in (tmp_path / "checkpoints" / "step-00000001").iterdir()}
-    assert files == {"state.safetensors", "state.json"}
+    facts, tensors = sorted((tmp_path / "checkpoints" / "step-00000001").iterdir(), key=lambda path: path.suffix)
+    assert facts.name == "state.json" and torch.equal(load_file(tensors)["model/x"], torch.zeros(1))
     assert json.loads((tmp_path / "checkpoints" / "step-00000001" / "state.json").read_text())["step"] == 1
 
 
@@ -140,6 +159,87 @@ def test_a_fingerprint_is_of_names_shapes_dtypes_and_bytes() -> None:
     by_hand = b"a (2, 3) torch.float32" + x.numpy().tobytes() + b"b (6,) torch.int64" + x.long().numpy().tobytes()
     found = tensors_fingerprint({"b": x.long(), "a": x.reshape(2, 3)})
     assert found == hashlib.sha256(by_hand).hexdigest()[:16]
+
+
+def on_mesh(shape: tuple[int, ...], placements: list, whole: torch.Tensor = WHOLE) -> DTensor:
+    """What this process of a mesh holds of the whole."""
+    return distribute_tensor(whole, init_device_mesh("cpu", shape), placements, src_data_rank=None)
+
+
+def holder(x: torch.Tensor) -> torch.nn.Module:
+    """A model of nothing but `x` and a count."""
+    model = torch.nn.Module()
+    model.register_buffer("x", x)
+    model.register_buffer("count", torch.tensor(0))
+    return model
+
+
+def save_in_shards(folder: Path, shape: tuple[int, ...], placements: list) -> None:
+    def save(rank: int) -> None:
+        tensors = {"model/x": on_mesh(shape, placements), "model/count": torch.tensor(3)}
+        save_checkpoint(folder, 1, tensors, {}, is_main=rank == 0)
+
+    number = math.prod(shape)
+    assert side_by_side(number, folder / "meeting", save) == [(0, "")] * number
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints" / "step-00000001").glob("*.safetensors"))
+
+
+MESHES = {
+    "rows that do not divide": ((4,), [Shard(0)]),
+    "processes without any": ((8,), [Shard(0)]),
+    "copies of shards (HSDP)": ((2, 2), [Replicate(), Shard(0)]),
+    "cut both ways": ((2, 2), [Shard(0), Shard(1)]),
+}
+
+
+@pytest.mark.own_process
+def test_shards_on_a_mesh_are_written_once_and_read_in_others(tmp_path) -> None:
+    for name, (shape, placements) in MESHES.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        save_in_shards(folder, shape, placements)
+        parts = [load_file(path) for path in parts_of(folder)]
+        assert sum(part["model/x"].numel() for part in parts if "model/x" in part) == WHOLE.numel(), name
+        assert sum("model/count" in part for part in parts) == 1, name
+        again = holder(torch.zeros_like(WHOLE))
+        restore_state(load_checkpoint(folder)[0], again, [])
+        assert torch.equal(again.x, WHOLE) and again.count == 3, name
+
+    def read(rank: int) -> None:
+        for name in MESHES:
+            again = holder(on_mesh((3,), [Shard(0)], torch.zeros_like(WHOLE)))
+            restore_state(load_checkpoint(tmp_path / name)[0], again, [])
+            assert torch.equal(again.x.to_local(), on_mesh((3,), [Shard(0)]).to_local()) and again.count == 3, name
+
+    assert side_by_side(3, tmp_path / "again", read) == [(0, "")] * 3
+
+
+@pytest.mark.own_process
+def test_a_part_that_no_file_holds_is_found(tmp_path) -> None:
+    save_in_shards(tmp_path, (3,), [Shard(0)])
+    part = parts_of(tmp_path)[1]
+    with safe_open(part, framework="pt") as file:
+        places = file.metadata()
+    save_file({name: value for name, value in load_file(part).items() if name != "model/x"}, part, places)
+    with pytest.raises(ArtifactError, match=r"step-00000001 is damaged \(model/x is not whole\)"):
+        load_checkpoint(tmp_path)
+    part.unlink()
+    with pytest.raises(ArtifactError, match=r"step-00000001 is damaged \(2 of 3 files are there\)"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.own_process
+def test_a_part_written_where_the_first_process_does_not_see_it(tmp_path) -> None:
+    def save(rank: int) -> None:
+        tensors = {"model/x": on_mesh((2,), [Shard(0)])}
+        save_checkpoint(tmp_path / f"machine {rank}", 5, tensors, {}, is_main=rank == 0)
+
+    first, second = side_by_side(2, tmp_path / "meeting", save)
+    assert "ArtifactError: process 1 wrote its part of step-00000005 elsewhere" in first[1] and second == (0, "")
+    assert load_checkpoint(tmp_path / "machine 0") is None
 
 
 def student_and_optimizer():
@@ -186,9 +286,7 @@ def sharded_process(folder: str, world: str, first: str, last: str) -> None:
         int(last),
         state_tensors(student, optimizers),
         {},
-        process=rank,
-        num_processes=int(world),
-        wait=torch.distributed.barrier,
+        is_main=rank == 0,
     )
     torch.distributed.destroy_process_group()
 
@@ -203,8 +301,8 @@ def run_sharded(*arguments: object) -> None:
 @pytest.mark.slow
 def test_shards_of_three_processes_go_on_in_two_and_in_one(tmp_path) -> None:
     run_sharded(tmp_path, 3, 0, 2)
-    files = {path.name for path in (tmp_path / "checkpoints" / "step-00000002").iterdir()}
-    assert files == {"state.json", *(f"state-{i:05d}-of-00003.safetensors" for i in range(3))}
+    suffixes = [path.suffix for path in (tmp_path / "checkpoints" / "step-00000002").iterdir()]
+    assert sorted(suffixes) == [".json", *[".safetensors"] * 3]
     run_sharded(tmp_path, 2, 2, 3)
     student, optimizers = student_and_optimizer()
     restore_state(load_checkpoint(tmp_path)[0], student, optimizers)

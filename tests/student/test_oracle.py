@@ -169,9 +169,10 @@ def watch(banks, tiny_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 seen.start = {name: p.detach().clone() for name, p in session.student.named_parameters()}
             names = {p: name for name, p in named.items()}
             seen.batches.append(list(batches))
+            values = real(session, batches)
             groups = session.optimizer.param_groups
             seen.rates.append({names[p]: group["lr"] for group in groups for p in group["params"]})
-            return real(session, batches)
+            return values
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "train_step", step)

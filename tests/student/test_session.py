@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import huggingface_hub.constants
 import pytest
 import torch
@@ -176,11 +177,14 @@ def test_a_val_bank_of_another_teacher_is_refused(config, tmp_path) -> None:
         train_student(config(val_bank=str(other.folder)))
 
 
-def test_a_step_s_randomness_is_of_its_seed_number_and_process(config) -> None:
+def test_a_step_s_randomness_is_of_its_seed_number_and_process(config, monkeypatch) -> None:
     def seed_of(step: int = 0, process: int = 0, **settings: Any) -> int:
         run = Session(config(**settings), start_accelerator(config()))
-        run.step, run.accelerator = step, types.SimpleNamespace(process_index=process)
-        run.begin_step()
+        batches = next(run.batches())
+        run.step = step
+        with monkeypatch.context() as patch:
+            patch.setattr(accelerate.Accelerator, "process_index", process)
+            train.train_step(run, batches)
         return torch.initial_seed()
 
     usual = seed_of()

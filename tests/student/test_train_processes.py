@@ -88,7 +88,7 @@ def test_shards_of_fsdp2_follow_one_process_and_go_on_in_it(bank, tiny_tower, tm
     out = tmp_path / "broken"
     broken = launch(2, bank, tiny_tower, out, *flags, script=(__file__, "7"))
     assert "killed by the test" in broken.stderr, broken.stderr[-3000:]
-    assert len(list((out / "checkpoints" / "step-00000006").glob("state-*-of-00002.safetensors"))) == 2
+    assert len(list((out / "checkpoints" / "step-00000006").glob("*.safetensors"))) == 2
     done = launch(1, bank, tiny_tower, out, *flags)
     assert done.returncode == 0 and "going on from step 6" in done.stderr, done.stderr[-3000:]
     one, two = losses(tmp_path / "whole"), losses(out)

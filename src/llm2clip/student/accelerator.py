@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
 from packaging.version import Version
 
 from llm2clip.artifacts import forget_unused
@@ -28,9 +30,6 @@ def start_accelerator(config: StudentConfig) -> Any:
         UsageError: if a tracker is not installed, the device cannot do the precision, or accelerate is set to a way
             of sharing the work that a student cannot.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-
     trackers = find_tracker(config.tracker) or None
     forget_precision()  # another stage in this process may have had another precision
     try:
@@ -95,11 +94,7 @@ def fail_together(accelerator: Any, out: Path) -> Iterator[None]:
         yield
     except LLM2CLIPError as caught:
         error = caught
-    errors = [error]
-    if accelerator.num_processes > 1:
-        errors = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(errors, error)
-    failed = [each for each in errors if each is not None]
+    failed = [each for each in gather_object([error]) if each is not None]
     if not failed:
         return
     if accelerator.is_main_process:

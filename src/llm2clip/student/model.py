@@ -8,7 +8,6 @@ Letters: B pictures, W tower width, T teacher width, D shared width.
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -164,12 +163,6 @@ class Student(PreTrainedModel):
     def clamp_logit_scale(self) -> None:
         """Keep the log of the scale in [0, ln 100]; call after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-
-    @classmethod
-    def from_tower(cls, tower: str, *, teacher_dim: int, **options: Any) -> Student:
-        """A student around a pretrained tower (folder or Hub id); see `llm2clip.student.start.start_student`."""
-        start = importlib.import_module("llm2clip.student.start")  # by name: a copied model.py must not need it
-        return start.start_student(tower, teacher_dim=teacher_dim, **options)
 
 
 AutoConfig.register(StudentModelConfig.model_type, StudentModelConfig, exist_ok=True)

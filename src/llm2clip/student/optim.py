@@ -63,9 +63,10 @@ def build_optimizer(
         ]
         for wanted in (True, False)
     )
-    if hidden_groups:
-        return MuonAndAdamW(hidden_groups, other_groups)
-    return _adamw(other_groups)
+    optimizer = MuonAndAdamW(hidden_groups, other_groups) if hidden_groups else _adamw(other_groups)
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]  # what the schedule multiplies
+    return optimizer
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

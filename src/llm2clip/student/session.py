@@ -1,4 +1,4 @@
-"""A training run in memory: banks, student, optimizer and average, begun anew or where a checkpoint left them."""
+"""What a training run holds: banks, student, optimizer and average, begun anew or where a checkpoint left them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -35,11 +35,9 @@ from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.mix import check_banks
-from llm2clip.student.model import Student
-from llm2clip.student.optim import build_optimizer, cosine_factor
-from llm2clip.student.pieces import Pieces
-from llm2clip.student.start import open_transform, start_student
-from llm2clip.student.tower import add_patch_dropout, checkpoint_activations
+from llm2clip.student.optim import build_optimizer
+from llm2clip.student.start import open_tower, open_transform, start_student
+from llm2clip.student.tower import checkpoint_activations
 from llm2clip.student.trainable import choose_what_learns
 from llm2clip.student.validate import validate
 
@@ -49,7 +47,7 @@ DEFAULT_EPOCHS = 4
 
 
 class Session:
-    """Everything a training run holds.
+    """Everything a training run holds; `llm2clip.student.train` is what it does with it.
 
     Args:
         config: the run's settings.
@@ -60,91 +58,81 @@ class Session:
         total_steps: steps in all.
         model: the student as accelerate prepared it; call it, so that its hooks run.
         student: the student itself.
+        optimizer: as accelerate prepared it.
+        average: the running average of the student's weights, if there is one.
+        frozen: names of the tower's parameters that do not learn yet, while the adaptor warms up.
+        best: best score on --val-bank so far, and `waited`: scores since then.
     """
 
     def __init__(self, config: StudentConfig, accelerator: Any) -> None:
         assert config.batch_size is not None and config.precision != "auto"
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
-        self.batch_size = config.batch_size
-        with fail_together(accelerator, self.out):
-            self._open()
         self.step, self.best, self.waited = 0, -1.0, 0
+        with fail_together(accelerator, self.out):  # before anything is written
+            self._open_data(config.batch_size)
+            self._build_student()
         self._begin()
+        pictures = config.batch_size * config.accumulate
+        self.journal = Journal(accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
+        accelerator.init_trackers("llm2clip", config=flat(to_dict(config)))
 
-    def _open(self) -> None:
-        """Open banks and tower, and refuse what cannot be, before anything is written."""
+    def _open_data(self, batch_size: int) -> None:
         config = self.config
         self.banks = [Bank.open(folder) for folder in config.bank]
         self.val_bank = Bank.open(config.val_bank) if config.val_bank else None
         check_banks([*self.banks, self.val_bank] if self.val_bank else self.banks)
-        self.transform = open_transform(config.tower, image_size=config.image_size, revision=config.tower_revision)
-        self.loader = self._open_loader()
+        self.tower = open_tower(config.tower, revision=config.tower_revision)
+        self.transform = open_transform(self.tower, image_size=config.image_size)
+        dataset = BankDataset(
+            self.banks,
+            transform=self.transform,
+            batch_size=batch_size,
+            seed=config.seed,
+            mix=config.mix,
+            captions_per_picture=config.captions_per_picture,
+            bank_weights=config.bank_weights,
+            min_crop=config.min_crop,
+            num_processes=self.accelerator.num_processes,
+        )
+        self.loader = BankLoader(
+            dataset,
+            process=self.accelerator.process_index,
+            workers=config.workers,
+            device=self.accelerator.device,
+            max_bad_fraction=config.max_bad_fraction,
+        )
         per_epoch = self.loader.batches_per_epoch / config.accumulate
         self.total_steps = config.steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * per_epoch))
-        torch.manual_seed(config.seed)
-        self.student = self._start_student()
-        self.origin = {
-            "banks": [bank.fingerprint for bank in self.banks],
-            "tower": tensors_fingerprint(self.student.tower.state_dict()),
-        }
-        self._choose_what_learns(self.student)
-        self.optimizer = self._build_optimizer()
 
-    def _start_student(self) -> Student:
+    def _build_student(self) -> None:
         config = self.config
-        return start_student(
-            config.tower,
+        torch.manual_seed(config.seed)
+        self.student = start_student(
+            self.tower,
             teacher_dim=self.banks[0].dim,
             projection_dim=config.dim,
             adaptor_blocks=config.adaptor_blocks,
             loss=config.loss,
             image_size=config.image_size,
             init=config.init,
-            revision=config.tower_revision,
+            transform=self.transform,
         )
-
-    def _choose_what_learns(self, student: Student) -> None:
-        config = self.config
-        if config.patch_dropout:
-            try:
-                add_patch_dropout(student.tower, rate=config.patch_dropout, image_size=student.config.image_size)
-            except ValueError as error:
-                raise UsageError(str(error)) from None
+        self.origin = {
+            "banks": [bank.fingerprint for bank in self.banks],
+            "tower": tensors_fingerprint(self.student.tower.state_dict()),
+        }
         if config.gradient_checkpointing:
-            checkpoint_activations(student.tower)
+            checkpoint_activations(self.student.tower)
         choose_what_learns(
-            student,
+            self.student,
             unlocked_blocks=config.unlocked_blocks,
             lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha,
+            patch_dropout=config.patch_dropout,
         )
         if config.compile:
-            compile_tower(student.tower, device=self.accelerator.device)
-
-    def _open_loader(self) -> BankLoader:
-        config, accelerator = self.config, self.accelerator
-        dataset = BankDataset(
-            self.banks,
-            transform=self.transform,
-            batch_size=self.batch_size,
-            seed=config.seed,
-            mix=config.mix,
-            captions_per_picture=config.captions_per_picture,
-            bank_weights=config.bank_weights,
-            min_crop=config.min_crop,
-            num_processes=accelerator.num_processes,
-        )
-        return BankLoader(
-            dataset,
-            process=accelerator.process_index,
-            workers=config.workers,
-            device=accelerator.device,
-            max_bad_fraction=config.max_bad_fraction,
-        )
-
-    def _build_optimizer(self) -> Any:
-        config = self.config
-        optimizer = build_optimizer(
+            compile_tower(self.student.tower, device=self.accelerator.device)
+        self._optimizer = build_optimizer(
             self.student,
             kind=config.optimizer,
             learning_rate=config.learning_rate,
@@ -152,41 +140,35 @@ class Session:
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
         )
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-        return optimizer
 
     def _begin(self) -> None:
         """Go on from the last checkpoint if there is one, and hand model and optimizer to accelerate."""
         loaded = load_checkpoint(self.out)
         if loaded is not None:
-            self._check_origin(loaded[1]["origin"])
+            if (origin := loaded[1]["origin"]) != self.origin:
+                raise UsageError(
+                    f"{setting('out')} {self.out} was begun with other contents of {setting('tower')} or "
+                    f"{setting('bank')} ({origin}, now {self.origin}); name a new folder"
+                )
             self.step, self.best, self.waited = (loaded[1][name] for name in ("step", "best", "waited"))
-        self._freeze_for_warmup()
-        self._prepare()
-        if loaded is not None:
-            self._restore(*loaded)
-        pictures = self.batch_size * self.config.accumulate
-        self.journal = Journal(self.accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
-        self.accelerator.init_trackers("llm2clip", config=flat(to_dict(self.config)))
-
-    def _check_origin(self, origin: dict[str, Any]) -> None:
-        if origin != self.origin:
-            raise UsageError(
-                f"{setting('out')} {self.out} was begun with other contents of {setting('tower')} or {setting('bank')} "
-                f"({origin}, now {self.origin}); name a new folder"
-            )
-
-    def _freeze_for_warmup(self) -> None:
-        """While only the adaptor warms up, the tower has no gradient, and its backward costs nothing."""
-        self._waiting: set[str] = set()
-        if self.step < self.config.adaptor_warmup_steps:
-            self._waiting = {name for name, p in self.student.tower.named_parameters() if p.requires_grad}
+        self.frozen: set[str] = set()
+        if self.step < self.config.adaptor_warmup_steps:  # a tower without gradients costs no backward
+            self.frozen = {name for name, p in self.student.tower.named_parameters() if p.requires_grad}
             self.student.tower.requires_grad_(False)
+        self._prepare()
+        if loaded is None:
+            return
+        saved, facts = loaded
+        restore_state(saved, self.student, [self._optimizer], average=self._average_values())
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        if self.accelerator.is_main_process:
+            self.loader.restore(facts["loader"])
+        logger.info("going on from step %d of %d", self.step, self.total_steps)
 
     def _prepare(self) -> None:
         self.student.train()  # what transformers loads is in evaluation mode
-        self.model, self.optimizer = self.accelerator.prepare(self.student, self.optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.student, self._optimizer)  # in wrappers
         if self.accelerator.is_fsdp2:
             for method in ("get_image_features", "get_text_features"):  # scores call them, past forward
                 register_fsdp_forward_method(self.student, method)
@@ -194,13 +176,18 @@ class Session:
             self.model = getattr(self.model, "module", self.model)
         self.average = Average(self.student, decay=self.config.ema) if self.config.ema else None
 
-    def _restore(self, saved: Pieces, facts: dict[str, Any]) -> None:
-        restore_state(saved, self.student, [self._plain_optimizer()], average=self._average_tensors())
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
-        if self.accelerator.is_main_process:
-            self.loader.restore(facts["loader"])
-        logger.info("going on from step %d of %d", self.step, self.total_steps)
+    def thaw(self) -> None:
+        """Let the tower learn after the adaptor's warm-up; data parallel hooks are made anew, with its parameters."""
+        for name, parameter in self.student.tower.named_parameters():  # by name: FSDP2 has put others in their place
+            parameter.requires_grad_(name in self.frozen)
+        self.frozen.clear()
+        if self.config.compile:
+            torch.compiler.reset()  # torch 2.9 would go on with what it compiled for a frozen tower
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            del self.model
+            self.accelerator.free_memory()  # it holds the old hooks, and the optimizer
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+            self.model = self.accelerator.prepare_model(self.student)
 
     def batches(self) -> Iterator[list[Batch]]:
         """What each step that is left takes: `--accumulate` batches."""
@@ -209,30 +196,6 @@ class Session:
         while group := list(itertools.islice(batches, number)):
             yield group
             group.clear()  # also in the caller's hands: its memory is for batches to come
-
-    def begin_step(self) -> None:
-        """Set what a step depends on besides the weights: learning rates, randomness, whether the tower learns."""
-        factor = cosine_factor(self.step, self.total_steps, self.config.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        # A function of seed, step and process: dropout and dropped patches need no state in a checkpoint.
-        entropy = [self.config.seed, self.step, self.accelerator.process_index]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        if self._waiting and self.step >= self.config.adaptor_warmup_steps:
-            self._thaw()
-
-    def _thaw(self) -> None:
-        """Let the tower learn after the adaptor's warm-up; data parallel hooks are made anew, with its parameters."""
-        for name, parameter in self.student.tower.named_parameters():  # by name: FSDP2 has put others in their place
-            parameter.requires_grad_(name in self._waiting)
-        self._waiting.clear()
-        if self.config.compile:
-            torch.compiler.reset()  # torch 2.9 would go on with what it compiled for a frozen tower
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            del self.model
-            self.accelerator.free_memory()  # it holds the old hooks, and the optimizer
-            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-            self.model = self.accelerator.prepare_model(self.student)
 
     def save(self) -> None:
         """Write a checkpoint of this step, after a look at the losses since the last one."""
@@ -245,39 +208,23 @@ class Session:
             "scaler": None if scaler is None else scaler.state_dict(),
             "loader": self.loader_state(),
         }
-        save_checkpoint(
-            self.out,
-            self.step,
-            state_tensors(self.student, [self._plain_optimizer()], average=self._average_tensors()),
-            facts,
-            process=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            wait=self.accelerator.wait_for_everyone,
-        )
+        tensors = state_tensors(self.student, [self._optimizer], average=self._average_values())
+        save_checkpoint(self.out, self.step, tensors, facts, is_main=self.accelerator.is_main_process)
 
     def loader_state(self) -> dict[str, Any]:
         """Pictures seen and bad ones, of all processes."""
-        states: list[Any] = [self.loader.state()]
-        if self.accelerator.num_processes > 1:
-            states = [None] * self.accelerator.num_processes
-            torch.distributed.all_gather_object(states, self.loader.state())
+        states = gather_object([self.loader.state()])
         bad = BadSamples(self.config.max_bad_fraction, quiet=True)
         for state in states:
             bad.merge(state["bad"])
         return {"seen": sum(state["seen"] for state in states), "bad": bad.to_json()}
 
-    def update_average(self) -> None:
-        """Let the running average follow the step just taken."""
-        if self.average is not None:
-            self.average.update(self.student)
-
     def score(self) -> bool:
         """Score the weights as they would be saved on --val-bank, keep the best; whether to stop early."""
         assert self.val_bank is not None
+        workers = self.config.workers
         with self._averaged():
-            scores = validate(
-                self.student, self.accelerator, self.val_bank, self.transform, workers=self.config.workers
-            )
+            scores = validate(self.student, self.accelerator, self.val_bank, self.transform, workers=workers)
             weights = self._weights()
         self.journal.note(self.step, scores)
         self.waited += 1
@@ -301,18 +248,9 @@ class Session:
         """All weights as they are now; all processes call it, the main one gets them."""
         return whole_weights(self.student, keep=self.accelerator.is_main_process)
 
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The running average in the place of the weights, if there is one."""
-        if self.average is None:
-            yield
-            return
-        with self.average.applied(self.student):
-            yield
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, the running average is in the place of the weights, if there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied(self.student)
 
-    def _average_tensors(self) -> dict[str, Tensor] | None:
+    def _average_values(self) -> dict[str, Tensor] | None:
         return None if self.average is None else self.average.values
-
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
+from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
-from llm2clip.hub import quiet_transformers
+from llm2clip.hub import one_line_errors, quiet_transformers
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.tower import (
+    POOLINGS,
     build_tower,
-    default_pooling,
+    family_of,
     native_image_size,
     prune_tower,
     resize_tower,
     tower_width,
-    vision_half,
 )
 from llm2clip.student.transform import ImageTransform
 
@@ -32,8 +30,30 @@ DEFAULT_IMAGE_SIZE = 224
 """Side in pixels for towers whose config names none (convolutional ones)."""
 
 
+class Tower(NamedTuple):
+    """A vision tower that was found and can be a student's; its weights and image processor are read from its name.
+
+    They are left to transformers, which fetches of a Hub id only what it reads, and safetensors that the Hub made
+    where a repository has none.
+    """
+
+    name: str
+    """A folder or Hub id."""
+    revision: str | None
+    config: Any
+    """Of its vision half."""
+
+    @property
+    def image_size(self) -> int:
+        """Its own, in pixels."""
+        return native_image_size(self.config) or DEFAULT_IMAGE_SIZE
+
+    def __str__(self) -> str:
+        return f"{setting('tower')} {self.name}"
+
+
 def start_student(
-    tower: str,
+    tower: str | Tower,
     *,
     teacher_dim: int,
     projection_dim: int = 1280,
@@ -43,6 +63,7 @@ def start_student(
     pooling: str | None = None,
     init: str = "pretrained",
     revision: str | None = None,
+    transform: ImageTransform | None = None,
 ) -> Student:
     """A student around a tower, float32, its projection and adaptor fresh from torch's random generator.
 
@@ -53,9 +74,10 @@ def start_student(
         adaptor_blocks: 4 in the paper.
         loss: "softmax" or "sigmoid".
         image_size: side in pixels; None keeps the tower's own, another one interpolates its positions.
-        pooling: None takes what suits the family, see `tower.default_pooling`.
+        pooling: one of `tower.POOLINGS`; None takes what suits the family.
         init: "pretrained", or "random" for weights drawn anew (only the tower's config is read).
         revision: branch, tag or commit of a Hub id.
+        transform: from `open_transform`, where it is known already.
 
     Raises:
         UsageError: if `tower` is no vision tower, or does not fit the other arguments.
@@ -65,20 +87,15 @@ def start_student(
         >>> student.get_text_features(torch.randn(2, 2048)).shape                       # doctest: +SKIP
         torch.Size([2, 1280])
     """
-    config = open_tower_config(tower, revision=revision)
-    pooling = pooling or default_pooling(config)
-    with _one_line(f"{setting('tower')} {tower}"):
-        model = (
-            build_tower(config, pooling=pooling)
-            if init == "random"
-            else load_tower(tower, config, pooling=pooling, revision=revision)
-        )
-        native = native_image_size(config) or DEFAULT_IMAGE_SIZE
-        if image_size is not None and image_size != native:
+    tower = open_tower(tower, revision=revision)
+    image_size = image_size or tower.image_size
+    pooling = check_choice("pooling", pooling or family_of(tower.config).pooling, POOLINGS)
+    with one_line_errors(f"{tower} cannot be used"):
+        model = build_tower(tower.config, pooling=pooling) if init == "random" else load_tower(tower, pooling=pooling)
+        if image_size != tower.image_size:
             model = resize_tower(model, image_size=image_size)
-        image_size = image_size or native
         width = tower_width(model, image_size=image_size, pooling=pooling)
-    transform = open_transform(tower, image_size=image_size, revision=revision)
+    transform = transform or open_transform(tower, image_size=image_size)
     vision_config = copy.deepcopy(model.config)  # transformers writes its attention choice into a shared one
     vision_config.name_or_path = ""  # a local path says nothing where the student is used
     student_config = StudentModelConfig(
@@ -96,40 +113,37 @@ def start_student(
     return Student(student_config, tower=model)
 
 
-def open_tower_config(tower: str, *, revision: str | None = None) -> Any:
-    """The config of a vision tower.
+def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
+    """Find a tower and read its config; one that is found already is returned as it is.
 
     Raises:
-        UsageError: if there is no model at `tower`, or it sees no pictures.
+        UsageError: if there is no model of this name, or it sees no pictures.
     """
-    path = Path(tower)
+    if isinstance(name, Tower):
+        return name
+    path, what = Path(name), f"{setting('tower')} {name}"
     if path.is_dir() and not (path / "config.json").exists():
         detail = "a SentenceTransformer (a teacher?)" if (path / "modules.json").exists() else "no config.json in it"
-        raise UsageError(f"{setting('tower')} {tower} is no vision model: {detail}; name the folder or Hub id of one")
-    if not path.exists() and tower.startswith((".", "/", "~")):
-        raise UsageError(f"{setting('tower')} {tower} does not exist; name the folder or Hub id of a vision model")
-    with _one_line(f"{setting('tower')} {tower}"):
-        config = AutoConfig.from_pretrained(tower, revision=revision, trust_remote_code=False)
+        raise UsageError(f"{what} is no vision model: {detail}; name the folder or Hub id of one")
+    if not path.exists() and name.startswith((".", "/", "~")):
+        raise UsageError(f"{what} does not exist; name the folder or Hub id of a vision model")
+    with one_line_errors(f"{what} cannot be used"):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if config.model_type == "llm2clip":
-        raise UsageError(
-            f"{setting('tower')} {tower} is a student; write its tower with `llm2clip export --to tower` first"
-        )
-    config = vision_half(config)
-    if config.model_type.startswith("siglip2"):
-        raise UsageError(
-            f"{setting('tower')} {tower} is a SigLIP2 of variable resolution (NaFlex); take one of fixed resolution, "
-            "such as google/siglip2-so400m-patch14-224"
-        )
+        raise UsageError(f"{what} is a student; write its tower with `llm2clip export --to tower` first")
+    config = getattr(config, "vision_config", config)  # the vision half of CLIP-like models
+    if family_of(config).refused:
+        raise UsageError(f"{what} is {family_of(config).refused}")
     model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", "") != "pixel_values":
         raise UsageError(
-            f"{setting('tower')} {tower} is no vision model (model_type {config.model_type!r}); name a CLIP, "
-            "SigLIP, DINOv2, ViT or timm tower (an LLM goes to `llm2clip train-teacher --model`)"
+            f"{what} is no vision model (model_type {config.model_type!r}); name a CLIP, SigLIP, DINOv2, ViT or timm "
+            "tower (an LLM goes to `llm2clip train-teacher --model`)"
         )
-    return config
+    return Tower(name, revision, config)
 
 
-def load_tower(tower: str, config: Any, *, pooling: str, revision: str | None = None) -> Any:
+def load_tower(tower: Tower, *, pooling: str) -> Any:
     """The tower's pretrained weights in float32.
 
     Raises:
@@ -137,9 +151,9 @@ def load_tower(tower: str, config: Any, *, pooling: str, revision: str | None = 
     """
     with quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
-            tower,
-            config=config,
-            revision=revision,
+            tower.name,
+            config=tower.config,
+            revision=tower.revision,
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,  # never a pickle
@@ -153,34 +167,21 @@ def load_tower(tower: str, config: Any, *, pooling: str, revision: str | None = 
     return model
 
 
-def open_transform(tower: str, *, image_size: int | None = None, revision: str | None = None) -> ImageTransform:
+def open_transform(tower: str | Tower, *, image_size: int | None = None, revision: str | None = None) -> ImageTransform:
     """How the tower wants its pictures, at `image_size` px; as CLIP does where its folder does not say.
 
     Raises:
         UsageError: if its pictures have no fixed size.
     """
-    config = open_tower_config(tower, revision=revision)
-    native = native_image_size(config) or DEFAULT_IMAGE_SIZE
+    tower = open_tower(tower, revision=revision)
+    native = tower.image_size
     try:
-        processor = AutoImageProcessor.from_pretrained(tower, revision=revision, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(tower.name, revision=tower.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, ImportError) or (Path(tower) / "preprocessor_config.json").exists():
-            raise UsageError(
-                f"{setting('tower')} {tower}: its preprocessor_config.json cannot be used ({one_line(error)})"
-            ) from None
-        logger.info("%s has no preprocessor_config.json: its pictures are prepared as CLIP's", tower)
+        if isinstance(error, ImportError) or (Path(tower.name) / "preprocessor_config.json").exists():
+            raise UsageError(f"{tower}: its preprocessor_config.json cannot be used ({one_line(error)})") from None
+        logger.info("%s has no preprocessor_config.json: its pictures are prepared as CLIP's", tower.name)
         processor = CLIPImageProcessor(size={"shortest_edge": native}, crop_size={"height": native, "width": native})
     transform = ImageTransform.from_processor(processor)
     wanted = image_size or native
     return transform if transform.image_size == (wanted, wanted) else transform.at_size(wanted)
-
-
-@contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turn what transformers says about a model that cannot be opened into one line about `what`."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{what} cannot be used: {one_line(error)}") from None

@@ -8,25 +8,62 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-POOLINGS = ("pooler", "cls", "mean")
+POOLINGS: dict[str, Callable[[Any], Tensor]] = {
+    "pooler": lambda outputs: outputs.pooler_output.flatten(1),
+    "cls": lambda outputs: outputs.last_hidden_state[:, 0],
+    "mean": lambda outputs: outputs.last_hidden_state.mean(dim=1),
+}
+"""How one vector [B, W] a picture is read off what a tower gives: the family's own, the normed class token, the mean
+of all tokens."""
+
+
+def _timm_image_size(config: Any) -> Any:
+    trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    return (config.model_args or {}).get("img_size", trained)
+
+
+def _set_timm_image_size(config: Any, image_size: int) -> None:
+    config.model_args = {**(config.model_args or {}), "img_size": image_size}
+
+
+class Family(NamedTuple):
+    """In what a family of towers is unlike most."""
+
+    pooling: str = "pooler"
+    """One of `POOLINGS`."""
+    image_size: Callable[[Any], Any] = lambda config: getattr(config, "image_size", None)
+    """What the config says of the side in pixels: a number, the last of several, or None."""
+    set_image_size: Callable[[Any, int], None] = lambda config, image_size: setattr(config, "image_size", image_size)
+    drops_patches: bool = True
+    """False where positions lie beside the tokens (rotary), so that dropping some would mix them up."""
+    refused: str = ""
+    """What it is, and which to take in its place, if it cannot be a student's tower."""
+
+
 # Their pooler is an extra layer that self-supervised checkpoints leave random: take the normed class token instead.
-_CLASS_TOKEN_FAMILIES = ("vit", "deit", "vit_msn", "vit_mae", "beit", "ijepa")
+_CLASS_TOKEN = ("vit", "deit", "vit_msn", "vit_mae", "beit", "ijepa")
+_NAFLEX = (
+    "a SigLIP2 of variable resolution (NaFlex); take one of fixed resolution, such as google/siglip2-so400m-patch14-224"
+)
+FAMILIES = {
+    **dict.fromkeys(_CLASS_TOKEN, Family(pooling="cls")),
+    "timm_wrapper": Family(image_size=_timm_image_size, set_image_size=_set_timm_image_size),
+    **dict.fromkeys(("dinov3_vit", "dinov3_convnext"), Family(drops_patches=False)),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), Family(refused=_NAFLEX)),
+}
+"""The odd ones by their `model_type`; every other vision model of transformers is a plain `Family()`."""
 
 
-def vision_half(config: Any) -> Any:
-    """The config of the vision part: `config` itself, or its `vision_config` for CLIP-like models."""
-    return getattr(config, "vision_config", config)
-
-
-def default_pooling(config: Any) -> str:
-    """How a family's picture vector is read off: "pooler" (its own pooled output) or "cls" (normed class token)."""
-    return "cls" if config.model_type in _CLASS_TOKEN_FAMILIES else "pooler"
+def family_of(config: Any) -> Family:
+    """The family of a tower's config."""
+    return FAMILIES.get(config.model_type, Family())
 
 
 def build_tower(config: Any, *, pooling: str) -> Any:
@@ -54,13 +91,9 @@ def pooled_output(tower: nn.Module, pixel_values: Tensor, *, pooling: str) -> Te
 
     Args:
         pixel_values: normalised pictures [B, 3, H, W].
-        pooling: "pooler", "cls" or "mean" over all tokens.
+        pooling: one of `POOLINGS`.
     """
-    outputs = tower(pixel_values=pixel_values)
-    if pooling == "pooler":
-        return outputs.pooler_output.flatten(1)
-    tokens = outputs.last_hidden_state
-    return tokens[:, 0] if pooling == "cls" else tokens.mean(dim=1)
+    return POOLINGS[pooling](tower(pixel_values=pixel_values))
 
 
 def tower_width(tower: nn.Module, *, image_size: int, pooling: str) -> int:
@@ -84,10 +117,7 @@ def tower_width(tower: nn.Module, *, image_size: int, pooling: str) -> int:
 
 def native_image_size(config: Any) -> int | None:
     """The side in pixels that `config` was trained for, or None if it does not say."""
-    size = getattr(config, "image_size", None)
-    if config.model_type == "timm_wrapper":
-        trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
-        size = (config.model_args or {}).get("img_size", trained)
+    size = family_of(config).image_size(config)
     return size[-1] if isinstance(size, (list, tuple)) else size
 
 
@@ -98,10 +128,7 @@ def resize_tower(tower: Any, *, image_size: int) -> Any:
         ValueError: if the size is no multiple of the patch size.
     """
     config = copy.deepcopy(tower.config)
-    if config.model_type == "timm_wrapper":
-        config.model_args = {**(config.model_args or {}), "img_size": image_size}
-    else:
-        config.image_size = image_size
+    family_of(config).set_image_size(config, image_size)
     patch = getattr(config, "patch_size", None)
     if isinstance(patch, int) and image_size % patch:
         low = image_size // patch * patch
@@ -191,7 +218,7 @@ def add_patch_dropout(tower: Any, *, rate: float, image_size: int) -> None:
         return
     embeddings = getattr(tower, "embeddings", None)
     patch = getattr(tower.config, "patch_size", None)
-    if tower.config.model_type.startswith("dinov3") or embeddings is None or not isinstance(patch, int):
+    if not family_of(tower.config).drops_patches or embeddings is None or not isinstance(patch, int):
         raise ValueError(f"patch_dropout does not work for {tower.config.model_type} towers; leave it at 0")
     with torch.no_grad():
         num_tokens = embeddings(torch.zeros(1, 3, image_size, image_size)).shape[1]

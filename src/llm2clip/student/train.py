@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -27,6 +28,7 @@ from llm2clip.student.gradcache import cached_step
 from llm2clip.student.loss import contrastive_loss
 from llm2clip.student.mix import PAPER_BATCH, default_batch_size
 from llm2clip.student.model import Student, StudentModelConfig
+from llm2clip.student.optim import cosine_factor
 from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
@@ -58,9 +60,9 @@ def train_student(config: StudentConfig) -> Path:
         if is_complete(out):
             logger.info("%s is already complete", out)
         else:
-            session = Session(config, accelerator)
-            train(session)
-            finish(session)
+            run = Session(config, accelerator)
+            train(run)
+            finish(run)
         if accelerator.is_main_process:
             drop_checkpoints(out)
         accelerator.wait_for_everyone()
@@ -79,60 +81,64 @@ def settle_batch_size(config: StudentConfig, accelerator: Any) -> StudentConfig:
     return dataclasses.replace(config, batch_size=batch_size)
 
 
-def train(session: Session) -> None:
+def train(run: Session) -> None:
     """Take the steps that are left, saving and scoring now and then."""
-    config = session.config
-    save_every = save_interval(config.save_every, session.total_steps)
-    for batches in session.batches():
-        session.begin_step()
-        session.journal.add(session.step + 1, train_step(session, batches))
-        session.step += 1
-        last = session.step == session.total_steps
-        if config.val_bank and (last or session.step % config.val_every == 0) and session.score() and not last:
-            logger.info("no better score for %d times: stopping at step %d", session.waited, session.step)
+    config = run.config
+    save_every = save_interval(config.save_every, run.total_steps)
+    for batches in run.batches():
+        run.journal.add(run.step + 1, train_step(run, batches))
+        run.step += 1
+        last = run.step == run.total_steps
+        if config.val_bank and (last or run.step % config.val_every == 0) and run.score() and not last:
+            logger.info("no better score for %d times: stopping at step %d", run.waited, run.step)
             break
-        if not last and session.step % save_every == 0:
-            session.save()
-    session.journal.close()
+        if not last and run.step % save_every == 0:
+            run.save()
+    run.journal.close()
 
 
-def train_step(session: Session, batches: list[Batch]) -> dict[str, Tensor]:
-    """One optimizer step on batches of pictures and the teacher's vectors of their captions."""
-    config, accelerator = session.config, session.accelerator
+def train_step(run: Session, batches: list[Batch]) -> dict[str, Tensor]:
+    """One optimizer step on batches of pictures and the teacher's vectors of their captions; what the log says of it.
+
+    What it depends on besides weights and batches is a function of its number, so that a checkpoint holds none of it.
+    """
+    config, accelerator = run.config, run.accelerator
+    factor = cosine_factor(run.step, run.total_steps, config.warmup_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    torch.manual_seed(step_seed(config.seed, run.step, accelerator.process_index))  # dropout, dropped patches
+    if run.frozen and run.step >= config.adaptor_warmup_steps:
+        run.thaw()
+
     losses = []
-    for batch in batches:
+    for batch in batches:  # forward and backward of each, in micro-batches
         size = config.micro_batch_size or len(batch)
         texts = batch.text_embeds.split(size * config.captions_per_picture)
         micro_batches = list(zip(batch.pixels.split(size), texts, strict=True))
-        loss_fn = partial(batch_loss, batch=batch, config=config)
-        is_last = batch is batches[-1]
-        loss, vectors = cached_step(
-            session.model, micro_batches, loss_fn, accelerator, weight=1 / len(batches), sync=is_last
-        )
+        # with its rows, equal captions of different pictures are no wrong answers
+        loss_of = partial(contrastive_loss, kind=config.loss, label_smoothing=config.label_smoothing, rows=batch.rows)
+        weight, is_last = 1 / len(batches), batch is batches[-1]
+        loss, vectors = cached_step(run.model, micro_batches, loss_of, accelerator, weight=weight, sync=is_last)
         losses.append(loss)
-    grad_norm = accelerator.clip_grad_norm_(session.model.parameters(), config.max_grad_norm)
+
+    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # FSDP2
-    session.optimizer.step()
-    session.optimizer.zero_grad()
-    session.student.clamp_logit_scale()
-    session.update_average()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.student.clamp_logit_scale()
+    if run.average is not None:
+        run.average.update(run.student)
     right = accuracy(vectors["image"], vectors["text"])
     return {"loss": torch.stack(losses).mean(), "accuracy": right, "scale": vectors["scale"], "grad_norm": grad_norm}
 
 
-def batch_loss(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, batch: Batch, config: StudentConfig
-) -> Tensor:
-    """The contrastive loss [] of a batch's vectors; equal captions of different pictures are no wrong answers."""
-    return contrastive_loss(
-        image,
-        text,
-        scale,
-        bias=bias,
-        kind=config.loss,
-        label_smoothing=config.label_smoothing,
-        rows=batch.rows,
-    )
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The seed of all that a process draws in a step.
+
+    >>> step_seed(0, step=7, process=1)
+    663341227
+    """
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
 
 
 @torch.no_grad()
@@ -146,14 +152,14 @@ def accuracy(image: Tensor, text: Tensor, *, tile: int = 2048) -> Tensor:
     return (best // (len(text) // len(image)) == torch.arange(len(image), device=image.device)).float().mean()
 
 
-def finish(session: Session) -> None:
+def finish(run: Session) -> None:
     """Write the finished folder: weights, configs, how pictures are prepared, and last the manifest."""
-    config, out = session.config, session.out
-    weights = session.final_weights()  # all processes: they hold parts
-    bad = session.loader_state()["bad"]
-    if not session.accelerator.is_main_process:
+    config, out = run.config, run.out
+    weights = run.final_weights()  # all processes: they hold parts
+    bad = run.loader_state()["bad"]
+    if not run.accelerator.is_main_process:
         return
-    model_config = cast(StudentModelConfig, copy.deepcopy(session.student.config))
+    model_config = cast(StudentModelConfig, copy.deepcopy(run.student.config))
     student = Student(model_config)  # a plain one: no adapters, hooks or shards
     if config.lora_rank:
         adapters = add_lora(student, rank=config.lora_rank, alpha=config.lora_alpha)
@@ -162,22 +168,22 @@ def finish(session: Session) -> None:
     else:
         student.load_state_dict(weights)
     student.save_pretrained(out)
-    session.transform.save(out)
+    run.transform.save(out)
     write_manifest(
         out,
         "student",
         config=config.settings(),
         fingerprint=tensors_fingerprint(student.state_dict()),
-        teacher_fingerprint=session.banks[0].teacher_fingerprint,
-        prompt=session.banks[0].manifest["teacher"]["prompt"],  # what use must put before each text, too
-        bank_fingerprints=session.origin["banks"],
-        tower_fingerprint=session.origin["tower"],
-        teacher_dim=session.banks[0].dim,
+        teacher_fingerprint=run.banks[0].teacher_fingerprint,
+        prompt=run.banks[0].manifest["teacher"]["prompt"],  # what use must put before each text, too
+        bank_fingerprints=run.origin["banks"],
+        tower_fingerprint=run.origin["tower"],
+        teacher_dim=run.banks[0].dim,
         projection_dim=config.dim,
         image_size=student.config.image_size,
         num_parameters=sum(p.numel() for p in student.parameters()),
-        num_samples=session.loader.num_samples,
-        steps=session.step,
-        best_score=session.best if config.val_bank else None,
+        num_samples=run.loader.num_samples,
+        steps=run.step,
+        best_score=run.best if config.val_bank else None,
         bad_pictures=bad,
     )

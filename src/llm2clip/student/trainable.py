@@ -1,4 +1,4 @@
-"""What of the tower learns: all of it, its last blocks, or low-rank adapters in it."""
+"""What of the tower learns: all of it, its last blocks, or low-rank adapters in it; and from which patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llm2clip.errors import UsageError, setting
 from llm2clip.student.model import Student
-from llm2clip.student.tower import tower_blocks
+from llm2clip.student.tower import add_patch_dropout, tower_blocks
 
 
 def choose_what_learns(
@@ -18,8 +18,18 @@ def choose_what_learns(
     unlocked_blocks: int | None = None,
     lora_rank: int = 0,
     lora_alpha: float = 32,
+    patch_dropout: float = 0.0,
 ) -> None:
-    """Lock the tower's first blocks, or all of it around low-rank adapters; by default everything learns."""
+    """Lock the tower's first blocks, or all of it around low-rank adapters; by default everything learns.
+
+    Raises:
+        UsageError: if the tower has fewer blocks, or cannot drop patches.
+    """
+    if patch_dropout:
+        try:
+            add_patch_dropout(student.tower, rate=patch_dropout, image_size=student.config.image_size)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     if unlocked_blocks is not None:
         lock_tower(student, unlocked_blocks=unlocked_blocks)
     if lora_rank:

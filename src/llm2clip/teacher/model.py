@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from llm2clip.errors import LLM2CLIPError, UsageError, setting
+from llm2clip import hub
+from llm2clip.errors import UsageError, setting
 from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, quiet_transformers
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
@@ -318,14 +318,8 @@ def one_line_errors(name: str | Path) -> Iterator[None]:
     Raises:
         UsageError: if the model cannot be loaded.
     """
-    try:
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
-            raise
-        detail = " ".join(str(error).split())[:300]
-        raise UsageError(f"{name} cannot be loaded as a text model: {detail}") from error
+    with hub.one_line_errors(f"{name} cannot be loaded as a text model"), quiet_transformers():
+        yield
 
 
 def check_weights(model: torch.nn.Module, folder: ModelFolder) -> None:

@@ -234,10 +234,10 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         if self.min_crop >= 1:
             pixels = self.transform(picture)
         else:
-            pixels = self.transform.augmented(picture, crop, min_crop=self.min_crop)
-        packed[..., : len(pixels)] = pixels.permute(1, 2, 0)
-        if len(pixels) < 4:
-            packed[..., 3] = 255  # as Pillow fills it
+            pixels = self.transform.augmented(picture, crop, min_crop=self.min_crop, out=packed)
+        if pixels.data_ptr() != packed.data_ptr():  # not written there already
+            packed[..., : len(pixels)] = pixels.permute(1, 2, 0)
+            packed[..., len(pixels) :] = 255  # as Pillow fills it
 
     def _captions(self, bank: int, sample: int, draws: list[float]) -> Ints:
         """The rows of the captions to take of a sample."""

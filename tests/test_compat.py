@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip.compat import OwnWeights, attention_of, cpu_has_bf16, forget_precision, take_back_signal_handler
+from llm2clip.compat import (
+    OwnWeights,
+    attention_of,
+    bicubic_into,
+    cpu_has_bf16,
+    forget_precision,
+    take_back_signal_handler,
+)
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
@@ -80,3 +87,12 @@ def test_a_trainer_reads_its_weights_by_the_hook() -> None:
     own = Own()
     own._load_from_checkpoint("checkpoint-1")
     assert own.read == (Path("checkpoint-1"), None)
+
+
+@pytest.mark.parametrize("shape", [(24, 30), (90, 70), (61, 50)])
+def test_resizing_into_given_memory_is_interpolate(shape: tuple[int, int]) -> None:
+    pixels = torch.randint(0, 256, (1, 61, 80, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = torch.zeros(3, *shape, 4, dtype=torch.uint8)
+    bicubic_into(batch[1:2].permute(0, 3, 1, 2), pixels.permute(0, 3, 1, 2))
+    expected = torch.nn.functional.interpolate(pixels.permute(0, 3, 1, 2), shape, mode="bicubic", antialias=True)
+    assert torch.equal(batch[1], expected[0].permute(1, 2, 0)) and not batch[[0, 2]].any()

@@ -44,6 +44,17 @@ def forget_precision() -> None:
     AcceleratorState._reset_state()
 
 
+def bicubic_into(out: Any, pixels: Any) -> None:
+    """Resize pixels [1, C, h, w] into `out` [1, C, H, W] as torch's `interpolate` does, bicubic and antialiased.
+
+    That makes a tensor of its own, and the copy of it into a batch costs a loader 3 to 10 % of its speed. Read in torch
+    2.9 and 2.14.
+    """
+    import torch
+
+    torch.ops.aten._upsample_bicubic2d_aa.out(pixels, out.shape[2:], False, None, None, out=out)
+
+
 def take_back_signal_handler() -> None:
     """Take back the handler of SIGCHLD by which torch raises anywhere in this process when a loader's worker dies.
 

@@ -8,9 +8,7 @@ Letters: N pictures or texts, T teacher width, D shared width.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.bundle import open_bundle
+from llm2clip.data.feeder import batched, prepared
 from llm2clip.data.images import Picture, load_image
 from llm2clip.errors import UsageError
 from llm2clip.hub import ModelFolder, find_model, pick_device
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from llm2clip.student.transform import ImageTransform
 
 PictureInput = Picture | np.ndarray | Tensor
-PICTURE_THREADS = min(8, os.cpu_count() or 1)
-"""Pictures decoded and resized ahead of the model; decoding lets go of the interpreter."""
 
 
 class LLM2CLIP:
@@ -151,8 +148,9 @@ class LLM2CLIP:
         """
         _check_list(pictures, "encode_image", 'encode_image(["cat.jpg"])')
         rows = [np.empty((0, self.dim), np.float32)]
-        for batch in self._pixel_batches(pictures, batch_size):
-            features = self.student.get_image_features(batch.to(self.device, non_blocking=True))
+        for batch in batched(prepared(pictures, self.prepare_image, ahead=batch_size), batch_size):
+            pixels = torch.stack([image.result() for _, image in batch])
+            features = self.student.get_image_features(pixels.to(self.device, non_blocking=True))
             rows.append(normalize(features.float(), dim=-1).cpu().numpy())
         return np.concatenate(rows)
 
@@ -171,15 +169,6 @@ class LLM2CLIP:
             features = self.student.get_text_features(batch.to(self.device))
             rows.append(normalize(features.float(), dim=-1).cpu().numpy())
         return np.concatenate(rows)
-
-    def _pixel_batches(self, pictures: Sequence[PictureInput], batch_size: int) -> Iterator[Tensor]:
-        """uint8 [B, 3, H, W] of one batch after another, the next prepared while this one is used."""
-        with ThreadPoolExecutor(PICTURE_THREADS) as pool:
-            waiting = [pool.submit(self.prepare_image, picture) for picture in pictures[:batch_size]]
-            for start in range(batch_size, len(pictures) + batch_size, batch_size):
-                present, following = waiting, pictures[start : start + batch_size]
-                waiting = [pool.submit(self.prepare_image, picture) for picture in following]
-                yield torch.stack([future.result() for future in present])
 
 
 class Teacher:

@@ -248,3 +248,31 @@ def test_check_file_reads_no_more_than_the_header(tmp_path: Path, jpeg: bytes) -
     for name, cause in (("empty.jpg", "empty picture"), ("page.jpg", "not a picture"), ("no.jpg", "missing file")):
         with pytest.raises(BadPicture, match=cause):
             check_file(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("has_turbo", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 90, "subsampling": "4:4:4"},
+        {"quality": 60, "progressive": True},
+        {"quality": 90, "keep_rgb": True},
+    ],
+    ids=["plain", "full-colour", "progressive", "stored-as-rgb"],
+)
+def test_jpegs_decoded_to_four_bytes_are_pillows_own(
+    options: dict[str, Any], has_turbo: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "HAS_TURBO", has_turbo and images.HAS_TURBO)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8))
+    picture = picture.resize((181, 122), Image.Resampling.BICUBIC)
+    for mode in ("RGB", "L", "CMYK"):
+        picture.convert(mode).save(buffer := io.BytesIO(), "JPEG", **options)
+        for min_size in (None, 30):
+            theirs = Image.open(io.BytesIO(buffer.getvalue()))
+            if min_size:
+                theirs.draft(None, (min_size, min_size))
+            ours = load_image(buffer.getvalue(), min_size=min_size)
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs.convert("RGB")))
+            assert ours.convert("RGBA").getextrema()[3] == (255, 255)

@@ -17,6 +17,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student import data as data_module
+from llm2clip.student import mix as mix_module
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.transform import ImageTransform
 
@@ -238,7 +239,7 @@ def test_pictures_are_decoded_no_larger_than_needed(bank: Bank, monkeypatch: pyt
         sizes.append(min_size)
         return load_image(ref, min_size=min_size)
 
-    monkeypatch.setattr(data_module, "load_image", noted)
+    monkeypatch.setattr(mix_module, "load_image", noted)
     for min_crop in (0.9, 1.0):
         load(BankDataset([bank], transform=TRANSFORM, batch_size=2, min_crop=min_crop), 0)
     assert sizes == [32, 32, 48, 48]
@@ -271,3 +272,28 @@ def test_banks_of_two_dtypes_come_in_the_wider(bank: Bank, tmp_path: Path) -> No
     exact = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 6, name="e"), dtype="float32")
     for banks in ([bank, exact], [exact, bank]):
         assert load(BankDataset(banks, transform=TRANSFORM, batch_size=8), 0).text_embeds.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pixels", [1, 3 * 40 * 30, 10**9])
+def test_how_many_images_are_decoded_together_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    """Nor which are replaced, by what, and in which order they are named."""
+    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {3, 8, 20, 21, 22})
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=12, captions_per_picture=2)
+    expected = [load(dataset, number) for number in range(6)]
+    assert sum(len(batch.bad) for batch in expected) > 10
+    monkeypatch.setattr(data_module, "GROUP_PIXELS", pixels)
+    for number, batch in enumerate(expected):
+        again = load(dataset, number)
+        assert equal(again, batch) and again.bad == batch.bad
+
+
+def test_no_more_images_are_decoded_together_than_told(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is 40 x 30."""
+    dataset, steps = BankDataset([bank], transform=TRANSFORM, batch_size=8), []
+    monkeypatch.setattr(data_module, "GROUP_PIXELS", 3 * 40 * 30)
+    monkeypatch.setattr(dataset, "load_image", lambda ref, **_: steps.append("d") or load_image(ref))
+    monkeypatch.setattr(dataset, "_write", lambda *_: steps.append("w"))
+    load(dataset, 0)
+    assert "".join(steps) == "dddwwwdddwwwddww"

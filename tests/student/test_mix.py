@@ -10,7 +10,6 @@ import pytest
 
 from llm2clip.data.sample import PictureRef, Sample
 from llm2clip.errors import UsageError
-from llm2clip.student import mix
 from llm2clip.student.mix import (
     check_banks,
     check_batch_size,
@@ -20,8 +19,7 @@ from llm2clip.student.mix import (
     open_order,
     wanted_kinds,
 )
-from llm2clip.student.order import ShuffledOrder
-from llm2clip.student.shards import ShardOrder
+from llm2clip.student.order import Mixture, ShuffledOrder
 
 from .banks import write_test_bank
 
@@ -110,15 +108,17 @@ def test_rounding_at_the_end_of_the_weights_takes_the_last() -> None:
     assert choose_captions([0, 1, 2, 3], weights, [last, 0.0]) == [3]
 
 
-def test_the_order_of_a_bank_is_handed_its_seed_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = write_test_bank(tmp_path / "a", [Sample(str(i), PictureRef(f"{i}"), {"short": (str(i),)}) for i in range(9)])
-    draws = np.arange(9)
-    wanted = ShuffledOrder(9, seed=3, name="1").samples(draws, lane=0, lanes=1)
-    assert open_order(bank, seed=3, name="1").samples(draws, lane=0, lanes=1).tolist() == wanted.tolist()
-    starts = np.array([0, 4, 9])
-    monkeypatch.setattr(mix, "shard_starts", lambda bank: starts)
-    wanted = ShardOrder(starts, seed=3, name="1").samples(draws[:8], lane=0, lanes=1)
-    assert open_order(bank, seed=3, name="1").samples(draws[:8], lane=0, lanes=1).tolist() == wanted.tolist()
+def test_the_order_of_banks_is_handed_what_decides_it(tmp_path: Path) -> None:
+    samples = [Sample(str(i), PictureRef(f"{i}"), {"short": (str(i),)}) for i in range(9)]
+    banks = [write_test_bank(tmp_path / str(size), samples[:size]) for size in (9, 6)]
+    places = np.arange(5)
+    for weights in (None, [1.0, 2.0]):
+        order, _ = open_order(banks, weights=weights, batch_size=5, seed=3, num_processes=1)
+        orders = [ShuffledOrder(9, seed=3, name="0"), ShuffledOrder(6, seed=3, name="1")]
+        wanted = Mixture(orders, weights=weights, batch_size=5, seed=3)
+        for batch in range(6):
+            for ours, theirs in zip(order.draw(batch, places), wanted.draw(batch, places), strict=True):
+                assert ours.tolist() == theirs.tolist()
 
 
 def test_draws_come_in_pairs() -> None:

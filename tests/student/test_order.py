@@ -89,20 +89,12 @@ def test_banks_by_weight_are_drawn_at_their_rates_and_each_evenly() -> None:
     assert (banks == 1).sum(1).min() > 10 and (banks == 1).sum(1).max() < 40
 
 
-def test_blocks_keep_the_rates_within_a_short_stretch() -> None:
+def test_short_epochs_keep_the_rates_within_a_short_stretch() -> None:
     orders = [ShuffledOrder(900, seed=0, name="0"), ShuffledOrder(100, seed=0, name="1")]
-    mixture = Mixture(orders, batch_size=20, seed=0, block=40)
+    mixture = Mixture(orders, batch_size=20, seed=0, epoch=40)
     banks, samples = drawn(mixture, range(50))
     assert (banks.reshape(25, 40).sum(1) == 4).all()
     assert len(set(zip(banks.ravel().tolist(), samples.ravel().tolist(), strict=True))) == 1000
-    assert mixture.draws_before(0, 1) == 0 and mixture.draws_before(50, 1) == 100 and mixture.draws_before(3, 1) == 4
-
-
-def test_lanes_share_out_the_samples() -> None:
-    mixture = Mixture([ShuffledOrder(48, seed=0)], batch_size=8, seed=0, lanes=2)
-    _, samples = drawn(mixture, range(6))
-    assert sorted(samples.ravel().tolist()) == list(range(48))
-    assert set(samples[:, :4].ravel().tolist()).isdisjoint(samples[:, 4:].ravel().tolist())
 
 
 def test_apportion_by_hand() -> None:
@@ -113,19 +105,20 @@ def test_apportion_by_hand() -> None:
 
 def test_the_order_of_a_bank_depends_on_seed_name_and_epoch() -> None:
     orders = [ShuffledOrder(50, seed=seed, name=name) for seed, name in ((0, "0"), (0, "1"), (1, "0"))]
-    epochs = [order.samples(np.arange(first, first + 50), lane=0, lanes=1) for order in orders for first in (0, 50)]
+    epochs = [order.samples(np.arange(first, first + 50)) for order in orders for first in (0, 50)]
     assert len({tuple(samples.tolist()) for samples in epochs}) == 6
 
 
-def test_banks_are_interleaved_otherwise_by_seed_lane_and_block() -> None:
-    def patterns(seed: int) -> list[tuple[int, ...]]:
+def test_banks_are_interleaved_otherwise_by_seed_number_and_epoch() -> None:
+    def patterns(seed: int, number: int) -> list[tuple[int, ...]]:
         orders = [ShuffledOrder(64, seed=0, name="0"), ShuffledOrder(64, seed=0, name="1")]
-        mixture = Mixture(orders, batch_size=32, seed=seed, lanes=2, block=16)  # each lane's part of a batch is a block
+        mixture = Mixture(orders, batch_size=16, seed=seed, epoch=16, number=number)  # a batch is an epoch
         banks, _ = drawn(mixture, range(4))
-        assert (banks.reshape(8, 16).sum(1) == 8).all()
-        return [tuple(row) for row in banks.reshape(8, 16).tolist()]
+        assert (banks.sum(1) == 8).all()
+        return [tuple(row) for row in banks.tolist()]
 
-    assert len({*patterns(0), *patterns(1)}) == 16
+    found = [pattern for seed in (0, 1) for number in (0, 1) for pattern in patterns(seed, number)]
+    assert len(set(found)) == 16
 
 
 def test_bits_are_those_of_splitmix64() -> None:

@@ -146,3 +146,13 @@ def test_scale_factors_always_end_at_the_wanted_size() -> None:
         scale = scale_factors(present, wanted, (height, width))
         if scale is not None:
             assert tuple(int(size * factor) for size, factor in zip(present, scale, strict=True)) == wanted
+
+
+@pytest.mark.parametrize("picture", [photo(200, 150), photo(64, 48)], ids=["resized", "of-the-size"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_what_is_resized_into_given_memory_is_the_same(picture: Image.Image, channels: int) -> None:
+    pixels, out = to_tensor(picture)[:channels], torch.zeros(48, 64, 4, dtype=torch.uint8)
+    found = resize_pixels(pixels, (48, 64), out=out)
+    assert torch.equal(found, resize_pixels(pixels, (48, 64)))
+    assert (found.data_ptr() == out.data_ptr()) == (len(pixels) == 4 and picture.width == 200)
+    assert out.any() == (found.data_ptr() == out.data_ptr())

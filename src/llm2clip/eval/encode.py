@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from llm2clip.data.bad import BadPicture, BadSamples
+from llm2clip.data.feeder import THREADS, batched, prepared
 from llm2clip.data.sample import Sample
 from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.progress import Progress
@@ -55,7 +54,7 @@ class Captions:
 
 
 def encode_pictures(
-    samples: Iterable[Sample], encoder: ImageEncoder, *, batch_size: int, bad: BadSamples, threads: int
+    samples: Iterable[Sample], encoder: ImageEncoder, *, batch_size: int, bad: BadSamples, threads: int = THREADS
 ) -> tuple[list[Sample], np.ndarray]:
     """The samples whose picture could be read, and the pictures' vectors [N, D]; the others are added to `bad`.
 
@@ -65,7 +64,7 @@ def encode_pictures(
     good: list[Sample] = []
     parts: list[np.ndarray] = []
     with Progress(None, description="encode pictures", unit="pictures") as progress:
-        for batch in _batches(_prepared(samples, encoder, bad, ahead=batch_size, threads=threads), batch_size):
+        for batch in batched(_readable(samples, encoder, bad, ahead=batch_size, threads=threads), batch_size):
             good += [sample for sample, _ in batch]
             parts.append(
                 finite(encoder.encode_image([pixels for _, pixels in batch], batch_size=batch_size), "pictures")
@@ -74,23 +73,19 @@ def encode_pictures(
     return good, np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
 
 
-def _prepared(
+def _readable(
     samples: Iterable[Sample], encoder: ImageEncoder, bad: BadSamples, *, ahead: int, threads: int
 ) -> Iterator[tuple[Sample, Any]]:
-    """Each sample with its picture as the encoder needs it, `ahead` of them made by other threads meanwhile."""
-    waiting: deque[tuple[Sample, Future[Any]]] = deque()
-    end = [None] * ahead  # as many turns as it takes to finish what waits
-    with ThreadPoolExecutor(threads) as pool:
-        for turn, sample in enumerate(itertools.chain(samples, end)):
-            if sample is not None:
-                waiting.append((sample, pool.submit(encoder.prepare_image, sample.picture)))
-            if waiting and (sample is None or len(waiting) > ahead):
-                done, future = waiting.popleft()
-                try:
-                    yield done, future.result()
-                except BadPicture as error:
-                    bad.add(done.id, error.cause, error.detail)
-                    bad.check(turn + 1 - ahead, final=False)
+    """The samples with their images as the encoder needs them; those that cannot be read are added to `bad`."""
+    images = prepared(samples, lambda sample: encoder.prepare_image(sample.picture), ahead=ahead, threads=threads)
+    for number, (sample, image) in enumerate(images, start=1):
+        try:
+            pixels = image.result()
+        except BadPicture as error:
+            bad.add(sample.id, error.cause, error.detail)
+            bad.check(number, final=False)
+        else:
+            yield sample, pixels
 
 
 def encode_captions(texts: Sequence[str], encoder: TextEncoder, *, batch_size: int) -> np.ndarray:
@@ -98,7 +93,7 @@ def encode_captions(texts: Sequence[str], encoder: TextEncoder, *, batch_size: i
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     parts: list[np.ndarray] = []
     with Progress(len(texts), description="encode captions", unit="captions") as progress:
-        for numbers in _batches(order, batch_size * BATCHES_AT_ONCE):
+        for numbers in batched(order, batch_size * BATCHES_AT_ONCE):
             vectors = encoder.encode_text([texts[i] for i in numbers], batch_size=batch_size)
             parts.append(finite(vectors, "captions"))
             progress.advance(len(numbers))
@@ -121,9 +116,3 @@ def finite(vectors: np.ndarray, what: str) -> np.ndarray:
             f"precision is too low for it: try {setting('precision', 'fp32')}"
         )
     return vectors
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,9 +97,7 @@ def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> 
     bad = BadSamples(config.max_bad_fraction)
     images = None
     if isinstance(encoder, ImageEncoder):
-        samples, images = encode_pictures(
-            source, encoder, batch_size=config.batch_size, bad=bad, threads=min(8, os.cpu_count() or 1)
-        )
+        samples, images = encode_pictures(source, encoder, batch_size=config.batch_size, bad=bad)
     else:
         samples = list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad

@@ -6,30 +6,33 @@ Letters: B pictures, m captions of each, T teacher width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadPicture
-from llm2clip.data.images import load_image
-from llm2clip.data.sample import PictureRef
 from llm2clip.errors import LLM2CLIPError, SourceError, setting
 from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, open_order, wanted_kinds
-from llm2clip.student.order import Ints, Mixture, key_of, uniforms
+from llm2clip.student.order import Ints, key_of, uniforms
 from llm2clip.student.pixels import MIN_CROP, NUM_DRAWS
-from llm2clip.student.shards import SHARD_BLOCK, ShardCache, ShardOrder
 from llm2clip.student.transform import ImageTransform
 
 MAX_SUBSTITUTES = 100
 """Samples tried in the place of a bad one before the run stops."""
+GROUP_PIXELS = 1 << 21
+"""Images are decoded until they have so many pixels, and then resized: in turns, image by image, each of the two steps
+would find its code and what it needs gone from the processor's caches, which costs a sixth of the speed."""
 NO_CAPTION = "no wanted caption"
 BadOne = tuple[str, str, str]
 """Sample id, cause, detail."""
+Found = tuple[Ints, Image.Image]
+"""Rows of the captions to take of a sample, and its picture."""
 
 
 @dataclass
@@ -93,8 +96,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         bank_weights: how often each bank is drawn; empty for by size.
         min_crop: smallest share of a picture that a random crop keeps; 1 for no augmentation.
         captions_per_picture: captions drawn of each, different ones as far as it has them.
-        num_processes: processes that share a batch. It decides the order only if pictures lie in remote shards.
-        cache: where remote shards are kept.
+        num_processes: processes that share a batch.
 
     Raises:
         UsageError: if banks, kinds and batch size do not go together.
@@ -117,7 +119,6 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         min_crop: float = MIN_CROP,
         captions_per_picture: int = 1,
         num_processes: int = 1,
-        cache: ShardCache | None = None,
     ) -> None:
         if bank_weights:  # a bank that is never drawn needs no kind, no teacher, no epoch
             banks = [bank for bank, weight in zip(banks, bank_weights, strict=True) if weight]
@@ -130,18 +131,9 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         self.mix_setting = setting("mix")  # written here: a loader process may be a fresh one, without the command line
         self.kinds = wanted_kinds(banks, mix or {})
         self.kind_weights = [kind_weights(bank, mix or {}) for bank in banks]
-        self.orders = [open_order(bank, seed=seed, name=str(i)) for i, bank in enumerate(banks)]
-        remote = any(isinstance(order, ShardOrder) for order in self.orders)
-        self.cache = (cache or ShardCache()) if remote else None
-        self.lanes = num_processes if remote else 1
         self.num_samples = sum(bank.num_samples for bank in banks)
-        self.mixture = Mixture(
-            self.orders,
-            weights=bank_weights or None,
-            batch_size=batch_size,
-            seed=seed,
-            lanes=self.lanes,
-            block=SHARD_BLOCK if remote else None,
+        self.order, self.load_image = open_order(
+            banks, weights=bank_weights or None, batch_size=batch_size, seed=seed, num_processes=num_processes
         )
         self.first_sample = np.cumsum([0, *(bank.num_samples for bank in banks)], dtype=np.int64)
         self.first_row = np.cumsum([0, *(bank.num_rows for bank in banks)], dtype=np.int64)
@@ -150,7 +142,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
     @property
     def batches_per_epoch(self) -> int:
         """Full batches in a pass over all banks; the rest of a pass is dropped."""
-        return self.mixture.batches_per_epoch
+        return self.order.batches_per_epoch
 
     def __getitem__(self, part: Part) -> Batch | LLM2CLIPError:
         try:
@@ -160,17 +152,19 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
 
     def _load(self, number: int, first: int, last: int) -> Batch:
         places = np.arange(first, last)
-        banks, samples = self.mixture.draw(number, places)
-        self._fetch_ahead(number, first)
+        banks, samples = self.order.draw(number, places)
         positions = number * self.batch_size + places
         crops = uniforms(positions, NUM_DRAWS, key_of("crop", self.seed)).tolist()
         choices = uniforms(positions, 2 * self.num_captions, key_of("caption", self.seed)).tolist()
         packed = empty_shared((len(places), *self.transform.image_size, 4))
         rows = np.empty((len(places), self.num_captions), np.int64)
         bad: list[BadOne] = []
-        for i, bank in enumerate(banks.tolist()):
-            tried = self._candidates(bank, samples, i, position=int(positions[i]))
-            samples[i], rows[i] = self._fill(packed[i], bank, tried, crops[i], choices[i], bad)
+        for i, found in enumerate(self._decoded(banks, samples, choices)):
+            if found is None:
+                tried = self._candidates(int(banks[i]), samples, i, position=int(positions[i]))
+                samples[i], found = self._first_usable(int(banks[i]), tried, choices[i], bad)
+            rows[i], picture = found
+            self._write(packed[i], picture, crops[i])
         text_embeds = np.empty((*rows.shape, self.banks[0].dim), self.dtype)
         for bank in np.unique(banks).tolist():
             here = banks == bank
@@ -188,32 +182,36 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         sample = int(samples[place])
         yield sample
         draws = uniforms(np.array([position]), MAX_SUBSTITUTES, key_of("substitute", self.seed))[0].tolist()
-        others = list(dict.fromkeys(self.orders[bank].substitute(sample, draw) for draw in draws))
+        others = list(dict.fromkeys(self.order.orders[bank].substitute(sample, draw) for draw in draws))
         taken = set(samples.tolist())
         yield from (other for other in others if other not in taken)
         yield from (other for other in others if other in taken and other != sample)
 
-    def _fill(
-        self,
-        packed: Tensor,
-        bank: int,
-        candidates: Iterable[int],
-        crop: list[float],
-        choice: list[float],
-        bad: list[BadOne],
-    ) -> tuple[int, Ints]:
-        """Write the first usable candidate's picture into `packed`; its sample, and the rows of its captions."""
+    def _decoded(self, banks: Ints, samples: Ints, choices: list[list[float]]) -> Iterator[Found | None]:
+        """What is found of each sample, in order; None where it cannot be used."""
+        group: list[Found | None] = []
+        pixels = 0
+        for bank, sample, choice in zip(banks.tolist(), samples.tolist(), choices, strict=True):
+            try:
+                group.append(found := self._find(bank, sample, choice))
+                pixels += found[1].width * found[1].height
+            except BadPicture:
+                group.append(None)
+            if pixels >= GROUP_PIXELS:
+                yield from group
+                group, pixels = [], 0
+        yield from group
+
+    def _first_usable(
+        self, bank: int, candidates: Iterable[int], choice: list[float], bad: list[BadOne]
+    ) -> tuple[int, Found]:
+        """The first candidate that can be used, and what is found of it; those before it are added to `bad`."""
         before = len(bad)
         for sample in candidates:
             try:
-                rows = self._captions(bank, sample, choice)
-                pixels = self._picture(self.banks[bank].picture(sample), crop).permute(1, 2, 0)
+                return sample, self._find(bank, sample, choice)
             except BadPicture as problem:
                 bad.append((self.banks[bank].sample_id(sample), problem.cause, problem.detail))
-            else:
-                packed[..., : pixels.shape[-1]] = pixels
-                packed[..., pixels.shape[-1] :] = 255  # as Pillow fills it
-                return sample, rows
         sample_id, cause, detail = bad[-1]
         hint = (
             f"choose another {self.mix_setting}"
@@ -225,13 +223,21 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
             f"({sample_id}) for: {cause}, {detail}; {hint}"
         )
 
-    def _picture(self, ref: PictureRef, crop: list[float]) -> Tensor:
-        if self.cache is not None:
-            ref = self.cache.local(ref)
+    def _find(self, bank: int, sample: int, choice: list[float]) -> Found:
+        """BadPicture if the picture cannot be read, or no caption is wanted."""
+        rows = self._captions(bank, sample, choice)
+        size = self.transform.eval_decode_size if self.min_crop >= 1 else self.transform.train_decode_size
+        return rows, self.load_image(self.banks[bank].picture(sample), min_size=size)
+
+    def _write(self, packed: Tensor, picture: Image.Image, crop: list[float]) -> None:
+        """Crop and resize a picture into `packed` [H, W, 4]."""
         if self.min_crop >= 1:
-            return self.transform(load_image(ref, min_size=self.transform.eval_decode_size))
-        picture = load_image(ref, min_size=self.transform.train_decode_size)
-        return self.transform.augmented(picture, crop, min_crop=self.min_crop)
+            pixels = self.transform(picture)
+        else:
+            pixels = self.transform.augmented(picture, crop, min_crop=self.min_crop, out=packed)
+        if pixels.data_ptr() != packed.data_ptr():  # not written there already
+            packed[..., : len(pixels)] = pixels.permute(1, 2, 0)
+            packed[..., len(pixels) :] = 255  # as Pillow fills it
 
     def _captions(self, bank: int, sample: int, draws: list[float]) -> Ints:
         """The rows of the captions to take of a sample."""
@@ -241,20 +247,6 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         if not places:
             raise BadPicture(NO_CAPTION, f"it has none of {', '.join(self.kinds)}")
         return table.caption_row[start:end][places]
-
-    def _fetch_ahead(self, number: int, first: int) -> None:
-        """Have the shards of the draws to come fetched, while this part is decoded."""
-        if self.cache is None:
-            return
-        lane = first // self.mixture.part
-        for bank, order in enumerate(self.orders):
-            if isinstance(order, ShardOrder):
-                draw = self.mixture.draws_before(number, bank)
-                urls = [
-                    self.banks[bank].picture(sample).path
-                    for sample in order.upcoming(draw, lane=lane, lanes=self.lanes)
-                ]
-                self.cache.fetch_ahead(urls)
 
 
 def empty_shared(shape: tuple[int, ...]) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from PIL import Image
 
 from llm2clip.bank.reader import Bank
 from llm2clip.config import check_choice
+from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, setting
-from llm2clip.student.order import Order, ShuffledOrder
-from llm2clip.student.shards import ShardOrder, shard_starts
+from llm2clip.student.order import Mixture, ShuffledOrder
+from llm2clip.student.remote import RemoteOrder, shard_starts
 
 PAPER_BATCH = 4096
 
@@ -122,9 +125,12 @@ def _by_weight(values: Sequence[int], weights: Sequence[float], draw: float) -> 
     return values[-1]  # rounding
 
 
-def open_order(bank: Bank, *, seed: int, name: str) -> Order:
-    """The order of a bank's samples: shuffled freely, or shard by shard where they lie in remote shards."""
-    starts = shard_starts(bank)
-    if starts is None:
-        return ShuffledOrder(bank.num_samples, seed=seed, name=name)
-    return ShardOrder(starts, seed=seed, name=name)
+def open_order(
+    banks: Sequence[Bank], *, weights: Sequence[float] | None, batch_size: int, seed: int, num_processes: int
+) -> tuple[Mixture | RemoteOrder, Callable[..., Image.Image]]:
+    """The order of batches, and what loads an image (`load_image`, or the same from remote shards)."""
+    if any(shard_starts(bank) is not None for bank in banks):
+        remote = RemoteOrder(banks, weights=weights, batch_size=batch_size, seed=seed, num_processes=num_processes)
+        return remote, remote.load_image
+    orders = [ShuffledOrder(bank.num_samples, seed=seed, name=str(i)) for i, bank in enumerate(banks)]
+    return Mixture(orders, weights=weights, batch_size=batch_size, seed=seed), load_image

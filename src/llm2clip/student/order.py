@@ -74,13 +74,16 @@ def permuted(positions: Ints, size: int, key: int) -> Ints:
 
 
 class Order(Protocol):
-    """The order in which one bank's samples are drawn, in `lanes` independent sequences."""
+    """The order in which one bank's samples are drawn.
 
-    def lane_size(self, lanes: int) -> int:
-        """Draws of one epoch of a lane."""
+    Attributes:
+        size: draws of an epoch.
+    """
 
-    def samples(self, draws: Ints, *, lane: int, lanes: int) -> Ints:
-        """The samples at draws `[n]`, counted over all epochs, of a lane."""
+    size: int
+
+    def samples(self, draws: Ints) -> Ints:
+        """The samples at draws `[n]`, counted over all epochs."""
 
     def substitute(self, sample: int, draw: float) -> int:
         """Another sample to take where `sample` cannot be used, chosen by a number in [0, 1)."""
@@ -90,28 +93,25 @@ class ShuffledOrder:
     """Every sample once an epoch, each epoch in another random order.
 
     Args:
-        num_samples: samples of the bank.
+        size: samples of the bank.
         seed: source of the order.
         name: tells apart the banks of one run.
     """
 
-    def __init__(self, num_samples: int, *, seed: int, name: str = "") -> None:
-        self.num_samples, self.seed, self.name = num_samples, seed, name
+    def __init__(self, size: int, *, seed: int, name: str = "") -> None:
+        self.size, self.seed, self.name = size, seed, name
 
-    def lane_size(self, lanes: int) -> int:
-        return self.num_samples // lanes
-
-    def samples(self, draws: Ints, *, lane: int, lanes: int) -> Ints:
-        epochs, places = np.divmod(draws, self.lane_size(lanes))
+    def samples(self, draws: Ints) -> Ints:
+        epochs, places = np.divmod(draws, self.size)
         out = np.empty_like(draws)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             key = key_of("order", self.seed, self.name, epoch)
-            out[here] = permuted(places[here] * lanes + lane, self.num_samples, key)
+            out[here] = permuted(places[here], self.size, key)
         return out
 
     def substitute(self, sample: int, draw: float) -> int:
-        return int(draw * self.num_samples)
+        return int(draw * self.size)
 
 
 class Mixture:
@@ -127,9 +127,8 @@ class Mixture:
         weights: how often each bank is drawn; None for by size.
         batch_size: places of a batch.
         seed: source of the interleaving.
-        lanes: equal parts of the batch, each with its own sequence of draws.
-        block: draws among which banks are interleaved; None for the whole epoch, which mixes best. A bank that is read
-            shard by shard wants a small one.
+        epoch: draws among which banks are interleaved, if not as many as all banks have samples.
+        number: tells apart the mixtures of one run.
     """
 
     def __init__(
@@ -139,50 +138,33 @@ class Mixture:
         weights: Sequence[float] | None = None,
         batch_size: int,
         seed: int,
-        lanes: int = 1,
-        block: int | None = None,
+        epoch: int | None = None,
+        number: int = 0,
     ) -> None:
-        self.orders, self.seed, self.lanes = orders, seed, lanes
-        self.batch_size, self.part = batch_size, batch_size // lanes
-        sizes = [order.lane_size(lanes) for order in orders]
-        self.lane_size = sum(sizes)
-        if len(orders) == 1:
-            self.block, quotas = self.lane_size, sizes
-        else:
-            self.block = self.lane_size if block is None else min(block, self.lane_size)
-            self.lane_size -= self.lane_size % self.block
-            quotas = apportion(self.block, sizes if weights is None else weights)
+        self.orders, self.batch_size, self.seed, self.number = orders, batch_size, seed, number
+        sizes = [order.size for order in orders]
+        self.epoch = sum(sizes) if epoch is None else epoch
+        quotas = apportion(self.epoch, sizes if weights is None else weights)
         self.quota = np.array(quotas, np.int64)
         self.first = np.cumsum([0, *quotas], dtype=np.int64)
 
     @property
     def batches_per_epoch(self) -> int:
         """Full batches in an epoch."""
-        return self.lane_size // self.part
-
-    def draws_before(self, batch: int, bank: int) -> int:
-        """How often a bank was drawn in each lane before a batch; with several banks, before the batch's block."""
-        epoch, number = divmod(batch, self.batches_per_epoch)
-        block, cell = divmod(number * self.part, self.block)
-        whole = (epoch * (self.lane_size // self.block) + block) * int(self.quota[bank])
-        return whole + cell if len(self.orders) == 1 else whole
+        return self.epoch // self.batch_size
 
     def draw(self, batch: int, places: Ints) -> tuple[Ints, Ints]:
         """The banks `[n]` and their samples `[n]` at places `[n]` of a batch, numbered on through all epochs."""
         epoch, number = divmod(batch, self.batches_per_epoch)
-        lanes, inside = np.divmod(places, self.part)
-        blocks, cells = np.divmod(number * self.part + inside, self.block)
-        blocks += epoch * (self.lane_size // self.block)
-        banks, samples = np.zeros_like(places), np.empty_like(places)
+        cells = number * self.batch_size + places
         if len(self.orders) > 1:
-            for lane, block in np.unique(np.stack([lanes, blocks]), axis=1).T.tolist():
-                here = (lanes == lane) & (blocks == block)
-                cells[here] = permuted(cells[here], self.block, key_of("mixture", self.seed, lane, block))
-            banks = np.searchsorted(self.first, cells, side="right") - 1
-        draws = blocks * self.quota[banks] + cells - self.first[banks]
-        for bank, lane in np.unique(np.stack([banks, lanes]), axis=1).T.tolist():
-            here = (banks == bank) & (lanes == lane)
-            samples[here] = self.orders[bank].samples(draws[here], lane=lane, lanes=self.lanes)
+            cells = permuted(cells, self.epoch, key_of("mixture", self.seed, self.number, epoch))
+        banks = np.searchsorted(self.first, cells, side="right") - 1
+        draws = epoch * self.quota[banks] + cells - self.first[banks]
+        samples = np.empty_like(draws)
+        for bank in np.unique(banks).tolist():
+            here = banks == bank
+            samples[here] = self.orders[bank].samples(draws[here])
         return banks, samples
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from llm2clip.compat import bicubic_into
+
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are the first ones outside."""
 
@@ -94,6 +96,7 @@ def resize_pixels(
     *,
     full_shape: tuple[int, int] | None = None,
     resample: int = Image.Resampling.BICUBIC,
+    out: Tensor | None = None,
 ) -> Tensor:
     """uint8 pixels of `to_tensor` resized to uint8 [C, *shape], antialiased; filters torch lacks are left to Pillow.
 
@@ -101,6 +104,7 @@ def resize_pixels(
         pixels: [C, h, w], all or part of a picture.
         full_shape: height and width of which `pixels` are a half, a quarter or an eighth. A size that does not divide
             leaves its last row or column half outside the picture; without this the result is stretched by as much.
+        out: uint8 [*shape, 4], contiguous; where it can be, the result is written there.
     """
     if tuple(pixels.shape[1:]) == shape:
         return pixels
@@ -112,6 +116,9 @@ def resize_pixels(
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     options: dict[str, Any] = {"mode": mode, "antialias": True, "align_corners": False}
     scale = scale_factors(pixels.shape[1:], shape, full_shape)
+    if scale is None and out is not None and mode == "bicubic" and len(pixels) == 4:
+        bicubic_into(out[None].permute(0, 3, 1, 2), batch)
+        return out.permute(2, 0, 1)
     if scale is None:
         return functional.interpolate(batch, shape, **options)[0]
     return functional.interpolate(batch, scale_factor=scale, recompute_scale_factor=False, **options)[0]

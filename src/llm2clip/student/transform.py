@@ -69,15 +69,18 @@ class ImageTransform:
         pixels = resize_pixels(to_tensor(picture), shape, full_shape=full, resample=self.resample)
         return center_crop(pixels[:3], self.image_size)
 
-    def augmented(self, picture: Image.Image, draws: Sequence[float], *, min_crop: float = MIN_CROP) -> Tensor:
+    def augmented(
+        self, picture: Image.Image, draws: Sequence[float], *, min_crop: float = MIN_CROP, out: Tensor | None = None
+    ) -> Tensor:
         """Pixels uint8 [C, H, W] of a random crop of an RGB picture, resized by bicubic interpolation; see `to_tensor`.
 
         Args:
             draws: `NUM_DRAWS` numbers in [0, 1) that decide the crop.
             min_crop: smallest share of the area that is kept.
+            out: uint8 [H, W, 4]; where it can be, the pixels are written there.
         """
         left, top, right, bottom = random_box(picture.width, picture.height, draws, min_crop=min_crop)
-        return resize_pixels(to_tensor(picture)[:, top:bottom, left:right], self.image_size)
+        return resize_pixels(to_tensor(picture)[:, top:bottom, left:right], self.image_size, out=out)
 
     @property
     def eval_decode_size(self) -> int:

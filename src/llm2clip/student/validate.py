@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadPicture
+from llm2clip.data.feeder import batched, prepared
 from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.metrics import recall_both_ways
@@ -22,28 +23,8 @@ logger = logging.getLogger("llm2clip")
 BATCH_SIZE = 128
 
 
-class _Pictures(Dataset[tuple[int, Tensor]]):
-    """Some of a bank's pictures as the tower sees them in evaluation; -1 and a black one where none can be read."""
-
-    def __init__(self, bank: Bank, samples: range, transform: ImageTransform) -> None:
-        self.bank, self.samples, self.transform = bank, samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, place: int) -> tuple[int, Tensor]:
-        sample = self.samples[place]
-        try:
-            if sample < self.bank.num_samples:
-                picture = load_image(self.bank.picture(sample), min_size=self.transform.eval_decode_size)
-                return sample, self.transform(picture)
-        except BadPicture:
-            pass
-        return -1, torch.zeros(3, *self.transform.image_size, dtype=torch.uint8)
-
-
 def encode_pictures(
-    encode: Callable[[Tensor], Tensor], bank: Bank, samples: range, transform: ImageTransform, *, workers: int = 0
+    encode: Callable[[Tensor], Tensor], bank: Bank, samples: range, transform: ImageTransform, *, threads: int = 1
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Sample numbers and vectors [n, D] on the CPU, batch by batch; unreadable pictures are left out.
 
@@ -52,10 +33,20 @@ def encode_pictures(
             that share the weights' shards must call the model equally often.
         samples: which pictures; numbers past the last one are left out, too.
     """
-    loader = DataLoader(_Pictures(bank, samples, transform), batch_size=BATCH_SIZE, num_workers=workers)
-    for numbers, pixels in loader:
-        readable = numbers >= 0
-        yield numbers[readable].tolist(), encode(pixels).float().cpu()[readable]
+
+    def prepare(sample: int) -> Tensor:
+        if sample >= bank.num_samples:
+            raise BadPicture("missing picture", f"{sample} of {bank.num_samples}")
+        return transform(load_image(bank.picture(sample), min_size=transform.eval_decode_size))
+
+    for batch in batched(prepared(samples, prepare, ahead=BATCH_SIZE, threads=threads), BATCH_SIZE):
+        pixels = torch.zeros(len(batch), 3, *transform.image_size, dtype=torch.uint8)
+        readable = []
+        for place, (_, image) in enumerate(batch):
+            with contextlib.suppress(BadPicture):
+                pixels[place] = image.result()
+                readable.append(place)
+        yield [batch[place][0] for place in readable], encode(pixels).float().cpu()[readable]
 
 
 def retrieval_scores(
@@ -96,7 +87,7 @@ def validate(
     with torch.no_grad(), accelerator.autocast():
         own = range(rank, -(-bank.num_samples // world) * world, world)  # equally many on all processes
         encode = lambda pixels: student.get_image_features(pixels.to(device))  # noqa: E731
-        parts = list(encode_pictures(encode, bank, own, transform, workers=workers))
+        parts = list(encode_pictures(encode, bank, own, transform, threads=max(1, workers)))
         captions = {kind: _encode_captions(student, bank, kind, device) for kind in bank.kinds}
     student.train(was_training)
     everyone = _all_parts(parts, world)

@@ -276,3 +276,20 @@ def test_jpegs_decoded_to_four_bytes_are_pillows_own(
             ours = load_image(buffer.getvalue(), min_size=min_size)
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs.convert("RGB")))
             assert ours.convert("RGBA").getextrema()[3] == (255, 255)
+
+
+@pytest.mark.parametrize(
+    ("size", "is_good"), [((100, 1), True), ((101, 1), False), ((3, 300), True), ((3, 301), False)]
+)
+def test_a_picture_too_thin_to_be_resized(size: tuple[int, int], is_good: bool) -> None:
+    file = io.BytesIO()
+    picture = Image.new("RGB", size)
+    picture.save(file, "PNG")
+    for form in (picture, file.getvalue()):
+        if is_good:
+            assert load_image(form).size == size
+        else:
+            with pytest.raises(
+                BadPicture, match=f"thin picture: .* has {size[0]} x {size[1]} pixels: one side is more"
+            ):
+                load_image(form)

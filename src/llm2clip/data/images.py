@@ -23,6 +23,8 @@ from llm2clip.data.sample import PictureRef
 Picture = PictureRef | str | Path | bytes | Image.Image
 MAX_PIXELS = 2 * 89_478_485
 """Larger pictures are taken for decompression bombs; where Pillow itself stops by default."""
+MAX_RATIO = 100
+"""Pictures with a longer side than so many shorter ones show nothing that a model would see."""
 FORMATS = tuple("JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO QOI HEIF".split())
 """Tried by content. Formats without a signature, and those that call another program to decode, stay out."""
 DECODE_ERRORS = (
@@ -49,13 +51,14 @@ def load_image(picture: Picture, *, min_size: int | None = None) -> Image.Image:
 
     Raises:
         BadPicture: with the cause: missing file, empty picture, not a picture, truncated picture, damaged picture,
-            decompression bomb.
+            decompression bomb, thin picture.
 
     Example:
         >>> load_image(Image.new("LA", (4, 2), (0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
     if isinstance(picture, Image.Image):
+        _check_size(picture, "picture")
         return _decode(picture, name="picture", min_size=None)
     if isinstance(picture, bytes):
         data, name = picture, f"{len(picture)} bytes"
@@ -107,11 +110,18 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         raise BadPicture("decompression bomb", f"{name}: {error}") from None
     except DECODE_ERRORS as error:
         raise _damage(error, name) from None
-    if not image.width * image.height:
-        raise BadPicture("damaged picture", f"{name} has {image.width} x {image.height} pixels")
-    if image.width * image.height > MAX_PIXELS:
-        raise BadPicture("decompression bomb", f"{name} has {image.width} x {image.height} pixels")
+    _check_size(image, name)
     return image
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    what = f"{name} has {image.width} x {image.height} pixels"
+    if not image.width * image.height:
+        raise BadPicture("damaged picture", what)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadPicture("decompression bomb", what)
+    if max(image.size) > MAX_RATIO * min(image.size):  # its shorter side resized for a model, it would fill the memory
+        raise BadPicture("thin picture", f"{what}: one side is more than {MAX_RATIO} times the other")
 
 
 def _decode(image: Image.Image, *, name: str, min_size: int | None) -> Image.Image:

@@ -162,3 +162,46 @@ def test_augmentation_is_pillows_crop_and_bicubic_resize_whatever_the_towers_fil
         bilinear = np.asarray(part.resize((48, 64), Image.Resampling.BILINEAR)).astype(int)
         others = max(others, np.abs(ours - bilinear).max())
     assert others > 10, "the picture does not tell the filters apart"
+
+
+OWN_RULES: list[tuple[str, dict[str, Any]]] = [
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}}),
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}),
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 96}, "crop_pct": 0.7}),
+    ("PoolFormerImageProcessor", {}),
+    ("PoolFormerImageProcessor", {"crop_pct": 0.6}),
+    ("PoolFormerImageProcessor", {"crop_pct": None, "size": {"shortest_edge": 240}}),
+    ("LevitImageProcessor", {}),
+    ("LevitImageProcessor", {"size": {"height": 230, "width": 250}}),
+    ("BitImageProcessor", {}),
+    ("ViTImageProcessor", {"do_rescale": True, "image_mean": [0.1, 0.2, 0.3]}),
+    ("DeiTImageProcessor", {}),
+    ("BeitImageProcessor", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), OWN_RULES)
+def test_processors_with_rules_of_their_own(name: str, settings: dict[str, Any]) -> None:
+    processor = getattr(transformers, name)(**settings)
+    rng = np.random.default_rng(5)
+    picture = Image.fromarray(np.kron(rng.integers(0, 255, (10, 13, 3)), np.ones((24, 20, 1))).astype(np.uint8))
+    wanted = processor(images=picture, return_tensors="pt")["pixel_values"][0].float()
+    transform = ImageTransform.from_processor(processor)
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
+    got = (transform(picture).float() - mean) / std
+    assert got.shape == wanted.shape
+    assert ((got - wanted) * std).abs().mean() < 2.5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("MobileViTImageProcessor", {}, "do_flip_channel_order=True"),
+        ("EfficientNetImageProcessor", {}, "include_top=True"),
+        ("EfficientNetImageProcessor", {"rescale_factor": 1 / 127.5, "rescale_offset": True}, "rescale_offset=True"),
+    ],
+)
+def test_a_setting_that_is_not_understood_is_named(name: str, settings: dict[str, Any], says: str) -> None:
+    processor = getattr(transformers, name)(**settings)
+    with pytest.raises(UsageError, match=f"is not known here .*{says}"):
+        ImageTransform.from_processor(processor)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from llm2clip.artifacts import write_json
-from llm2clip.errors import UsageError
+from llm2clip.errors import UsageError, shown
 from llm2clip.student.pixels import (
     MIN_CROP,
     center_crop,
@@ -106,11 +107,14 @@ class ImageTransform:
         """The transform equal to an image processor of transformers (CLIP, SigLIP, BiT, ViT, ..., or timm's wrapper).
 
         Raises:
-            UsageError: if it resizes in a way that gives no fixed size.
+            UsageError: if it gives no fixed size, or makes other pixels of a test image than this transform.
         """
         if getattr(processor, "data_config", None) is not None:
             return _from_timm(processor.data_config)
-        return _from_fields(processor.to_dict())
+        fields = processor.to_dict()
+        transform = _from_fields(fields)
+        _check_probe(transform, processor, fields)
+        return transform
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, *, revision: str | None = None) -> ImageTransform:
@@ -165,7 +169,9 @@ def _from_fields(fields: dict[str, Any]) -> ImageTransform:
             f"{name} gives pictures of no fixed size (size {fields.get('size')}); take a tower of fixed resolution"
         )
     crop: Any = None
-    if fields.get("do_center_crop", fields.get("crop_size") is not None):
+    if (rule := next((rule for family, rule in _OWN_RULES.items() if name.startswith(family)), None)) is not None:
+        resize, crop = rule(resize, fields)
+    elif fields.get("do_center_crop", fields.get("crop_size") is not None):
         crop = _size(fields.get("crop_size"), square=True)
     if crop is None:
         if isinstance(resize, int):
@@ -182,6 +188,61 @@ def _from_fields(fields: dict[str, Any]) -> ImageTransform:
         resample=int(fields.get("resample", Image.Resampling.BICUBIC)),
         mean=tuple(float(value) if exact else value / factor for value in mean),
         std=tuple(float(value) if exact else value / factor for value in std),
+    )
+
+
+def _convnext(side: Any, fields: dict[str, Any]) -> tuple[Any, Any]:
+    """Below 384 a margin is cropped away, from 384 on the image is squeezed into the square."""
+    if not isinstance(side, int) or side >= 384:
+        return (side, side) if isinstance(side, int) else side, None
+    return int(side / fields.get("crop_pct", 224 / 256)), (side, side)
+
+
+def _poolformer(side: Any, fields: dict[str, Any]) -> tuple[Any, Any]:
+    crop = _size(fields.get("crop_size"), square=True) if fields.get("do_center_crop", True) else None
+    share = fields.get("crop_pct")
+    if share is None:
+        return side, crop
+    return (int(side / share) if isinstance(side, int) else (int(side[0] / share), int(side[1] / share))), crop
+
+
+def _levit(side: Any, fields: dict[str, Any]) -> tuple[Any, Any]:
+    crop = _size(fields.get("crop_size"), square=True) if fields.get("do_center_crop", True) else None
+    return (int(256 / 224 * side) if isinstance(side, int) else side), crop
+
+
+_OWN_RULES = {"ConvNext": _convnext, "PoolFormer": _poolformer, "Levit": _levit}
+"""Image processors that resize by rules of their own: (size, fields) -> what to resize to and to crop."""
+_KNOWN_FIELDS = frozenset(
+    "size crop_size do_resize do_center_crop do_rescale do_normalize rescale_factor image_mean image_std resample "
+    "do_convert_rgb default_to_square image_processor_type feature_extractor_type processor_class data_format "
+    "input_data_format device return_tensors disable_grouping crop_pct".split()
+)
+_PROBE_DIFFERENCE = 4.0
+"""Mean difference, of 255, from which on a processor does something else. Filters of Pillow and torch differ by 1."""
+
+
+def _check_probe(transform: ImageTransform, processor: Any, fields: dict[str, Any]) -> None:
+    """Check that a processor makes the same pixels of a test image, so that none of its settings is passed over.
+
+    Raises:
+        UsageError: naming the settings that are not known here.
+    """
+    blocks = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
+    image = Image.fromarray(np.kron(blocks, np.ones((20, 20, 1), np.uint8)))
+    wanted = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0], np.float64)
+    mean, std = (np.array(values)[:, None, None] for values in (transform.mean, transform.std))
+    ours = (transform(image).numpy() / 255 - mean) / std
+    same = wanted.shape == ours.shape
+    apart = float(np.abs((wanted - ours) * std).mean() * 255) if same else math.inf
+    if apart < _PROBE_DIFFERENCE:
+        return
+    unknown = {key: value for key, value in fields.items() if key not in _KNOWN_FIELDS and value not in (None, False)}
+    found = f"{apart:.0f} of 255 apart" if same else f"{list(wanted.shape)}, not {list(ours.shape)}"
+    raise UsageError(
+        f"{type(processor).__name__} prepares images in a way that is not known here (a test image comes out {found}; "
+        f"{', '.join(f'{key}={shown(value)}' for key, value in unknown.items()) or 'no setting says why'}); take "
+        "another tower"
     )
 
 

@@ -119,7 +119,7 @@ class Layout:
 
 def checksum(array: NDArray[Any]) -> str:
     """The SHA-256 of an array's numbers, as they lie on the disk."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 class ShardBuffer:

@@ -115,7 +115,7 @@ def test_columns_are_the_files_own_memory(tmp_path) -> None:
     collect(intake(SAMPLES), tmp_path)
     table = Table(tmp_path)
     for array in (table.caption_start, table.caption_kind, table.caption_row, table.picture_path, table.hashes):
-        assert type(array) is np.ndarray and not array.flags.owndata and not array.flags.writeable
+        assert type(array) is np.ndarray and not array.flags.owndata and not array.flags["W"]
     assert [array.dtype for array in (table.caption_start, table.caption_kind, table.caption_row)] == [
         np.int64,
         np.uint8,

@@ -94,7 +94,7 @@ VERBS = {
         example="llm2clip bank merge bank-0 bank-1 --out bank",
     ),
     "bank export": Verb(
-        summary="the vectors as Parquet or a datasets folder",
+        summary="the vectors as Parquet",
         config="llm2clip.bank.config:BankExportConfig",
         function="llm2clip.bank.export:export_bank",
         example="llm2clip bank export bank --out vectors",

@@ -26,21 +26,21 @@ SAID_BY_TORCH = (
             "give a smaller --micro-batch-size (now 64) or a smaller --batch-size (now 512)",
         ),
         (
-            "train-teacher --data d --model m --out o --precision fp32",
+            "train-teacher --data hf:d --model m --out o --precision fp32",
             "give a small --micro-batch-size or --gradient-checkpointing or --precision bf16",
         ),
         (
-            "train-teacher --data d --model m --out o --micro-batch-size 8",
+            "train-teacher --data hf:d --model m --out o --micro-batch-size 8",
             "give a smaller --micro-batch-size (now 8) or --gradient-checkpointing",
         ),
         (
-            "build-bank --data d --teacher t --out o --batch-tokens 9000",
+            "build-bank --data hf:d --teacher t --out o --batch-tokens 9000",
             "give a smaller --batch-tokens (now 9000) or --device cpu",
         ),
-        ("bank add b --data d --out o", "give a small --batch-tokens or --device cpu"),
+        ("bank add b --data hf:d --out o", "give a small --batch-tokens or --device cpu"),
         ("bank verify b", "give --device cpu"),
         (
-            "evaluate --model m --data d --out o --precision bf16",
+            "evaluate --model m --data hf:d --out o --precision bf16",
             "give a smaller --batch-size (now 64) or --device cpu",
         ),
         ("export --model m --to tower --out o", "give --device cpu"),

@@ -103,6 +103,8 @@ NOT_LEARNING = {
     "image": "how a source is read: tests/data",
     "allow_outside": "how a source is read: tests/data",
     "max_bad_fraction": "how a source is read: tests/data",
+    "split": "which rows of a source are read: tests/data",
+    "text_lines": "how a source is read: tests/data",
     "revision": "where a source is from",
     "quantize": "needs a GPU",
     "save_adapter": "what is written",

@@ -93,7 +93,7 @@ def find_layout(
 
     Example:
         >>> find_layout(["Image Path", "raw_caption", "shortSV_captions"], captions={}, image=None)
-        Layout(picture='Image Path', captions={'raw': ('raw_caption',), 'short': ('shortSV_captions',)})
+        Layout(picture='Image Path', captions={'raw': ('raw_caption',), 'short': ('shortSV_captions',)}, folder=None)
     """
     if image is not None:
         picture = image if image in columns else None

@@ -54,6 +54,6 @@ def reloaded_tower_vectors(folder: Path, *, pooling: str, device: torch.device) 
 
 
 def load_options(tower_class: Any, pooling: str) -> dict[str, bool]:
-    """What `from_pretrained` needs, so that a pooler that was never trained is not made up at random."""
+    """What `from_pretrained` needs, so that there is a pooler if it is read, and none made up at random if not."""
     takes = inspect.signature(tower_class.__init__).parameters
-    return {"add_pooling_layer": False} if pooling != "pooler" and "add_pooling_layer" in takes else {}
+    return {"add_pooling_layer": pooling == "pooler"} if "add_pooling_layer" in takes else {}

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from llm2clip.errors import UsageError
 from llm2clip.student.model import Student
 from llm2clip.student.start import start_student
-from llm2clip.student.tower import resample_positions, resize_tower
+from llm2clip.student.tower import build_tower, resample_positions, resize_tower
 from llm2clip.student.trainable import choose_what_learns
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -163,7 +163,7 @@ def test_a_tower_that_draws_random_numbers_in_use_is_refused(tmp_path: Path, mon
 @pytest.mark.parametrize("kind", ["beit", "data2vec-vision"])
 @pytest.mark.parametrize("option", ["use_relative_position_bias", "use_shared_relative_position_bias"])
 def test_distances_to_the_class_token_stay_with_another_image_size(kind: str, option: str) -> None:
-    tower = AutoModel.from_config(AutoConfig.for_model(kind, **SHAPE, **{option: True}))
+    tower = build_tower(AutoConfig.for_model(kind, **SHAPE, **{option: True}), pooling="pooler")
     tables = {name: table for name, table in tower.state_dict().items() if name.endswith("position_bias_table")}
     assert tables
     for table in tables.values():  # a plane over the 7 x 7 distances, and three rows of the class token
@@ -226,7 +226,7 @@ def test_batch_statistics_that_learn_are_said_once(
 def test_adapters_need_linear_layers(kind: str, tmp_path: Path) -> None:
     make(tmp_path, kind, **CONVOLUTIONS[kind])
     student = start(tmp_path, image_size=32).train()
-    with pytest.raises(UsageError, match=rf"--lora-rank 2: a {kind} tower has no linear layers.*--unlocked-blocks"):
+    with pytest.raises(UsageError, match=rf"lora_rank 2: a {kind} tower has no linear layers.*unlocked_blocks"):
         choose_what_learns(student, lora_rank=2)
 
 
@@ -239,7 +239,7 @@ def test_naflex_is_no_baseline_in_the_words_of_training(tmp_path: Path) -> None:
         {"model_type": "x", "vision_config": {"model_type": "siglip2_vision_model"}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings))
-        with pytest.raises(UsageError, match="--model .* fixed resolution"):
+        with pytest.raises(UsageError, match="fixed resolution"):
             check_images_fit(find_model(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     check_images_fit(find_model(tmp_path))

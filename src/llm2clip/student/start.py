@@ -151,11 +151,26 @@ def load_tower(tower: Tower, *, pooling: str) -> Any:
     Raises:
         ValueError: if weights of the tower are missing from the checkpoint or have other shapes.
     """
-    options = build_options(tower.config, pooling=pooling)
+    model, missing = _load(tower, config=tower.config, **build_options(tower.config, pooling=pooling))
+    if missing:  # some halves transformers finds by the names in the whole model alone
+        whole, missing_of_whole = _load(tower)
+        half = getattr(whole, "vision_model", None)
+        if type(half) is type(model) and not any(name.startswith("vision_model.") for name in missing_of_whole):
+            model, missing = half, set()
+    model = prune_tower(model, pooling=pooling)
+    missing &= {name for name, _ in model.named_parameters()}
+    if "pooler.layernorm.weight" in missing:  # starts at ones and zeros, as where its classifier is trained
+        missing -= {"pooler.layernorm.weight", "pooler.layernorm.bias"}
+    if missing:
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the tower's weights, such as {min(missing)}")
+    return model
+
+
+def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
+    """A model in the tower's folder, and the names of its weights that are not there."""
     with quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
             tower.name,
-            config=tower.config,
             revision=tower.revision,
             dtype=torch.float32,
             output_loading_info=True,
@@ -163,14 +178,7 @@ def load_tower(tower: Tower, *, pooling: str) -> Any:
             trust_remote_code=False,
             **options,
         )
-    model = prune_tower(model, pooling=pooling)
-    present = dict(model.named_parameters())
-    missing = sorted(name for name in report["missing_keys"] if name in present)
-    if "pooler.layernorm.weight" in missing:  # starts at ones and zeros, as fine-tuning has it start
-        missing = [name for name in missing if not name.startswith("pooler.layernorm.")]
-    if missing:
-        raise ValueError(f"its checkpoint lacks {len(missing)} of the tower's weights, such as {missing[0]}")
-    return model
+    return model, set(report["missing_keys"])
 
 
 def open_transform(tower: str | Tower, *, image_size: int | None = None, revision: str | None = None) -> ImageTransform:

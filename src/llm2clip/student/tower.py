@@ -71,7 +71,7 @@ class Family(NamedTuple):
 # Their pooler is an extra layer that self-supervised checkpoints leave random, or they have none: their classifiers
 # take the normed class token, or the mean.
 _CLASS_TOKEN = ("vit", "deit", "vit_msn", "pvt")
-_MEAN = ("ijepa", "segformer", "pvt_v2", "swiftformer")  # I-JEPA has no class token
+_MEAN = ("ijepa", "segformer", "pvt_v2")  # I-JEPA has no class token
 _NAFLEX = (
     "a SigLIP2 of variable resolution (NaFlex); take one of fixed resolution, such as google/siglip2-so400m-patch14-224"
 )

@@ -52,11 +52,7 @@ def check_match(
 
 
 def check_images_fit(folder: ModelFolder) -> None:
-    """Refuse another's model whose images llm2clip does not prepare, in the words that training has for it.
-
-    Raises:
-        UsageError: saying what it is and which to take.
-    """
+    """Raise a UsageError about another's model whose images llm2clip does not prepare, as training does."""
     from llm2clip.student.tower import FAMILIES
 
     for config in (folder.config, folder.config.get("vision_config", {})):

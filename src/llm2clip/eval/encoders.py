@@ -71,21 +71,13 @@ class ClipEncoder:
                 )
             tokenizer = AutoTokenizer.from_pretrained(folder.path, **options)
             processor = AutoImageProcessor.from_pretrained(folder.path, **options)
-        except UsageError:
-            raise
-        except LOAD_ERRORS as error:
-            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded: {one_line(error)}") from None
-        encoder = cls(cast(model, torch.device(device), dtype), tokenizer, processor)
-        try:  # a model may want more than pixels and tokens
-            encoder.encode_image([Image.new("RGB", (64, 64))])
-            encoder.encode_text([""])
-        except torch.OutOfMemoryError:
+            encoder = cls(cast(model, torch.device(device), dtype), tokenizer, processor)
+            encoder.encode_image([Image.new("RGB", (64, 64))])  # some want more than pixels and tokens
+            encoder.encode_text(["a"])
+        except (UsageError, torch.OutOfMemoryError):
             raise
         except (*LOAD_ERRORS, TypeError, AttributeError, IndexError) as error:
-            raise UsageError(
-                f"{setting('model')} {folder.name} does not encode an image and a text as a CLIP does "
-                f"({one_line(error)}); give a student, a CLIP or SigLIP"
-            ) from None
+            raise UsageError(f"{setting('model')} {folder.name} cannot be used: {one_line(error)}") from None
         return encoder
 
     def prepare_image(self, picture: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from llm2clip.errors import UsageError
+from llm2clip.export.tower import load_options
 from llm2clip.student.model import Student
 from llm2clip.student.start import start_student
 from llm2clip.student.tower import build_tower, resample_positions, resize_tower
@@ -115,6 +116,7 @@ def test_data2vec_has_the_pooler_of_its_classifier(normed: bool, tmp_path: Path)
     torch.testing.assert_close(pooled(student, images()), right)
     student.save_pretrained(tmp_path / "student")
     torch.testing.assert_close(pooled(Student.from_pretrained(tmp_path / "student").eval(), images()), right)
+    assert load_options(Data2VecVisionModel, "pooler") == {"add_pooling_layer": True}  # for its export
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class ClipEncoder:
         except (UsageError, torch.OutOfMemoryError):
             raise
         except (*LOAD_ERRORS, TypeError, AttributeError, IndexError) as error:
-            raise UsageError(f"{setting('model')} {folder.name} cannot be used: {one_line(error)}") from None
+            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded and run: {one_line(error)}") from None
         return encoder
 
     def prepare_image(self, picture: Any) -> Tensor:

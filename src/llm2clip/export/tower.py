@@ -55,5 +55,6 @@ def reloaded_tower_vectors(folder: Path, *, pooling: str, device: torch.device) 
 
 def load_options(tower_class: Any, pooling: str) -> dict[str, bool]:
     """What `from_pretrained` needs, so that there is a pooler if it is read, and none made up at random if not."""
-    takes = inspect.signature(tower_class.__init__).parameters
-    return {"add_pooling_layer": pooling == "pooler"} if "add_pooling_layer" in takes else {}
+    option = inspect.signature(tower_class.__init__).parameters.get("add_pooling_layer")
+    wanted = pooling == "pooler"
+    return {} if option is None or option.default is wanted else {"add_pooling_layer": wanted}

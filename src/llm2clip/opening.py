@@ -46,6 +46,16 @@ def check_match(
         )
 
 
+def check_images_fit(folder: ModelFolder) -> None:
+    """Raise a UsageError about another's model whose images llm2clip does not prepare, as training does."""
+    from llm2clip.student.tower import FAMILIES
+
+    for config in (folder.config, folder.config.get("vision_config", {})):
+        family = FAMILIES.get(config.get("model_type", ""))
+        if family is not None and family.refused:
+            raise UsageError(f"{setting('model')} {folder.name} is {family.refused}")
+
+
 def origin_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Of a student's or an export's manifest, what says where the model comes from."""
     config = manifest.get("config", {})

@@ -163,3 +163,30 @@ def test_weights_that_are_a_pickle_or_missing_are_refused(folders: dict[str, Pat
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(UsageError, match="keeps its weights in a pickle"):
         open_encoder(config)
+
+
+@pytest.mark.parametrize("kind", ["image processor of another size", "tokenizer without padding", "naflex"])
+def test_a_baseline_that_cannot_encode_is_told_when_it_is_opened(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    if kind == "image processor of another size":
+        side = {"height": 40, "width": 40}
+        t.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=side).save_pretrained(folder)
+    elif kind == "tokenizer without padding":
+        tokenizer = t.AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(folder)
+    else:
+        shutil.rmtree(folder)
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"patch_size": 8, "num_patches": 16}
+        text = {**TEXT, "max_position_embeddings": 12, "projection_size": 32}
+        t.Siglip2Model(t.Siglip2Config(vision_config=vision, text_config=text)).save_pretrained(folder)
+        t.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder)
+        t.AutoTokenizer.from_pretrained(folders["clip"]).save_pretrained(folder)
+    with pytest.raises(UsageError, match="clip cannot be loaded and run: "):
+        ClipEncoder.from_pretrained(folder)
+    if kind == "naflex":  # as training says it
+        with pytest.raises(UsageError, match="fixed resolution"):
+            open_encoder(EvaluateConfig(model=str(folder), data=("none",), out=tmp_path / "out", device="cpu"))

@@ -8,7 +8,7 @@ from llm2clip.student.tower import (
     PatchDropout,
     add_patch_dropout,
     checkpoint_activations,
-    family_of,
+    default_pooling,
     pooled_output,
     prune_tower,
     resample_positions,
@@ -52,7 +52,7 @@ def test_the_pooled_vector_is_the_family_s_own_but_where_its_pooler_is_untrained
     from llm2clip.student.start import start_student
 
     whole = AutoModel.from_pretrained(towers[family]).eval()
-    assert family_of(whole.config).pooling == pooling
+    assert default_pooling(whole.config) == pooling
     student = start_student(str(towers[family]), teacher_dim=8, projection_dim=4).eval()
     assert student.config.pooling == pooling
     assert family != "vit" or student.tower.pooler is None

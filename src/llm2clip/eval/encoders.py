@@ -70,11 +70,14 @@ class ClipEncoder:
                 )
             tokenizer = AutoTokenizer.from_pretrained(folder.path, **options)
             processor = AutoImageProcessor.from_pretrained(folder.path, **options)
-        except UsageError:
+            encoder = cls(cast(model, torch.device(device), dtype), tokenizer, processor)
+            encoder.encode_image([Image.new("RGB", (64, 64))])  # some want more than pixels and tokens
+            encoder.encode_text(["a"])
+        except (UsageError, torch.OutOfMemoryError):
             raise
-        except LOAD_ERRORS as error:
-            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded: {one_line(error)}") from None
-        return cls(cast(model, torch.device(device), dtype), tokenizer, processor)
+        except (*LOAD_ERRORS, TypeError, AttributeError, IndexError) as error:
+            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded and run: {one_line(error)}") from None
+        return encoder
 
     def prepare_image(self, picture: Any) -> Tensor:
         """The normalised pixels [3, H, W] of a picture."""

@@ -22,7 +22,7 @@ from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
 from llm2clip.hub import DTYPES, find_model, pick_device
-from llm2clip.opening import check_unchanged
+from llm2clip.opening import check_images_fit, check_unchanged
 from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
@@ -158,6 +158,7 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         raise UsageError(
             f"{setting('model')} {config.model} encodes texts itself; leave {setting('teacher')} {config.teacher} out"
         )
+    check_images_fit(folder)
     loader = SentenceTransformerEncoder if folder.kind == "sentence-transformers" else ClipEncoder
     encoder = loader.from_pretrained(folder, **options)
     return encoder, {"encoder": type(encoder.model).__name__}

@@ -34,6 +34,7 @@ def start_accelerator(config: StudentConfig) -> Any:
     forget_precision()  # another stage in this process may have had another precision
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not see each other there
             mixed_precision="no" if config.precision == "fp32" else config.precision,
             log_with=trackers,
             project_config=ProjectConfiguration(str(config.out), logging_dir=str(Path(config.out) / CURVES)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .adaptor import Adaptor
-from .tower import build_tower, pooled_output, tower_blocks
+from .tower import build_tower, hold_locked_norms, pooled_output, tower_blocks
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020, section 2.5), kept by the released code
@@ -122,6 +122,13 @@ class Student(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> Student:
+        """As every module's, but norms of a locked part of the tower keep their statistics."""
+        super().train(mode)
+        if mode:
+            hold_locked_norms(self.tower)
+        return self
 
     def get_input_embeddings(self) -> Any:
         """None: accelerate asks before it shards, and no table of tokens leads into a student."""

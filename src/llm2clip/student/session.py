@@ -181,6 +181,7 @@ class Session:
         for name, parameter in self.student.tower.named_parameters():  # by name: FSDP2 has put others in their place
             parameter.requires_grad_(name in self.frozen)
         self.frozen.clear()
+        self.student.train()  # norms that had to stay as they were
         if self.config.compile:
             torch.compiler.reset()  # torch 2.9 would go on with what it compiled for a frozen tower
         if isinstance(self.model, nn.parallel.DistributedDataParallel):

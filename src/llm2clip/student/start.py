@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
@@ -16,8 +16,11 @@ from llm2clip.hub import one_line_errors, quiet_transformers
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.tower import (
     POOLINGS,
+    build_options,
     build_tower,
+    default_pooling,
     family_of,
+    find_class,
     native_image_size,
     prune_tower,
     resize_tower,
@@ -89,11 +92,11 @@ def start_student(
     """
     tower = open_tower(tower, revision=revision)
     image_size = image_size or tower.image_size
-    pooling = check_choice("pooling", pooling or family_of(tower.config).pooling, POOLINGS)
+    pooling = check_choice("pooling", pooling or default_pooling(tower.config), POOLINGS)
     with one_line_errors(f"{tower} cannot be used"):
         model = build_tower(tower.config, pooling=pooling) if init == "random" else load_tower(tower, pooling=pooling)
         if image_size != tower.image_size:
-            model = resize_tower(model, image_size=image_size)
+            model = resize_tower(model, image_size=image_size, pooling=pooling)
         width = tower_width(model, image_size=image_size, pooling=pooling)
     transform = transform or open_transform(tower, image_size=image_size)
     vision_config = copy.deepcopy(model.config)  # transformers writes its attention choice into a shared one
@@ -134,8 +137,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
     config = getattr(config, "vision_config", config)  # the vision half of CLIP-like models
     if family_of(config).refused:
         raise UsageError(f"{what} is {family_of(config).refused}")
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if getattr(model_class, "main_input_name", "") != "pixel_values":
+    if getattr(find_class(config), "main_input_name", "") != "pixel_values":
         raise UsageError(
             f"{what} is no vision model (model_type {config.model_type!r}); name a CLIP, SigLIP, DINOv2, ViT or timm "
             "tower (an LLM goes to `llm2clip train-teacher --model`)"
@@ -149,22 +151,34 @@ def load_tower(tower: Tower, *, pooling: str) -> Any:
     Raises:
         ValueError: if weights of the tower are missing from the checkpoint or have other shapes.
     """
+    model, missing = _load(tower, config=tower.config, **build_options(tower.config, pooling=pooling))
+    if missing:  # some halves transformers finds by the names in the whole model alone
+        whole, missing_of_whole = _load(tower)
+        half = getattr(whole, "vision_model", None)
+        if type(half) is type(model) and not any(name.startswith("vision_model.") for name in missing_of_whole):
+            model, missing = half, set()
+    model = prune_tower(model, pooling=pooling)
+    missing &= {name for name, _ in model.named_parameters()}
+    if "pooler.layernorm.weight" in missing:  # starts at ones and zeros, as where its classifier is trained
+        missing -= {"pooler.layernorm.weight", "pooler.layernorm.bias"}
+    if missing:
+        raise ValueError(f"its checkpoint lacks {len(missing)} of the tower's weights, such as {min(missing)}")
+    return model
+
+
+def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
+    """A model in the tower's folder, and the names of its weights that are not there."""
     with quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
             tower.name,
-            config=tower.config,
             revision=tower.revision,
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
+            **options,
         )
-    model = prune_tower(model, pooling=pooling)
-    present = dict(model.named_parameters())
-    missing = sorted(name for name in report["missing_keys"] if name in present)
-    if missing:
-        raise ValueError(f"its checkpoint lacks {len(missing)} of the tower's weights, such as {missing[0]}")
-    return model
+    return model, set(report["missing_keys"])
 
 
 def open_transform(tower: str | Tower, *, image_size: int | None = None, revision: str | None = None) -> ImageTransform:

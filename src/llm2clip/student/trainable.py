@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from llm2clip.errors import UsageError, setting
 from llm2clip.student.model import Student
-from llm2clip.student.tower import add_patch_dropout, tower_blocks
+from llm2clip.student.tower import add_patch_dropout, moving_norms, tower_blocks
+
+logger = logging.getLogger("llm2clip")
 
 
 def choose_what_learns(
@@ -23,7 +26,7 @@ def choose_what_learns(
     """Lock the tower's first blocks, or all of it around low-rank adapters; by default everything learns.
 
     Raises:
-        UsageError: if the tower has fewer blocks, or cannot drop patches.
+        UsageError: if the tower has fewer blocks, no layer for adapters, or cannot drop patches.
     """
     if patch_dropout:
         try:
@@ -35,6 +38,11 @@ def choose_what_learns(
     if lora_rank:
         add_lora(student, rank=lora_rank, alpha=lora_alpha)
     lock_unused(student)
+    if moving_norms(student.tower):
+        logger.info(
+            "the tower has norms over the images of a batch (BatchNorm) that learn: they see those that a process has "
+            "in the tower at once, so other micro-batches or processes give another student; a locked tower has none"
+        )
 
 
 def lock_tower(student: Student, *, unlocked_blocks: int) -> None:
@@ -78,6 +86,11 @@ def add_lora(student: Student, *, rank: int, alpha: float) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = _called_linears(student)
+    if not names:
+        raise UsageError(
+            f"{setting('lora_rank')} {rank}: a {student.config.vision_config.model_type} tower has no linear layers in "
+            f"its blocks for adapters; leave it out, or learn the last blocks by {setting('unlocked_blocks', 1)}"
+        )
     # peft scales by alpha / rank; its annotation asks for an int, its arithmetic does not
     return get_peft_model(student.tower, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))  # type: ignore[arg-type]
 
@@ -101,8 +114,10 @@ def _called_linears(student: Student) -> list[str]:
     }
     called: list[str] = []
     hooks = [module.register_forward_hook(lambda m, *_: called.append(linears[m])) for module in linears]
+    was_training = student.training
     with torch.no_grad():
-        student.get_image_features(_black_picture(student))
+        student.eval().get_image_features(_black_picture(student))
+    student.train(was_training)
     for hook in hooks:
         hook.remove()
     return [name for name in linears.values() if name in called]

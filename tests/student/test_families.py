@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from llm2clip.export.tower import load_options
 from transformers import AutoConfig, AutoModel
 
 from llm2clip.errors import UsageError
 from llm2clip.student.model import Student
 from llm2clip.student.start import start_student
-from llm2clip.student.tower import build_tower, resample_positions, resize_tower
+from llm2clip.student.tower import build_tower, load_options, resample_positions, resize_tower
 from llm2clip.student.trainable import choose_what_learns
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

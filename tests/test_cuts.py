@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router, StaticEmbedding
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.pipeline import Teacher

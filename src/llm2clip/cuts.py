@@ -82,15 +82,12 @@ def _readers(teacher: SentenceTransformer) -> list[tuple[Any, int]]:
     from sentence_transformers.base.modules import Router
 
     first: Any = teacher[0]
+    modules: list[Any] = [first]
     if isinstance(first, Router):
-        joined = hasattr(first, "members")  # each member reads every caption; else they go the way of documents
-        modules = [
-            next(iter(route))
-            for name, route in first.sub_modules.items()
-            if joined or name in ("document", first.default_route)
-        ]
-    else:
-        modules = [first]
+        routes: Any = first.sub_modules
+        every = hasattr(first, "members")  # of a joined teacher; else captions go the way of documents
+        ways = [name for name in routes if every or name in ("document", first.default_route)]
+        modules = [routes[name][0] for name in ways]
     return [
         (module.tokenizer, module.max_seq_length)
         for module in modules

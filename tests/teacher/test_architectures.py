@@ -95,12 +95,9 @@ def multimodal(folder: Path, kind: str) -> Path:
     made(folder, kind, transformers.AutoModelForImageTextToText, **MULTIMODAL[kind])
     names = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=names)
-    size = {"size": {"height": 28, "width": 28}}
     if kind == "gemma3":
-        images: Any = transformers.Gemma3ImageProcessor(**size)
-        processor: Any = transformers.Gemma3Processor(
-            images, tokenizer, chat_template="{{ messages }}", image_seq_length=4
-        )
+        images = transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28})
+        processor: Any = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
     elif kind == "llava":
         processor = transformers.LlavaProcessor(transformers.CLIPImageProcessor(), tokenizer, patch_size=14)
     else:

@@ -47,11 +47,6 @@ MIXTURES = {
     "mixtral": ({**SHAPE, **LOCAL}, ATTENTION, STACKED),
     "olmoe": ({**SHAPE, **FEW}, ATTENTION, STACKED),
     "gpt_oss": ({**SHAPE, **LOCAL, "head_dim": 8}, ATTENTION, STACKED),
-    "granitemoe": (
-        {**SHAPE, **LOCAL},
-        ATTENTION | {"block_sparse_moe.router.layer"},
-        {"block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"},
-    ),
 }
 TEXT = {**SHAPE, "model_type": "llama"}
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28}

@@ -36,7 +36,7 @@ FUNCTION, NINE_IN_TEN = 80, 25
 """The most lines of a function, docstring included, and of nine functions in ten."""
 
 STAGES = {"data", "teacher", "bank", "student", "eval", "export", "search", "recipes"}
-CORE = {"artifacts", "compat", "config", "errors", "hub", "journal", "metrics", "progress", "protocols"}
+CORE = {"artifacts", "compat", "config", "cuts", "errors", "hub", "journal", "metrics", "progress", "protocols"}
 TOP = {"__init__", "__main__", "bundle", "cli", "flags", "opening", "pipeline", "verbs"}
 
 # who may import whom, beside itself and core; the module names an edge allowed from that one file alone

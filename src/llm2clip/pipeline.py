@@ -8,6 +8,7 @@ Letters: N pictures or texts, T teacher width, D shared width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.bundle import open_bundle
+from llm2clip.cuts import CutCounter
 from llm2clip.data.feeder import batched, prepared
 from llm2clip.data.images import Picture, load_image
 from llm2clip.errors import UsageError
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from llm2clip.student.model import Student
     from llm2clip.student.transform import ImageTransform
 
+logger = logging.getLogger("llm2clip")
 PictureInput = Picture | np.ndarray | Tensor
 
 
@@ -63,6 +66,7 @@ class LLM2CLIP:
     ) -> None:
         self.student, self.transform, self.teacher, self.prompt = student.eval(), transform, teacher, prompt
         self.origin = dict(origin or {})
+        self.cuts = TextCuts()
 
     @classmethod
     def from_pretrained(
@@ -107,6 +111,16 @@ class LLM2CLIP:
         )
         check_match(model, folder, text, teacher_name=teacher)
         return cls(model, transform, text, prompt=folder.manifest.get("prompt"), origin=origin)
+
+    @property
+    def num_cut(self) -> int:
+        """Texts so far that were longer than the teacher reads."""
+        return self.cuts.num_cut
+
+    @property
+    def context(self) -> int | None:
+        """Tokens read of a text; None before the first, and where there is no limit."""
+        return self.cuts.limit
 
     @property
     def dim(self) -> int:
@@ -158,12 +172,15 @@ class LLM2CLIP:
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length, a row a text; `batch_size` texts are in the teacher at once.
 
+        Texts longer than the teacher reads are cut, and counted in `num_cut`; a warning says so once.
+
         Raises:
             UsageError: if the model was loaded without its teacher, or something is no text.
         """
         if self.teacher is None:
             raise UsageError("this model was opened without its teacher, so it encodes pictures only; add the teacher")
         vectors = torch.from_numpy(encode_texts(self.teacher, texts, batch_size=batch_size, prompt=self.prompt))
+        self.cuts.count(self.teacher, texts, self.prompt)
         rows = [np.empty((0, self.dim), np.float32)]
         for batch in vectors.split(4 * batch_size):
             features = self.student.get_text_features(batch.to(self.device))
@@ -180,7 +197,7 @@ class Teacher:
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
-        self.model = model
+        self.model, self.cuts = model, TextCuts()
 
     @classmethod
     def from_pretrained(cls, teacher: str | Path, **options: Any) -> Teacher:
@@ -188,6 +205,16 @@ class Teacher:
         from llm2clip.teacher.model import load_teacher
 
         return cls(load_teacher(teacher, **{**options, "device": pick_device(options.get("device"))}))
+
+    @property
+    def num_cut(self) -> int:
+        """Texts so far that were longer than the teacher reads."""
+        return self.cuts.num_cut
+
+    @property
+    def context(self) -> int | None:
+        """Tokens read of a text; None before the first, and where there is no limit."""
+        return self.cuts.limit
 
     @property
     def dim(self) -> int | None:
@@ -204,6 +231,7 @@ class Teacher:
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, T] of unit length, a row a text."""
         vectors = torch.from_numpy(encode_texts(self.model, texts, batch_size=batch_size))
+        self.cuts.count(self.model, texts, None)
         return normalize(vectors, dim=-1).numpy()
 
 
@@ -219,6 +247,29 @@ def encode_texts(
         return np.empty((0, teacher.get_embedding_dimension() or 0), np.float32)
     vectors = teacher.encode(list(texts), batch_size=batch_size, prompt=prompt, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
+
+
+class TextCuts:
+    """Counts the texts that a teacher reads only the beginning of; says so once."""
+
+    def __init__(self) -> None:
+        self.num_cut = 0
+        self._counter: CutCounter | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens read of a text."""
+        return None if self._counter is None else self._counter.limit
+
+    def count(self, teacher: SentenceTransformer, texts: Sequence[str], prompt: str | None) -> None:
+        """Count those of `texts`, as `encode_texts` encodes them."""
+        if self._counter is None:
+            default = teacher.prompts.get(teacher.default_prompt_name or "")
+            self._counter = CutCounter(teacher, prompt if prompt is not None else default)
+        number = int(self._counter.cut(texts).sum())
+        if number and not self.num_cut:
+            logger.warning("texts longer than %s tokens are cut; num_cut counts them", f"{self.limit:,}")
+        self.num_cut += number
 
 
 def _opened(picture: Any) -> Picture:

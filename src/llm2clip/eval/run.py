@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.cuts import say_cut
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.source import open_source
@@ -121,6 +122,7 @@ def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> 
     }
     if before is not None:
         facts["captions_cut"] = getattr(encoder, "num_cut", 0) - before
+        say_cut(facts["captions_cut"], len(captions.texts), getattr(encoder, "context", None))
     return {
         "metrics": {**metrics, **caption_scores(texts, captions)},
         "chance": chance,

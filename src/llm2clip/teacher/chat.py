@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm2clip.errors import UsageError, setting
+from jinja2 import TemplateError
+
+from llm2clip.errors import UsageError, one_line, setting
 
 MARK = "CAPTION"
 LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
@@ -78,8 +80,25 @@ def _tokens_before(tokenizer: Any) -> list[str]:
 
 
 def _render(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+    """The conversation as text; a template that does not read texts, as those of models with images, gets parts.
+
+    Raises:
+        UsageError: if the template can write down neither.
+    """
+    detail = f"it leaves out or rewrites a text such as {MARK!r}"
+    for parts in (False, True):
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": content}] if parts else content}
+            for role, content in turns
+        ]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            detail = one_line(error)
+        else:
+            if MARK in text:
+                return text
+    raise UsageError(f"{setting('chat_template')}: this tokenizer's template does not take a user's turn ({detail})")
 
 
 def _common_end(a: str, b: str) -> str:

@@ -26,6 +26,7 @@ from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import TEXT, stored
 from llm2clip.teacher.mixture import BatchOrder, Key
 from llm2clip.teacher.model import one_line_errors, prepare_tokenizer
+from llm2clip.teacher.reach import check_tokens
 from llm2clip.teacher.trainer import Log, OrderedTrainer, arguments, prepare_model, run_trainer
 from llm2clip.teacher.tuning import is_sharded, load_trained, trained_weights, with_lora
 
@@ -115,6 +116,11 @@ def train_mntp(config: TeacherConfig, model: ModelFolder, captions: Any, state: 
 
     causal_lm, tokenizer = load()
     mask_id = mask_token_id(tokenizer, config.mntp_mask_token)
+    rows = len(causal_lm.get_input_embeddings().weight)
+    if mask_id >= rows:
+        raise UsageError(
+            f"{setting('mntp_mask_token')} has the id {mask_id}, and the LLM's embedding only {rows} rows; name another"
+        )
     data = MaskedTexts(captions, texts, tokenizer, share=config.mntp_mask, mask_id=mask_id, seed=config.seed)
     batch_size = config.mntp_batch_size
     if len(data) < batch_size:
@@ -161,6 +167,7 @@ def load_causal_lm(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     prepare_tokenizer(tokenizer, name)
+    check_tokens(causal_lm, tokenizer, name)
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)
     causal_lm.config.use_cache = False
     return causal_lm, tokenizer

@@ -20,6 +20,7 @@ from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, quiet_t
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
+from llm2clip.teacher.reach import FAILURES, check_length, check_tokens, first_line
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
 
@@ -88,6 +89,10 @@ def _load_embedder(
             model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
         )
     check_weights(teacher, folder)
+    for module in teacher.modules():
+        if isinstance(module, Transformer) and module.tokenizer is not None and "text" in module.modalities:
+            check_tokens(module.model, module.tokenizer, folder.name)
+            check_length(module, folder.name)
     if folder.made == "teacher":
         restore_attention(teacher, folder.manifest["config"]["attention"])
     _route_captions(teacher, folder.name)
@@ -170,6 +175,7 @@ def llm_as_encoder(
             setting("chat_template", True),
         )
     header = use_chat_template(transformer.tokenizer) if chat_template else ""
+    check_tokens(transformer.model, transformer.tokenizer, folder.name, header=header)
     encoder = SentenceTransformer(
         modules=[
             transformer,
@@ -181,6 +187,7 @@ def llm_as_encoder(
     )
     restore_attention(encoder, attention)
     check_attention(encoder, attention, folder.name)
+    check_length(transformer, folder.name)
     settings = {"pooling": pooling, "attention": attention, "max_length": max_length, "chat_template": chat_template}
     remember_origin(encoder, folder, settings=settings)
     return encoder.eval()
@@ -219,8 +226,17 @@ def check_attention(encoder: SentenceTransformer, attention: str, name: str | Pa
     ids = torch.arange(2 * PROBE_TOKENS, device=encoder.device).view(2, -1) + 10
     ids[1, :-1] = ids[0, :-1]  # the two differ in the last token only
     features = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "modality": "text"}
-    with torch.no_grad():
-        states = encoder[0](features)["token_embeddings"]
+    try:
+        with torch.no_grad():
+            states = encoder[0](features)["token_embeddings"]
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:  # such as a model that builds its own mask, and finds none where all may see all
+        other = "causal" if attention == "two-way" else "two-way"
+        raise UsageError(
+            f"{name} fails with {attention} attention ({first_line(error)}); give {setting('attention', other)}, or "
+            "another LLM"
+        ) from error
     moved = not torch.allclose(states[0, 0], states[1, 0], rtol=1e-4, atol=1e-6)
     if moved != (attention == "two-way"):
         has = "two-way" if moved else "causal"

@@ -16,12 +16,13 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
 from llm2clip.teacher import tuning
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
-from llm2clip.teacher.data import check_tasks, prepare_probe, prepare_tasks
+from llm2clip.teacher.data import TRIPLET, check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
 from llm2clip.teacher.mixture import BatchOrder, Mixture, Task, check_sizes, count_steps, task_weights
 from llm2clip.teacher.mntp import mask_token_id, train_mntp
@@ -31,6 +32,8 @@ from llm2clip.teacher.trainer import fit
 from llm2clip.teacher.tuning import merge_lora
 
 logger = logging.getLogger("llm2clip")
+MOST_COUNTED = 10_000
+"""Rows of a task whose captions are counted before training; to tokenise all of millions takes hours."""
 MERGE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 1e-3}
 """How far (1 - cosine) merging the adapter may move a vector: the rounding of the weights' dtype."""
 
@@ -72,6 +75,8 @@ def train_teacher(config: TeacherConfig) -> Path:
         if config.mntp:
             model = find_model(train_mntp(config, model, tasks[0].rows if config.data else [], state))
         encoder = build_encoder(config, model, state)
+        if state.is_main_process:
+            facts = {**facts, "captions_cut": count_cut(encoder, tasks)}
         before = _probe(encoder, probe_set, config.work / "before.json", state)
         train(config, encoder, tasks, probe_set, state)
         if tuning.is_sharded(encoder):  # one process puts the whole together again
@@ -188,6 +193,28 @@ def train(
         return {name: scores[name] for name in ("cra_second", "cra_all", "alignment", "uniformity")}
 
     fit(encoder, Mixture(tasks, seed=config.seed), order, config=config, probe=probe if probe_set else None)
+
+
+def count_cut(encoder: SentenceTransformer, tasks: list[Task]) -> dict[str, Any]:
+    """How many training captions are longer than the LLM reads; a warning if any are.
+
+    Of many captions only those of some rows, the same of each task, are counted.
+    """
+    texts: list[str] = []
+    for task in tasks:
+        step = -(-len(task) // MOST_COUNTED)
+        texts += [text for i in range(0, len(task), step) for text in all_texts(task.rows[i])]
+    counter = CutCounter(encoder, encoder.prompts.get("caption"))
+    number = int(counter.cut(texts).sum())
+    sampled = any(len(task) > MOST_COUNTED for task in tasks)
+    say_cut(number, len(texts), counter.limit, what="training captions" + (" of a sample" if sampled else ""))
+    return {"captions": len(texts), "cut": number, "limit": counter.limit}
+
+
+def all_texts(row: dict[str, Any]) -> list[str]:
+    """The captions of a stored row, of whatever kind."""
+    found = row["texts"] if "texts" in row else [row.get(name) for name in TRIPLET]
+    return [text for text in found if text]
 
 
 def merge_checked(encoder: SentenceTransformer, captions: CaptionSet, *, tolerance: float) -> float:

@@ -25,6 +25,7 @@ from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.loss import CaptionLoss
 from llm2clip.teacher.mixture import BatchOrder, Mixture
 from llm2clip.teacher.model import llm
+from llm2clip.teacher.reach import freeze_unreached
 from llm2clip.teacher.tuning import is_sharded, load_trained, set_attention_dropout, trained_weights
 
 logger = logging.getLogger("llm2clip")
@@ -137,6 +138,8 @@ def last_checkpoint(folder: Path, *, num_processes: int = 1) -> Path | None:
 def prepare_model(model: Any, config: TeacherConfig, *, attention_dropout: float) -> None:
     """Set what training changes in a model: dropout of attention, recomputed activations."""
     set_attention_dropout(model, attention_dropout)
+    if config.tuning == "full":
+        freeze_unreached(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -1,4 +1,4 @@
-"""What of a teacher trains: LoRA on every linear layer, an adaptor behind the pooling, or every weight."""
+"""What of a teacher trains: LoRA where captions pass, an adaptor behind the pooling, or every weight."""
 
 from __future__ import annotations
 
@@ -12,24 +12,48 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llm2clip.errors import UsageError, setting
 from llm2clip.teacher.fingerprint import forget_origin
 from llm2clip.teacher.model import llm
+from llm2clip.teacher.reach import adaptable, exact_targets, first_line
 
 
 def with_lora(model: Any, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05, seed: int = 0) -> Any:
-    """`model` with its weights frozen and adapters, drawn from `seed`, on all of its linear layers but the last."""
-    from peft import LoraConfig, get_peft_model
+    """`model` with its weights frozen and adapters, drawn from `seed`, on its linear layers that captions pass.
 
+    The output layer gets none. Experts held as one weight get theirs without dropout: what is added to such a weight
+    is no layer that an input could be dropped before.
+
+    Raises:
+        UsageError: if peft cannot adapt this model.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import ParamWrapper
+
+    layers, stacks = adaptable(model)
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        target_modules="all-linear",
+        lora_dropout=0.0 if stacks else dropout,
+        target_modules=layers,
+        target_parameters=stacks or None,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.simplefilter("ignore", FutureWarning)  # peft asks a question that transformers has renamed
-        return get_peft_model(model, settings)
+        try:
+            with exact_targets(model, needed=bool(stacks)):
+                adapted: Any = get_peft_model(model, settings)
+        except ValueError as error:  # such as the layers of a state space model
+            raise UsageError(
+                f"peft cannot adapt this LLM ({first_line(error)}); give {setting('tuning', 'full')}, or another LLM"
+            ) from error
+    if stacks and dropout:
+        for layer in adapted.modules():
+            if hasattr(layer, "lora_dropout") and not isinstance(layer, ParamWrapper):
+                layer.lora_dropout["default"] = torch.nn.Dropout(dropout)
+        settings.lora_dropout = dropout
+    return adapted
 
 
 def add_lora(
@@ -52,8 +76,10 @@ def move_lora(encoder: SentenceTransformer, base: SentenceTransformer, *, folder
     """
     from peft import PeftModel
 
-    llm(encoder).save_pretrained(str(folder))
-    with warnings.catch_warnings():
+    adapted = llm(encoder)
+    stacks = bool(adapted.peft_config["default"].target_parameters)
+    adapted.save_pretrained(str(folder))
+    with warnings.catch_warnings(), exact_targets(llm(base), needed=stacks):
         warnings.simplefilter("ignore", FutureWarning)
         encoder[0].model = PeftModel.from_pretrained(llm(base), str(folder))
 

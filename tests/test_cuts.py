@@ -55,9 +55,11 @@ def test_counting_leaves_the_tokenizer_alone(encoder: SentenceTransformer) -> No
     assert np.array_equal(encoder.encode(captions(WORDS)), before)
 
 
-def test_captions_go_the_way_of_documents(encoder: SentenceTransformer, tiny_llm: Path) -> None:
+def test_captions_go_the_default_way_of_a_router(encoder: SentenceTransformer, tiny_llm: Path) -> None:
     longer = llm_as_encoder(tiny_llm, max_length=20, device="cpu")
     routed = SentenceTransformer(modules=[Router({"query": list(encoder), "document": list(longer)})], device="cpu")
+    assert CutCounter(routed).limit == 8
+    routed[0].default_route = "document"
     assert CutCounter(routed).limit == 20
     assert CutCounter(routed).cut(captions([8, 20])).tolist() == [False, True]
 

@@ -85,8 +85,8 @@ def _readers(teacher: SentenceTransformer) -> list[tuple[Any, int]]:
     modules: list[Any] = [first]
     if isinstance(first, Router):
         routes: Any = first.sub_modules
-        every = hasattr(first, "members")  # of a joined teacher; else captions go the way of documents
-        ways = [name for name in routes if every or name in ("document", first.default_route)]
+        every = hasattr(first, "members")  # of a joined teacher; else captions go one way
+        ways = [name for name in routes if every or name == (first.default_route or "document")]
         modules = [routes[name][0] for name in ways]
     return [
         (module.tokenizer, module.max_seq_length)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankAddConfig, BankConfig, BankMergeConfig
@@ -30,6 +31,8 @@ def short_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> P
 def table(folder: Path, words: list[int], *, first: int = 0) -> Path:
     """A CSV of captions of so many words, each of another image and of another last word."""
     folder.mkdir(exist_ok=True)
+    for i in range(len(words)):
+        Image.new("RGB", (8, 8), (first + i, 0, 0)).save(folder / f"{first + i}.png")
     rows = [f"{first + i}.png,{'red ' * (n - 1)}{('disc', 'square')[first > 0]}" for i, n in enumerate(words)]
     (folder / "captions.csv").write_text("image,caption\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return folder / "captions.csv"

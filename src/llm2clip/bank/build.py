@@ -288,7 +288,7 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
     facts = table.facts
     num_cut = sum(shard.get("cut", 0) for shard in shards)  # a shard that an older version made did not count
     limit = limit_of(plan.reuse) if plan.encoder is None else plan.encoder.cuts.limit
-    say_cut(num_cut, table.num_rows, limit, what="distinct captions")
+    say_cut(num_cut, facts["num_rows"], limit, what="distinct captions")
     digests = [entry["sha256"] for entry in facts["files"].values()]
     digests += [digest for shard in shards for digest in shard["sha256"].values()]
     write_manifest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ def vector_of(text: str) -> np.ndarray:
 
 class FakeEncoder:
     """In the place of a teacher."""
+
+    cuts = SimpleNamespace(limit=None)
 
     def prepare(self, texts: list[str]) -> Prepared:
         return Prepared([np.arange(len(texts))], np.ones(len(texts), np.int64), None, texts)

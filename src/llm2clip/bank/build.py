@@ -31,8 +31,9 @@ from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.fill import WAIT_SECONDS, fill
 from llm2clip.bank.load import TeacherFacts, facts_of, load_for_encoding, resolve_prompt
 from llm2clip.bank.reader import FACTS, TABLE, Bank, Table, has_table
-from llm2clip.bank.reuse import Reuse, check_reuse
+from llm2clip.bank.reuse import Reuse, check_reuse, limit_of
 from llm2clip.bank.vectors import VECTORS, Layout
+from llm2clip.cuts import say_cut
 from llm2clip.data.source import open_source
 from llm2clip.errors import UsageError, setting
 from llm2clip.hub import pick_device, pick_precision
@@ -285,6 +286,9 @@ def _finish(plan: Plan, layout: Layout, table: Table, claims: Claims) -> None:
 def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) -> None:
     """Write `manifest.json`: everything a reader needs to know, and checksums of all."""
     facts = table.facts
+    num_cut = sum(shard.get("cut", 0) for shard in shards)  # a shard that an older version made did not count
+    limit = limit_of(plan.reuse) if plan.encoder is None else plan.encoder.cuts.limit
+    say_cut(num_cut, facts["num_rows"], limit, what="distinct captions")
     digests = [entry["sha256"] for entry in facts["files"].values()]
     digests += [digest for shard in shards for digest in shard["sha256"].values()]
     write_manifest(
@@ -301,6 +305,7 @@ def write_bank_manifest(plan: Plan, table: Table, shards: list[dict[str, Any]]) 
         num_captions=facts["num_captions"],
         num_rows=facts["num_rows"],
         num_tokens=sum(shard["tokens"] for shard in shards),
+        cut={"rows": num_cut, "limit": limit},
         kinds=facts["kinds"],
         bad_samples=facts["bad"],
         table={

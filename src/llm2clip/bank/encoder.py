@@ -21,6 +21,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 
 from llm2clip.bank.dtypes import Stored, pack, read_dtype, unpack
+from llm2clip.cuts import CutCounter
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 
 logger = logging.getLogger("llm2clip")
@@ -65,12 +66,14 @@ class Prepared:
 
     Attributes:
         lengths: of each text `[N]`, in tokens, or else in characters.
+        num_cut: texts longer than the teacher reads.
     """
 
     batches: list[NDArray[np.int64]]
     lengths: NDArray[np.int64]
     tokens: TokenBlock | None
     texts: list[str]
+    num_cut: int = 0
 
 
 class CaptionEncoder:
@@ -103,6 +106,7 @@ class CaptionEncoder:
         self.ahead = can_tokenise_ahead(teacher)
         self.first_position = take_over_flattening(teacher[0]) if self.ahead else None
         self.varlen = self.first_position is not None
+        self.cuts = CutCounter(teacher, prompt)
         self.dim = int(self._forward(self._own_features(["a"])).shape[1])
         self._said_halved = False
         if compile:
@@ -125,9 +129,11 @@ class CaptionEncoder:
         """Tokenise and plan batches; runs in another thread than `run`."""
         tokens = tokenise(self.teacher, texts, self.prompt) if self.ahead and texts else None
         if tokens is not None:
-            return Prepared(plan_batches(tokens.lengths, self.batch_tokens), tokens.lengths, tokens, [])
+            num_cut = int(self.cuts.cut(texts, tokens.lengths).sum())
+            return Prepared(plan_batches(tokens.lengths, self.batch_tokens), tokens.lengths, tokens, [], num_cut)
         lengths = np.array([len(text) + len(self.prompt or "") for text in texts], np.int64)
-        return Prepared(plan_batches(lengths, CHARACTERS_PER_TOKEN * self.batch_tokens), lengths, None, texts)
+        batches = plan_batches(lengths, CHARACTERS_PER_TOKEN * self.batch_tokens)
+        return Prepared(batches, lengths, None, texts, int(self.cuts.cut(texts).sum()))
 
     @torch.inference_mode()
     def run(self, prepared: Prepared, sink: Sink) -> NDArray[np.int32]:

@@ -109,11 +109,23 @@ def _prepare(layout: Layout, table: Table, encoder: CaptionEncoder | None, reuse
     buffer = ShardBuffer(layout, shard)
     rows = layout.rows(shard)
     places = reuse.copy(table.hashes[rows.start : rows.stop], buffer)
+    buffer.num_cut = _copied_cut(buffer, table, encoder, reuse.limit)
     if not len(places):
         return Job(shard, buffer, places, None)
     assert encoder is not None, "without a teacher every caption comes from another bank"
     texts = table.texts([rows.start + int(place) for place in places])
     return Job(shard, buffer, places, encoder.prepare(texts))
+
+
+def _copied_cut(buffer: ShardBuffer, table: Table, encoder: CaptionEncoder | None, limit: int | None) -> int:
+    """How many copied captions are longer than the teacher reads; without it, how many fill what it reads."""
+    limit = limit if encoder is None else encoder.cuts.limit
+    if limit is None:
+        return 0
+    full = np.flatnonzero(buffer.tokens >= limit)
+    if encoder is None or not len(full):
+        return len(full)
+    return int(encoder.cuts.cut(table.texts([buffer.rows.start + int(place) for place in full])).sum())
 
 
 def _encode(job: Job, encoder: CaptionEncoder | None, table: Table, progress: Progress) -> None:
@@ -127,5 +139,6 @@ def _encode(job: Job, encoder: CaptionEncoder | None, table: Table, progress: Pr
             progress.advance(len(places), work=float(lengths[places].sum() / max(lengths.mean(), 1)))  # longest first
 
         job.buffer.tokens[job.places] = encoder.run(job.prepared, sink)
+        job.buffer.num_cut += job.prepared.num_cut
     job.buffer.check(table.text)
     job.buffer.write()

@@ -53,6 +53,7 @@ def bank_facts(folder: str | Path) -> dict[str, Any]:
         "num_captions": manifest["num_captions"],
         "num_rows": bank.num_rows,
         "num_tokens": manifest["num_tokens"],
+        "cut": manifest.get("cut"),
         "dim": bank.dim,
         "dtype": bank.dtype,
         "shards": bank.layout.num_shards,
@@ -120,6 +121,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{facts['num_tokens']:,} tokens",
         f"vectors   {facts['dim']} x {facts['dtype']} in {facts['shards']} shards, "
         f"{human_bytes(facts['bytes']['vectors'])}; table {human_bytes(facts['bytes']['table'])}",
+        *cut_lines(facts),
         "",
         f"{'kind':<12}{'samples':>12}{'captions':>12}{'tokens: mean':>14}{'median':>8}{'95 %':>8}{'longest':>9}",
     ]
@@ -135,6 +137,15 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{bar:<12}{count:>12,} {'█' * round(BAR_WIDTH * count / most)}" for bar, count in facts["histogram"].items()
     ]
     return "\n".join(lines)
+
+
+def cut_lines(facts: dict[str, Any]) -> list[str]:
+    """A line on captions that were cut; none for a bank that did not count them."""
+    cut = facts["cut"]
+    if cut is None or cut["limit"] is None:
+        return []
+    share = f"{cut['rows'] / facts['num_rows']:.1%}"
+    return [f"cut       {cut['rows']:,} distinct captions ({share}) are longer than the {cut['limit']:,} tokens read"]
 
 
 def _size(folder: Path) -> int:

@@ -26,6 +26,7 @@ class Reuse:
     def __init__(self, banks: Sequence[Bank]) -> None:
         self._banks = list(banks)
         self._indexes = []
+        self.limit = limit_of(banks)
         for bank in banks:
             index = HashIndex()
             index.insert(bank.hashes, np.arange(bank.num_rows))
@@ -50,6 +51,11 @@ class Reuse:
         vectors, scale = pack(torch.from_numpy(bank.vectors(rows)), dtype)
         array = vectors.numpy()
         return array.view(np.uint16) if dtype == "bfloat16" else array, None if scale is None else scale.numpy()
+
+
+def limit_of(banks: Sequence[Bank]) -> int | None:
+    """Tokens that the teacher read of a caption, as banks say; None if none does."""
+    return next((limit for bank in banks if (limit := bank.manifest.get("cut", {}).get("limit"))), None)
 
 
 def teacher_of(bank: Bank) -> TeacherFacts:

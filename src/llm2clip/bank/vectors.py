@@ -130,6 +130,7 @@ class ShardBuffer:
         arrays = {name: np.zeros((len(self.rows), *shape[1:]), dtype) for name, (dtype, shape) in layout.arrays.items()}
         self.arrays, self.vectors, self.tokens = arrays, arrays["vectors"], arrays["tokens"]
         self.scale = arrays.get("scale")
+        self.num_cut = 0
 
     def put(self, places: NDArray[np.int64], stored: Stored) -> None:
         """Set the vectors (and scales) of some rows, counted from the shard's first."""
@@ -168,6 +169,7 @@ class ShardBuffer:
             "first": self.rows.start,
             "rows": len(self.rows),
             "tokens": int(self.tokens.sum()),
+            "cut": self.num_cut,
             "sha256": {name: checksum(array) for name, array in self.arrays.items()},
         }
         write_json(self.layout.facts_path(self.shard), facts)

@@ -116,7 +116,8 @@ def test_a_vector_is_the_members_unit_vectors_one_behind_the_other(
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_siglip_reads_lower_case_padded_text_as_it_was_trained(kind, tiny_llm: Path, two_towers, tmp_path) -> None:
     joined = join_all(tmp_path / "out", two_towers[kind], tiny_llm, weights=(2.0, 0.5))
-    encoder = ClipEncoder.from_pretrained(two_towers[kind])
+    parts = (one.from_pretrained(two_towers[kind]) for one in (t.AutoModel, t.AutoTokenizer, t.AutoImageProcessor))
+    encoder = ClipEncoder(*parts)  # not opened: SigLIP 2's images have no fixed size, and only texts are asked for
     expected = np.hstack(
         [2 * encoder.encode_text(TEXTS), 0.5 * unit(load_teacher(tiny_llm, device="cpu").encode(TEXTS))]
     )

@@ -65,7 +65,8 @@ class StudentConfig:
     """Pictures a step, over all processes; every other caption of the step is a negative. By default the paper's 4,096,
     or all pictures of the banks if there are fewer."""
     micro_batch_size: int | None = None
-    """Pictures in the tower at once on each process; below the batch, gradients are cached, with the same result."""
+    """Pictures in the tower at once on each process; below the batch, gradients are cached, with the same
+    result, but for BatchNorm that learns."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step. It adds no negatives: a larger --batch-size does."""
 

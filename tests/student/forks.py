@@ -47,11 +47,12 @@ def counting(function: Any, counts: list[int]) -> Any:
 def _profiled(function: Any, on_entry: Callable[[], Any]) -> Any:
     @functools.wraps(function)
     def profiled(*args: Any, **kwargs: Any) -> Any:
+        before = sys.getprofile()  # of a function around this one
         sys.setprofile(on_entry())
         try:
             return function(*args, **kwargs)
         finally:
-            sys.setprofile(None)
+            sys.setprofile(before)
 
     return profiled
 

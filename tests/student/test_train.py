@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from llm2clip.artifacts import read_manifest
 from llm2clip.errors import TooManyBadSamples, UsageError
-from llm2clip.student import accelerator, session, train
+from llm2clip.student import accelerator, checkpoint, session, train
 from llm2clip.student.accelerator import check_sharding, keep_sums_whole, start_accelerator
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
@@ -290,6 +290,7 @@ PLACES = {
     "begin": (session.Session, "__init__"),
     "step": (train, "train_step"),
     "save": (session, "save_checkpoint"),
+    "write": (checkpoint._Writer, "write_data"),
     "finish": (train, "finish"),
 }
 KILLS = (  # where, and at which entry; the moment within it is drawn
@@ -300,7 +301,7 @@ KILLS = (  # where, and at which entry; the moment within it is drawn
     ("save", 3),
     ("step", 4),
     ("begin", 1),
-    ("save", 2),
+    ("write", 2),
     ("save", 4),
     ("finish", 1),
 )
@@ -324,7 +325,7 @@ def test_kill_9_at_ten_random_moments(config, tmp_path, monkeypatch) -> None:
         written = sorted(path.name[:5] for path in (run.out / "checkpoints").glob("*"))
         found.append((place, ".writ" in written, "step-" in written))
     assert found[:3] == [("begin", False, False), ("step", False, False), ("step", False, False)], "no checkpoint yet"
-    assert ("save", True, True) in found, "none while a checkpoint was half written beside a whole one"
+    assert ("write", True, True) in found, "none while a checkpoint was half written beside a whole one"
     assert any(place == "step" and saved for place, _, saved in found), "none after a checkpoint"
     assert not (run.out / "manifest.json").exists()
     assert in_child(functools.partial(train_student, run)) == (0, "")

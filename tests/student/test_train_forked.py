@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm2clip.errors import UsageError
-from llm2clip.student import session as session_module
+from llm2clip.student import checkpoint
 from llm2clip.student import train as train_module
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
@@ -69,7 +69,7 @@ def test_two_processes_killed_and_started_again_end_in_the_same_bytes(settings: 
     assert side_by_side(2, tmp_path / "meeting", lambda rank: train_student(whole)) == [(0, "")] * 2
     kills = [  # who, where, at which entry, and after how many calls within
         (1, train_module, "train_step", 3, 1000),  # no checkpoint yet
-        (0, session_module, "save_checkpoint", 2, 9000),
+        (0, checkpoint._Writer, "write_data", 2, 50),
         (0, train_module, "train_step", 5, 2000),
         (1, train_module, "train_step", 1, 3000),
     ]

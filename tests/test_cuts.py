@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
+from llm2clip import EvaluateConfig, evaluate
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.pipeline import Teacher
 from llm2clip.teacher.model import llm_as_encoder
@@ -91,3 +92,16 @@ def test_encoding_texts_says_it_once_and_counts_on(
             teacher.encode_text(captions(numbers))
     assert caplog.messages == ["texts longer than 8 tokens are cut; num_cut counts them"]
     assert (teacher.num_cut, teacher.context) == (3, 8)
+
+
+def test_evaluate_says_it_once_with_the_share(
+    encoder: SentenceTransformer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder.save_pretrained(str(tmp_path / "teacher"), create_model_card=False)
+    rows = [f"{i}.jpg,{text}" for i, text in enumerate(captions([1, 7, 8, 30]))]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    settings = {"teacher": str(tmp_path / "teacher"), "data": (str(tmp_path / "t.csv"),), "device": "cpu"}
+    with caplog.at_level(logging.WARNING, logger="llm2clip"):
+        report = evaluate(EvaluateConfig(**settings, out=tmp_path / "report"))
+    assert [message.split(" are")[0] for message in caplog.messages] == ["2 of 4 captions (50.0%)"]
+    assert report["datasets"]["t"]["captions_cut"] == 2

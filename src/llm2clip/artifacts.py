@@ -189,15 +189,20 @@ def made_as(manifest: Mapping[str, Any]) -> str:
     return str(manifest.get("format", "")).removeprefix("llm2clip/")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, *, what: str = "") -> None:
     """Raise if the name of a model is neither a folder nor can be a Hub id.
+
+    Args:
+        name: as it was given.
+        what: the setting that has it, for the message.
 
     Raises:
         UsageError: with what to give.
     """
     is_path = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip()
     if is_path and not (name.strip() and Path(name).is_dir()):
-        raise UsageError(f"{name or repr(name)} is no folder; give the folder of a model, or a Hub id (org/name)")
+        given = f"{what} {name or repr(name)}".lstrip()
+        raise UsageError(f"{given} is no folder; give the folder of a model, or a Hub id (org/name)")
 
 
 def is_output(folder: str | Path) -> bool:

@@ -10,14 +10,16 @@ import importlib
 import io
 import logging
 import os
-import signal
 import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llm2clip.errors import LLM2CLIPError, UsageError, settings_as_flags
+from llm2clip.errors import LLM2CLIPError, UsageError, setting, settings_as_flags
 from llm2clip.verbs import VERBS
+
+BROKEN_PIPE = 141
+"""As shells say it of a program that ended by SIGPIPE, 13."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went; what Python still holds for it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE  # as a shell says it of a program that ended so
+        code = BROKEN_PIPE
     sys.exit(code)
 
 
@@ -99,7 +101,7 @@ def _look_first(config: Any) -> None:
 
     for field in ("model", "teacher", "tower"):
         if isinstance(name := getattr(config, field, None), str):
-            check_name(name)
+            check_name(name, what=setting(field))
     if isinstance(config, SourceConfig):
         from llm2clip.data.source import look_at_sources
 

@@ -26,8 +26,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each precision that a setting can name, but for "auto"."""
 STUDENT_CONFIG = "student_config.json"
 """What an exported bundle keeps of its student's config; no other SentenceTransformer has it."""
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError)
-"""What loading a damaged or foreign model raises."""
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, ImportError, SafetensorError),
+    *(AttributeError, IndexError, KeyError, TypeError),
+)
+"""What loading a damaged or foreign model, and trying it, raises."""
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
 """What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""

@@ -37,7 +37,35 @@ logger = logging.getLogger("llm2clip")
 PictureInput = Picture | np.ndarray | Tensor
 
 
-class LLM2CLIP:
+class CountsCuts:
+    """Counts the texts that a teacher reads only the beginning of; a warning says so once.
+
+    Attributes:
+        num_cut: texts so far that were longer than the teacher reads.
+        warns: whether there is a warning; `evaluate` says it with the share.
+    """
+
+    num_cut = 0
+    warns = True
+    _counter: CutCounter | None = None
+
+    @property
+    def context(self) -> int | None:
+        """Tokens read of a text; None before the first, and where there is no limit."""
+        return None if self._counter is None else self._counter.limit
+
+    def _count_cut(self, teacher: SentenceTransformer, texts: Sequence[str], prompt: str | None = None) -> None:
+        """Count those of `texts`, as `encode_texts` encodes them."""
+        if self._counter is None:
+            default = teacher.prompts.get(teacher.default_prompt_name or "")
+            self._counter = CutCounter(teacher, prompt if prompt is not None else default)
+        number = int(self._counter.cut(texts).sum())
+        if number and not self.num_cut and self.warns:
+            logger.warning("texts longer than %s tokens are cut; num_cut counts them", f"{self.context:,}")
+        self.num_cut += number
+
+
+class LLM2CLIP(CountsCuts):
     """A student and, for texts, its teacher.
 
     Args:
@@ -66,7 +94,6 @@ class LLM2CLIP:
     ) -> None:
         self.student, self.transform, self.teacher, self.prompt = student.eval(), transform, teacher, prompt
         self.origin = dict(origin or {})
-        self.cuts = TextCuts()
 
     @classmethod
     def from_pretrained(
@@ -111,16 +138,6 @@ class LLM2CLIP:
         )
         check_match(model, folder, text, teacher_name=teacher)
         return cls(model, transform, text, prompt=folder.manifest.get("prompt"), origin=origin)
-
-    @property
-    def num_cut(self) -> int:
-        """Texts so far that were longer than the teacher reads."""
-        return self.cuts.num_cut
-
-    @property
-    def context(self) -> int | None:
-        """Tokens read of a text; None before the first, and where there is no limit."""
-        return self.cuts.limit
 
     @property
     def dim(self) -> int:
@@ -180,7 +197,7 @@ class LLM2CLIP:
         if self.teacher is None:
             raise UsageError("this model was opened without its teacher, so it encodes pictures only; add the teacher")
         vectors = torch.from_numpy(encode_texts(self.teacher, texts, batch_size=batch_size, prompt=self.prompt))
-        self.cuts.count(self.teacher, texts, self.prompt)
+        self._count_cut(self.teacher, texts, self.prompt)
         rows = [np.empty((0, self.dim), np.float32)]
         for batch in vectors.split(4 * batch_size):
             features = self.student.get_text_features(batch.to(self.device))
@@ -188,7 +205,7 @@ class LLM2CLIP:
         return np.concatenate(rows)
 
 
-class Teacher:
+class Teacher(CountsCuts):
     """A text encoder alone, as scores see it: any SentenceTransformer, one of our teachers, or a bare LLM.
 
     Example:
@@ -197,7 +214,7 @@ class Teacher:
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
-        self.model, self.cuts = model, TextCuts()
+        self.model = model
 
     @classmethod
     def from_pretrained(cls, teacher: str | Path, **options: Any) -> Teacher:
@@ -205,16 +222,6 @@ class Teacher:
         from llm2clip.teacher.model import load_teacher
 
         return cls(load_teacher(teacher, **{**options, "device": pick_device(options.get("device"))}))
-
-    @property
-    def num_cut(self) -> int:
-        """Texts so far that were longer than the teacher reads."""
-        return self.cuts.num_cut
-
-    @property
-    def context(self) -> int | None:
-        """Tokens read of a text; None before the first, and where there is no limit."""
-        return self.cuts.limit
 
     @property
     def dim(self) -> int | None:
@@ -231,7 +238,7 @@ class Teacher:
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, T] of unit length, a row a text."""
         vectors = torch.from_numpy(encode_texts(self.model, texts, batch_size=batch_size))
-        self.cuts.count(self.model, texts, None)
+        self._count_cut(self.model, texts)
         return normalize(vectors, dim=-1).numpy()
 
 
@@ -247,29 +254,6 @@ def encode_texts(
         return np.empty((0, teacher.get_embedding_dimension() or 0), np.float32)
     vectors = teacher.encode(list(texts), batch_size=batch_size, prompt=prompt, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
-
-
-class TextCuts:
-    """Counts the texts that a teacher reads only the beginning of; says so once."""
-
-    def __init__(self) -> None:
-        self.num_cut = 0
-        self._counter: CutCounter | None = None
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens read of a text."""
-        return None if self._counter is None else self._counter.limit
-
-    def count(self, teacher: SentenceTransformer, texts: Sequence[str], prompt: str | None) -> None:
-        """Count those of `texts`, as `encode_texts` encodes them."""
-        if self._counter is None:
-            default = teacher.prompts.get(teacher.default_prompt_name or "")
-            self._counter = CutCounter(teacher, prompt if prompt is not None else default)
-        number = int(self._counter.cut(texts).sum())
-        if number and not self.num_cut:
-            logger.warning("texts longer than %s tokens are cut; num_cut counts them", f"{self.limit:,}")
-        self.num_cut += number
 
 
 def _opened(picture: Any) -> Picture:

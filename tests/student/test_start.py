@@ -27,7 +27,7 @@ def test_a_teacher_is_no_tower(tmp_path) -> None:
 
 def test_an_empty_folder_and_a_missing_one(tmp_path) -> None:
     assert "no config.json" in complaint(tmp_path)
-    assert "does not exist" in complaint(tmp_path / "nowhere")
+    assert "is no folder" in complaint(tmp_path / "nowhere")
 
 
 def test_a_hub_id_that_cannot_be_had() -> None:

@@ -390,7 +390,7 @@ def test_accuracy_by_hand() -> None:
     [
         ({"bank": ("bnak",)}, "bnak is no folder"),
         ({"val_bank": "bnak"}, "bnak is no folder"),
-        ({"tower": "./towre"}, "tower ./towre does not exist"),
+        ({"tower": "./towre"}, "tower ./towre is no folder"),
         ({"batch_size": 25}, "^batch_size 25 is above"),
         ({"unlocked_blocks": 3}, "^unlocked_blocks is 3"),
     ],

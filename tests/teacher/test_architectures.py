@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from llm2clip.errors import UsageError
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.model import llm, llm_as_encoder, load_teacher
-from llm2clip.teacher.reach import freeze_unreached
+from llm2clip.teacher.reach import check_length, freeze_unreached
 from llm2clip.teacher.train import merge_checked
 from llm2clip.teacher.tuning import add_lora, with_lora
 from tests.conftest import write_tokenizer
@@ -231,6 +232,21 @@ def test_positions_of_an_embedder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="positions for 38 tokens, and is to read 40"):
         load_teacher(tmp_path / "40")
     assert np.isfinite(load_teacher(tmp_path / "38").encode([" ".join(["red"] * 80)])).all()
+
+
+def test_the_search_for_positions_costs_no_run_of_a_large_model(tmp_path: Path) -> None:
+    """A long input goes through no block of a model whose table is read before them, and through no other at all."""
+    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    bert = transformers.BertModel(transformers.BertConfig(**shape, num_attention_heads=2, max_position_embeddings=40))
+    llama = transformers.LlamaModel(transformers.LlamaConfig(**SHAPE, max_position_embeddings=40))
+    for model, blocks, table in ((bert, bert.encoder.layer, True), (llama, llama.layers, False)):
+        runs: list[str] = []
+        model.get_input_embeddings().register_forward_hook(lambda *_, runs=runs: runs.append("embeddings"))
+        blocks[0].register_forward_hook(lambda *_, runs=runs: runs.append("block"))
+        check_length(SimpleNamespace(model=model.eval(), max_seq_length=40), "it")  # type: ignore[arg-type]
+        assert runs == ["embeddings"] * table
+    with pytest.raises(UsageError, match="positions for 40 tokens, and is to read 41 of"):
+        check_length(SimpleNamespace(model=bert, max_seq_length=41), "it")  # type: ignore[arg-type]
 
 
 def test_a_model_that_fails_two_way_is_one_line(tmp_path: Path) -> None:

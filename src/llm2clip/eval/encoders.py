@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
-from llm2clip.errors import UsageError, one_line, setting
-from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast, find_model, missing_weights
+from llm2clip.errors import UsageError, setting
+from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, one_line_errors
 
 logger = logging.getLogger("llm2clip")
 
@@ -57,7 +57,7 @@ class ClipEncoder:
 
         folder = find_model(name)
         options = {"trust_remote_code": trust_remote_code}
-        try:
+        with one_line_errors(f"{setting('model')} {folder.name} cannot be loaded and run"):
             config = AutoConfig.from_pretrained(folder.path, **options)
             _check_two_towers(MODEL_MAPPING.get(type(config), None), folder)
             model, report = AutoModel.from_pretrained(
@@ -73,10 +73,6 @@ class ClipEncoder:
             encoder = cls(cast(model, torch.device(device), dtype), tokenizer, processor)
             encoder.encode_image([Image.new("RGB", (64, 64))])  # some want more than pixels and tokens
             encoder.encode_text(["a"])
-        except (UsageError, torch.OutOfMemoryError):
-            raise
-        except (*LOAD_ERRORS, TypeError, AttributeError, IndexError) as error:
-            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded and run: {one_line(error)}") from None
         return encoder
 
     def prepare_image(self, picture: Any) -> Tensor:
@@ -151,7 +147,7 @@ class SentenceTransformerEncoder:
         from sentence_transformers import SentenceTransformer
 
         folder = find_model(name)
-        try:
+        with one_line_errors(f"{setting('model')} {folder.name} cannot be loaded"):
             model = SentenceTransformer(
                 str(folder.path),
                 device=str(device),
@@ -159,10 +155,6 @@ class SentenceTransformerEncoder:
                 model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
             missing = missing_weights(model, folder.path)
-        except torch.OutOfMemoryError:
-            raise
-        except LOAD_ERRORS as error:
-            raise UsageError(f"{setting('model')} {folder.name} cannot be loaded: {one_line(error)}") from None
         if missing:
             raise UsageError(f"{setting('model')} {folder.name} lacks weights, such as {missing[0]}")
         if "image" not in model.modalities:

@@ -145,6 +145,7 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
     if config.model is None:
         assert config.teacher is not None
         teacher = Teacher.from_pretrained(config.teacher, revision=config.teacher_revision, **options)
+        teacher.warns = False
         return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
     folder = find_model(config.model, revision=config.model_revision)
     if folder.kind in ("student", "bundle"):
@@ -155,6 +156,7 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
                 f"{setting('model')} {config.model} reads the vectors of its teacher (fingerprint {wanted}); add "
                 f"{setting('teacher', 'DIR')}"
             )
+        model.warns = False
         return model, {"encoder": "llm2clip", "dim": model.dim, **model.origin}
     if config.teacher is not None:
         raise UsageError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
+from llm2clip.artifacts import check_name
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
 from llm2clip.hub import one_line_errors, quiet_transformers
@@ -128,8 +129,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
     if path.is_dir() and not (path / "config.json").exists():
         detail = "a SentenceTransformer (a teacher?)" if (path / "modules.json").exists() else "no config.json in it"
         raise UsageError(f"{what} is no vision model: {detail}; name the folder or Hub id of one")
-    if not path.exists() and name.startswith((".", "/", "~")):
-        raise UsageError(f"{what} does not exist; name the folder or Hub id of a vision model")
+    check_name(name, what=setting("tower"))
     with one_line_errors(f"{what} cannot be used"):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if config.model_type == "llm2clip":

@@ -20,14 +20,13 @@ from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, quiet_t
 from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
-from llm2clip.teacher.reach import FAILURES, check_length, check_tokens, first_line
+from llm2clip.teacher.reach import FAILURES, FIRST_ID, PROBE_TOKENS, check_length, check_tokens, first_line
 
 __all__ = ["llm_as_encoder", "load_teacher", "save", "teacher_fingerprint"]
 
 logger = logging.getLogger("llm2clip")
 POOLING_MODES = {"mean": "mean", "last-token": "lasttoken", "weighted": "weightedmean"}
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-PROBE_TOKENS = 6
 VISION_HINTS = ("vision", "vit", "dino", "siglip", "clip", "eva", "swin", "convnext", "resnet", "timm")
 LLM2VEC_CLASS = re.compile(r"(Llama|Mistral|Gemma|Qwen2)(Bi\w*|Encoder)Model")
 """LLM2Vec's two-way classes: the plain model of transformers, same weights, without the causal mask."""
@@ -223,7 +222,7 @@ def check_attention(encoder: SentenceTransformer, attention: str, name: str | Pa
     Raises:
         UsageError: saying which attention the model has.
     """
-    ids = torch.arange(2 * PROBE_TOKENS, device=encoder.device).view(2, -1) + 10
+    ids = torch.arange(2 * PROBE_TOKENS, device=encoder.device).view(2, -1) + FIRST_ID
     ids[1, :-1] = ids[0, :-1]  # the two differ in the last token only
     features = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "modality": "text"}
     try:

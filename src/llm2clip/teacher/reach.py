@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions")
 """Names, in configs, of the number of positions a model knows."""
 MOST_PROBED = 8192
 """Tokens of the longest probe; who reads more has no table of positions."""
+TABLE = re.compile(r"pos|wpe|alibi")
+"""In the names of position tables, learned ones and buffers; rotary positions are computed."""
 OFFSET = 8
 """Positions that may be taken already: RoBERTa counts from the padding token's id plus one."""
 
@@ -134,6 +137,8 @@ def check_tokens(model: Any, tokenizer: Any, name: Any, *, header: str = "") -> 
 def check_length(transformer: Transformer, name: Any) -> None:
     """Raise if the model has no position for the last of the tokens that it is to read of a caption.
 
+    Only models with a table of positions are asked, by a run as far as the table is read.
+
     Raises:
         UsageError: saying how many it has.
     """
@@ -142,14 +147,17 @@ def check_length(transformer: Transformer, name: Any) -> None:
     stated = next((value for key in POSITIONS if isinstance(value := getattr(config, key, None), int)), None)
     if limit is None or (stated is not None and limit + OFFSET <= stated):
         return
+    learned = any(isinstance(part, nn.Embedding) and TABLE.search(key) for key, part in model.named_modules())
+    if not (learned or any(TABLE.search(key) for key, _ in model.named_buffers()) or hasattr(config, "max_seq_len")):
+        return  # positions are computed
     longest = min(limit, (stated or limit) + OFFSET, MOST_PROBED)
 
     def fails(length: int) -> bool:
         ids = torch.full((1, length), FIRST_ID, device=model.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _first_block_only(model, before=learned):
                 model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        except torch.OutOfMemoryError:
+        except (_Enough, torch.OutOfMemoryError):
             return False
         except FAILURES:
             return True
@@ -159,10 +167,34 @@ def check_length(transformer: Transformer, name: Any) -> None:
         return
     # A GPU does not recover from such a failure: there the config has to be believed.
     room = stated if model.device.type != "cpu" else bisect.bisect_left(range(1, longest), True, key=fails)
+    has = f"positions for {room} tokens" if room else "too few positions"
     raise UsageError(
-        f"{name} has positions for {room} tokens, and is to read {limit} of a caption; give "
-        f"{setting('max_length', room)}, or set it as max_seq_length of a saved embedder"
+        f"{name} has {has}, and is to read {limit} of a caption; give {setting('max_length', room or 'LESS')}, or set "
+        "it as max_seq_length of a saved embedder"
     )
+
+
+class _Enough(Exception):
+    """A probe has come as far as it should."""
+
+
+@contextlib.contextmanager
+def _first_block_only(model: nn.Module, *, before: bool) -> Iterator[None]:
+    """Within it, a run of the model ends with `_Enough` after its first block, or before that."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    hooks = []
+    if lists:
+        block = max(lists, key=len)[0]
+        hooks = [block.register_forward_pre_hook(stop) if before else block.register_forward_hook(stop)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def with_lora(model: Any, *, rank: int = 16, alpha: float = 32, dropout: float =
 def add_lora(
     encoder: SentenceTransformer, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05, seed: int = 0
 ) -> None:
-    """Freeze the LLM of an encoder and put LoRA on all of its linear layers; only those train from here on."""
+    """Freeze the LLM of an encoder and put LoRA where captions pass; only that trains from here on."""
     encoder[0].model = with_lora(llm(encoder), rank=rank, alpha=alpha, dropout=dropout, seed=seed)
     forget_origin(encoder)
 

@@ -252,8 +252,11 @@ def test_splits_in_a_column(folder: Path, source_of: Open, caplog: pytest.LogCap
     train = source_of(folder / "t.csv", split="train")
     assert captions(train) == {"a.jpg": ("a",), "c.jpg": ("c",)}, "the other split's captions of an image stay out"
     assert train.fingerprint != source_of(folder / "t.csv").fingerprint
-    with pytest.raises(UsageError, match="no rows whose split is 'val'"):
+    with caplog.at_level(logging.INFO, logger="llm2clip"), pytest.raises(SourceError, match="no usable samples in t"):
         list(source_of(folder / "t.csv", split="val"))
+    assert "has no rows whose split is 'val'" in caplog.text
+    (folder / "v.csv").write_text("image,caption,split\na.jpg,a,val\n")
+    assert captions(source_of(folder / "t.csv", folder / "v.csv", split="val")) == {"v/a.jpg": ("a",)}
     (folder / "u.csv").write_text("image,caption\na.jpg,a\n")
     with pytest.raises(UsageError, match=r"no column 'split' \(split='val'\)"):
         source_of(folder / "u.csv", split="val")

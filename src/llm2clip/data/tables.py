@@ -193,12 +193,12 @@ class TablePart:
             yield number, row
 
     def _tell_of_splits(self, splits: Counter[str]) -> None:
-        """Say that rows of several splits were read, or raise if those asked for are none."""
+        """Say that rows of several splits were read, or that there are none of the one asked for."""
         if self.reading.split is None and 1 < len(splits) < MAX_SPLITS:
             listed = ", ".join(f"{count:,} {name}" for name, count in splits.most_common())
             logger.info("%s: all rows were read, %s; %s takes one split", self.path, listed, setting("split", "NAME"))
-        elif self.reading.split is not None and not splits:
-            raise UsageError(f"{self.path} has no rows whose {SPLIT_COLUMN} is {self.reading.split!r}")
+        elif self.reading.split is not None and not splits:  # other files of the source may have some
+            logger.info("%s has no rows whose %s is %r", self.path, SPLIT_COLUMN, self.reading.split)
 
     def _image_in(self, row: dict[str, Any] | BadRow, layout: Layout) -> str | bytes:
         """What is equal for rows of one image: its place, or a digest of its bytes; empty if there is none."""

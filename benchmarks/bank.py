@@ -75,10 +75,10 @@ def make_bank(folder: Path) -> Path:
     from llm2clip.bank.reader import Table
     from llm2clip.bank.vectors import Layout, ShardBuffer
     from llm2clip.data.bad import BadSamples
-    from llm2clip.data.sample import PictureRef, Sample
+    from llm2clip.data.sample import ImageRef, Sample
 
     folder.mkdir(parents=True)
-    samples = (Sample(str(i), PictureRef("a.tar", i), {"raw": (str(i),)}) for i in range(ROWS))
+    samples = (Sample(str(i), ImageRef("a.tar", i), {"raw": (str(i),)}) for i in range(ROWS))
     intake = Intake(samples, "benchmark", BadSamples(0))
     collect(intake, folder)
     layout = Layout(folder, ROWS, ROWS // 2, "float16", DIM)
@@ -134,8 +134,8 @@ def int8_rows() -> list[dict]:
     draw = np.random.default_rng(0)
     scale = np.where(draw.random(DIM) < 0.002, draw.uniform(10, 40, DIM), draw.lognormal(0, 0.4, DIM))
     base = draw.normal(0.5, 1, DIM)
-    pictures = draw.normal(0, 1, (2000, DIM))
-    first, second = ((base + pictures + draw.normal(0, 1.0, pictures.shape)) * scale for _ in range(2))
+    images = draw.normal(0, 1, (2000, DIM))
+    first, second = ((base + images + draw.normal(0, 1.0, images.shape)) * scale for _ in range(2))
 
     def through_int8(vectors: np.ndarray) -> np.ndarray:
         stored, scales = pack(torch.from_numpy(vectors), "int8")
@@ -215,13 +215,13 @@ def build_from_lines(lines: Path, llm: Path, out: Path) -> int:
     from llm2clip.bank.load import facts_of, load_for_encoding
     from llm2clip.bank.reader import Bank
     from llm2clip.data.bad import BadSamples
-    from llm2clip.data.sample import PictureRef, Sample
+    from llm2clip.data.sample import ImageRef, Sample
 
     teacher = load_for_encoding(str(llm), device=torch.device("cpu"), precision="bf16")
     encoder = CaptionEncoder(teacher, batch_tokens=4096)
     facts = facts_of(teacher, str(llm), prompt="", precision="bf16", dim=encoder.dim)
     with lines.open(encoding="utf-8") as file:
-        samples = (Sample(str(i), PictureRef("a.tar", i), {"raw": (line.strip(),)}) for i, line in enumerate(file))
+        samples = (Sample(str(i), ImageRef("a.tar", i), {"raw": (line.strip(),)}) for i, line in enumerate(file))
         intake = Intake(samples, "benchmark", BadSamples(0))
         plan = Plan(
             out=out,

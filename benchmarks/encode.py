@@ -30,7 +30,7 @@ from llm2clip.bank.collect import Intake
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.load import TeacherFacts, load_for_encoding, use_flash_attention
 from llm2clip.data.bad import BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.hub import DTYPES, pick_device, pick_precision
 
 VOCABULARY = 8192
@@ -183,7 +183,7 @@ def bare_rate(model: torch.nn.Module, lengths: np.ndarray, *, number: int, batch
 
 def build(encoder: CaptionEncoder, texts: list[str], folder: Path, facts: TeacherFacts, *, shard_rows: int) -> None:
     """Build a bank from the captions: collect, tokenise, encode, write, checksum, manifest."""
-    samples = [Sample(str(i), PictureRef(f"{i}.jpg"), {"raw": (text,)}) for i, text in enumerate(texts)]
+    samples = [Sample(str(i), ImageRef(f"{i}.jpg"), {"raw": (text,)}) for i, text in enumerate(texts)]
     intake = Intake(samples, "benchmark", BadSamples(0))
     write_bank(
         Plan(

@@ -47,7 +47,7 @@ def plan(device: str, minutes: float) -> list[Part]:
 
 def on_gpu() -> list[Part]:
     """At the sizes that matter."""
-    step = "ViT-L/14-336, 1.5 TFLOP a picture: 512 x 3 parts 6 s a round, 4,096 + 1,024 20 s"
+    step = "ViT-L/14-336, 1.5 TFLOP an image: 512 x 3 parts 6 s a round, 4,096 + 1,024 20 s"
     return [
         tests(57, "pytest -m gpu, every verb on tiny models"),
         benchmark(
@@ -68,7 +68,7 @@ def on_cpu() -> list[Part]:
         benchmark("loss", "tiny", 20, "256 pairs", device="cpu"),
         benchmark("encode", "tiny", 30, "a Llama of one layer", device="cpu"),
         benchmark("step", "tiny", 35, "a tower of two layers, batch 8", device="cpu"),
-        benchmark("loader", "tiny", 25, "64 pictures", device="cpu"),
+        benchmark("loader", "tiny", 25, "64 images", device="cpu"),
     ]
 
 

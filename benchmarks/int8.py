@@ -19,7 +19,7 @@ from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadSamples
-from llm2clip.eval.encode import Captions, encode_pictures
+from llm2clip.eval.encode import Captions, encode_images
 from llm2clip.eval.scores import caption_scores, retrieval_scores
 
 
@@ -54,7 +54,7 @@ def scores(folder: Path, dtype: str) -> dict[str, float]:
     bank = Bank.open(bank_folder)
     model = LLM2CLIP.from_pretrained(str(folder / "models" / "D-all"), str(teacher))
     samples = (bank.sample(number) for number in range(bank.num_samples))
-    kept, images = encode_pictures(samples, model, batch_size=64, bad=BadSamples(0), threads=2)
+    kept, images = encode_images(samples, model, batch_size=64, bad=BadSamples(0), threads=2)
     captions = Captions.of(kept)
     row_of = {bank.text(row): row for row in range(bank.num_rows)}
     vectors = torch.from_numpy(bank.vectors([row_of[text] for text in captions.texts])).float()

@@ -1,6 +1,6 @@
-"""Pictures per second of one core, from JPEGs of 512 x 384 in tars to training batches of 336 px, beside open_clip's.
+"""Images per second of one core, from JPEGs of 512 x 384 in tars to training batches of 336 px, beside open_clip's.
 
-The pictures are made up, of the size and the detail of photographs: smooth colours at four scales with edges and sensor
+The images are made up, of the size and the detail of photographs: smooth colours at four scales with edges and sensor
 noise, JPEG quality 90, about 50 KB each. Both pipelines read the same tars, draw the same random crop (0.9 to 1.0,
 bicubic) and yield batches of 64 in one process on one core, in turns; the median of the rounds counts, in seconds of
 processor time, which other programs on the machine do not stretch. Ours gives uint8 pixels and the captions' vectors
@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -50,7 +51,7 @@ TEACHER_DIM = 4096
 class Setting:
     """How much is read."""
 
-    pictures: int
+    images: int
     distinct: int
     """JPEGs that are made; the others are the same again."""
     per_tar: int
@@ -62,9 +63,9 @@ class Setting:
 
 
 SETTINGS = {
-    "tiny": Setting(pictures=64, distinct=4, per_tar=32, batch=16, rounds=1, seconds=0.1),
-    "cpu": Setting(pictures=1024, distinct=1024, per_tar=256, batch=64, rounds=7, seconds=1.0, all_cores=False),
-    "gpu": Setting(pictures=512, distinct=32, per_tar=64, batch=64, rounds=5, seconds=0.5),
+    "tiny": Setting(images=64, distinct=4, per_tar=32, batch=16, rounds=1, seconds=0.1),
+    "cpu": Setting(images=1024, distinct=1024, per_tar=256, batch=64, rounds=7, seconds=1.0, all_cores=False),
+    "gpu": Setting(images=512, distinct=32, per_tar=64, batch=64, rounds=5, seconds=0.5),
 }
 GPU_SIZES = ("gpu",)
 
@@ -85,21 +86,21 @@ def photograph(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def write_tars(folder: Path, *, pictures: int, distinct: int, per_tar: int) -> list[Path]:
+def write_tars(folder: Path, *, images: int, distinct: int, per_tar: int) -> list[Path]:
     """Tars as img2dataset writes them: `{key}.jpg` and `{key}.txt`; `distinct` JPEGs again and again."""
     rng = np.random.default_rng(0)
     paths, jpegs = [], []
-    for first in range(0, pictures, per_tar):
+    for first in range(0, images, per_tar):
         paths.append(folder / f"{first // per_tar:05d}.tar")
         with tarfile.open(paths[-1], "w") as tar:
-            for key in range(first, min(first + per_tar, pictures)):
+            for key in range(first, min(first + per_tar, images)):
                 if key < distinct:
                     buffer = io.BytesIO()
                     photograph(rng).save(buffer, "JPEG", quality=90)
                     jpegs.append(buffer.getvalue())
                 for name, data in (
                     (f"{key:09d}.jpg", jpegs[key % distinct]),
-                    (f"{key:09d}.txt", f"picture {key}".encode()),
+                    (f"{key:09d}.txt", f"image {key}".encode()),
                 ):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(data)
@@ -109,6 +110,8 @@ def write_tars(folder: Path, *, pictures: int, distinct: int, per_tar: int) -> l
 
 class RandomVectors:
     """In the place of a teacher: vectors of its width, of no meaning."""
+
+    cuts = SimpleNamespace(limit=None)
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -140,7 +143,7 @@ def write_test_bank(folder: Path, tars: list[Path], *, dim: int = TEACHER_DIM) -
 
 
 def ours(bank: Bank, batch_size: int, workers: int) -> Iterator[int]:
-    """Our batches, epoch after epoch: how many pictures each has."""
+    """Our batches, epoch after epoch: how many images each has."""
     transform = ImageTransform(image_size=(SIZE, SIZE), resize=SIZE)
     dataset = BankDataset([bank], transform=transform, batch_size=batch_size)
     for batch in BankLoader(dataset, workers=workers).batches():
@@ -157,7 +160,7 @@ def open_clips(tars: list[Path], setting: Setting) -> Iterator[int]:
 
     options = Namespace(
         train_data="::".join(map(str, tars)),
-        train_num_samples=setting.pictures,
+        train_num_samples=setting.images,
         train_data_upsampling_factors=None,
         dataset_resampled=False,
         batch_size=setting.batch,
@@ -181,7 +184,7 @@ def decoding(bank: Bank, batch_size: int) -> Iterator[int]:
     """Bare decoding of the same JPEGs by Pillow, from memory."""
     from llm2clip.data.bytes import read_bytes
 
-    data = [read_bytes(bank.picture(sample)) for sample in range(batch_size)]
+    data = [read_bytes(bank.image(sample)) for sample in range(batch_size)]
     while True:
         for jpeg in data:
             Image.open(io.BytesIO(jpeg)).convert("RGB")
@@ -191,17 +194,17 @@ def decoding(bank: Bank, batch_size: int) -> Iterator[int]:
 def rates(
     pipelines: dict[str, Iterator[int]], setting: Setting, *, until: float | None, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Pictures per second of each pipeline in each round, which take turns."""
+    """Images per second of each pipeline in each round, which take turns."""
     found: dict[str, list[float]] = {name: [] for name in pipelines}
     for batches in pipelines.values():
-        for _ in range(setting.pictures // setting.batch):  # files in memory, workers started, buffers full
+        for _ in range(setting.images // setting.batch):  # files in memory, workers started, buffers full
             next(batches)
     for _ in rounds(setting.rounds, until):
         for name, batches in pipelines.items():
-            start, pictures = clock(), 0
+            start, images = clock(), 0
             while clock() - start < setting.seconds:
-                pictures += next(batches)
-            found[name].append(pictures / (clock() - start))
+                images += next(batches)
+            found[name].append(images / (clock() - start))
     return found
 
 
@@ -219,14 +222,12 @@ def one_core() -> Iterator[None]:
 
 
 def run(settings: list[Setting], device: str, until: float | None = None) -> Iterator[dict]:
-    """Rows for `python -m benchmarks loader`; `device` plays no part, pictures are decoded on the CPU."""
+    """Rows for `python -m benchmarks loader`; `device` plays no part, images are decoded on the CPU."""
     del device
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
-            tars = write_tars(
-                Path(folder), pictures=setting.pictures, distinct=setting.distinct, per_tar=setting.per_tar
-            )
-            size = sum(tar.stat().st_size for tar in tars) / setting.pictures / 1024
+            tars = write_tars(Path(folder), images=setting.images, distinct=setting.distinct, per_tar=setting.per_tar)
+            size = sum(tar.stat().st_size for tar in tars) / setting.images / 1024
             yield {"name": "JPEG of 512 x 384", "value": size, "unit": "KiB", "ratio": None, "against": ""}
             bank = write_test_bank(Path(folder) / "bank", tars)
             with one_core():
@@ -237,7 +238,7 @@ def run(settings: list[Setting], device: str, until: float | None = None) -> Ite
 
 def rows_of_a_core(setting: Setting, bank: Bank, tars: list[Path], until: float | None) -> Generator[dict, None, float]:
     """Rows of the pipelines on one core; returns the rate of ours."""
-    peer, unit = "open_clip's webdataset pipeline", "pictures/s a core"
+    peer, unit = "open_clip's webdataset pipeline", "images/s a core"
     bare = "bare decoding (Pillow)"
     pipelines = {"ours": ours(bank, setting.batch, 0), bare: decoding(bank, setting.batch)}
     missing = [name for name in ("open_clip", "open_clip_train", "webdataset") if not importlib.util.find_spec(name)]
@@ -269,7 +270,7 @@ def all_cores(setting: Setting, bank: Bank, per_core: float, until: float | None
     return {
         "name": f"ours, {cores} workers",
         "value": statistics.median(values),
-        "unit": "pictures/s",
+        "unit": "images/s",
         "ratio": statistics.median(values) / (cores * per_core),
         "against": f"{cores} times that of one core",
         "spread": spread(values),

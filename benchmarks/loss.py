@@ -112,7 +112,7 @@ def present(ours: str, theirs: str) -> list[str]:
 
 
 def arithmetic(name: str, setting: Setting, seconds: list[float], limits: list[float]) -> dict:
-    """The least FLOP of a loss (three products: scores, and the derivatives by pictures and captions) in its time."""
+    """The least FLOP of a loss (three products: scores, and the derivatives by images and captions) in its time."""
     flop, limit = 6 * setting.pairs**2 * DIM, statistics.median(limits)
     shares = [flop / one / limit for one in seconds]
     product = f"{limit / 1e12:.3g} TFLOP/s of a fp32 product of {setting.product:,} x {setting.product:,}"
@@ -179,7 +179,7 @@ def measure_once(variant: str, num_pairs: int, device: str) -> dict:
 
 
 def inputs(num_pairs: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors of pictures and of captions that are somewhat like them, and CLIP's first scale."""
+    """Unit vectors of images and of captions that are somewhat like them, and CLIP's first scale."""
     generator = torch.Generator(device).manual_seed(0)
 
     def unit_vectors() -> Tensor:
@@ -193,7 +193,7 @@ def inputs(num_pairs: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def losses() -> dict[str, Callable[..., Tensor]]:
-    """The variants by name, those of open_clip where it is installed: functions of pictures, captions and scale."""
+    """The variants by name, those of open_clip where it is installed: functions of images, captions and scale."""
     from llm2clip.student.loss import contrastive_loss
 
     bias = torch.tensor(-10.0)

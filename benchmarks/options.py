@@ -1,7 +1,7 @@
 """What the student's options are worth in the miniature: `python -m benchmarks.options DEMO [--split val]`.
 
 DEMO is the folder of a finished `llm2clip demo --seeds N`. Each option trains arm D's student anew from the same
-teacher, pictures, steps and seed with one setting changed, and is scored on fresh test pictures, or on validation ones
+teacher, images, steps and seed with one setting changed, and is scored on fresh test images, or on validation ones
 with `--split val`. The table gives the mean over seeds and the gap to the plain run, seed by seed, with its standard
 deviation; DEMO/options/SPLIT.json has every figure. What is done is kept, so a killed run goes on.
 """
@@ -27,11 +27,11 @@ from llm2clip.artifacts import is_complete, write_json
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "two captions as positives": {"captions_per_picture": 2},
+    "two captions as positives": {"captions_per_image": 2},
     "joined with CLIP's own text vector": {"bank": "joined"},
     "vectors stored as int8": {"bank": "int8"},
 }
-PICTURES = 500
+IMAGES = 500
 METRICS = [f"captions/{kind}/{way}_r@1" for kind in TEST_KINDS for way in ("i2t", "t2i")]
 
 
@@ -59,13 +59,13 @@ def main() -> None:
 
 
 def prepare(demo: Path, seed: int, split: str, share: str) -> None:
-    """The pictures that are scored, the joined teacher, its bank and one of int8 vectors."""
+    """The images that are scored, the joined teacher, its bank and one of int8 vectors."""
     from llm2clip.teacher.config import JoinConfig
     from llm2clip.teacher.join import join_teachers
 
     folder, out = demo / f"seed-{seed}", demo / "options" / f"seed-{seed}"
     if split != "test" and not (out / split / "captions.csv").exists():
-        write_csv(out / split, split, PICTURES, seed=seed)
+        write_csv(out / split, split, IMAGES, seed=seed)
     teacher = folder / "teachers" / f"joined-{share}"
     join_teachers(JoinConfig(teachers=(str(folder / "teachers" / f"lora-{share}"), str(SHIPPED / "clip")), out=teacher))
     arms.make_bank(folder, teacher=teacher.name, share=share, out=f"joined-{share}")

@@ -1,4 +1,4 @@
-"""recall@1, 5, 10 both ways of 5,000 pictures and 25,000 captions, beside the least that any exact route must do.
+"""recall@1, 5, 10 both ways of 5,000 images and 25,000 captions, beside the least that any exact route must do.
 
 That least is one product of all vectors and the ten best of every row and of every column. CLIP_benchmark's metric is
 measured too where it is installed (`pip install --no-deps clip_benchmark`). Each measurement has a process of its own,
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.device import rounds, share_of
 
-NUM_PICTURES, CAPTIONS_EACH, DIM = 5_000, 5, 1_280
+NUM_IMAGES, CAPTIONS_EACH, DIM = 5_000, 5, 1_280
 KS = (1, 5, 10)
 ROUNDS = 3
 LEAST, PEER = "one product and two top-10s", "CLIP_benchmark 1.6"
@@ -69,7 +69,7 @@ def measure_here(route: str, device: str) -> dict:
     """Seconds, bytes beyond the vectors, and the scores."""
     function = routes()[route]
     function(*vectors(64, device))  # starts threads and libraries
-    given = vectors(NUM_PICTURES, device)
+    given = vectors(NUM_IMAGES, device)
     before = memory(device, reset=True)
     start = time.perf_counter()
     scores = function(*given)
@@ -79,18 +79,18 @@ def measure_here(route: str, device: str) -> dict:
     return {"seconds": seconds, "extra_bytes": memory(device) - before, "recall": scores}
 
 
-def vectors(num_pictures: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors of pictures and of captions somewhat like them, and the captions' picture numbers, shuffled."""
+def vectors(num_images: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit vectors of images and of captions somewhat like them, and the captions' image numbers, shuffled."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.nn.functional.normalize(torch.randn(num_pictures, DIM, generator=generator))
-    owner = torch.arange(num_pictures).repeat_interleave(CAPTIONS_EACH)
+    image = torch.nn.functional.normalize(torch.randn(num_images, DIM, generator=generator))
+    owner = torch.arange(num_images).repeat_interleave(CAPTIONS_EACH)
     owner = owner[torch.randperm(len(owner), generator=generator)]
     text = torch.randn(len(owner), DIM, generator=generator).mul_(0.3).add_(image[owner])
     return image.to(device), torch.nn.functional.normalize(text).to(device), owner
 
 
 def routes() -> dict[str, Callable[[Tensor, Tensor, Tensor], list[float]]]:
-    """The routes by name: functions of pictures, captions and the captions' picture numbers."""
+    """The routes by name: functions of images, captions and the captions' image numbers."""
     return {"ours": ours, LEAST: least, PEER: peer, "caption retrieval": caption_retrieval}
 
 

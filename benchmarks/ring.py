@@ -22,7 +22,7 @@ from llm2clip.student.loss import CPU_TILE, contrastive_loss
 
 
 def ring_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of the whole batch, and this process's gradients by its pictures and captions (times processes)."""
+    """The loss of the whole batch, and this process's gradients by its images and captions (times processes)."""
     world, size = dist.get_world_size(), len(image) * dist.get_world_size()
     blocks = [slice(i, min(i + CPU_TILE, len(image))) for i in range(0, len(image), CPU_TILE)]
     own = (image * text).sum(dim=1) * scale

@@ -1,4 +1,4 @@
-"""Pictures per second of a whole training step, beside the tower's bare forward and backward, and open_clip's step.
+"""Images per second of a whole training step, beside the tower's bare forward and backward, and open_clip's step.
 
 Ours is all that `train-student` does: JPEGs of 512 x 384 read from tars and cropped, vectors of 4,096 numbers gathered
 from a bank, the tower, the adaptor (273 M parameters on a GPU), the loss, clipping, AdamW, the log. The bare tower sees
@@ -36,7 +36,7 @@ from llm2clip.student.config import StudentConfig
 from llm2clip.student.session import Session
 from llm2clip.student.train import train_step
 
-DISTINCT_PICTURES, PER_TAR = 32, 4096
+DISTINCT_IMAGES, PER_TAR = 32, 4096
 GPU_WORKERS = max(1, min(14, len(os.sched_getaffinity(0)) - 2))
 
 
@@ -59,7 +59,7 @@ class Setting:
     rounds: int
     workers: int
     bare_batch: int | None = None
-    """Pictures of a step of the bare tower, if not `batch`: its rate needs no more."""
+    """Images of a step of the bare tower, if not `batch`: its rate needs no more."""
     warm_up: bool = True
     """Whether a step of each is taken before the first round."""
     peer: str = ""
@@ -227,7 +227,7 @@ def autocast(setting: Setting, device: str) -> Any:
 
 
 class Part:
-    """One of those that take turns: its steps, their seconds a picture, and the GPU memory it had at most."""
+    """One of those that take turns: its steps, their seconds an image, and the GPU memory it had at most."""
 
     def __init__(self, make: Callable[[], Iterator[int]], device: str) -> None:
         self.device, self.seconds, self.failure, self.gib = device, [], "", 0.0
@@ -244,7 +244,7 @@ class Part:
             others = torch.cuda.memory_allocated() - self.own_bytes
         start = self.clock()
         try:
-            pictures = next(self.steps)
+            images = next(self.steps)
             wait(self.device)
         except (torch.OutOfMemoryError, LLM2CLIPError) as error:
             self.failure = str(error).splitlines()[0][:200]
@@ -254,7 +254,7 @@ class Part:
             torch.cuda.empty_cache()
             return
         if record:
-            self.seconds.append((self.clock() - start) / pictures)
+            self.seconds.append((self.clock() - start) / images)
         if self.device != "cpu":
             self.own_bytes = torch.cuda.memory_allocated() - others
             self.gib = max(self.gib, (torch.cuda.max_memory_allocated() - others) / 2**30)
@@ -308,7 +308,7 @@ def rate_row(setting: Setting, name: str, times: dict[str, list[float]], *, agai
     row = {
         "name": f"{setting.name}: {name}",
         "value": 1 / statistics.median(times[name]),
-        "unit": "pictures/s",
+        "unit": "images/s",
         "against": against,
         "clock_mhz": clock,
     }
@@ -321,7 +321,7 @@ def rate_row(setting: Setting, name: str, times: dict[str, list[float]], *, agai
 def arithmetic(setting: Setting, seconds: list[float], limits: list[float], *, clock: int | None) -> dict:
     """What share of the device's matrix product rate our step's useful arithmetic is (MFU, by what was measured).
 
-    FLOP of a picture: forward and backward are three forwards, each of layers x (24 N W^2 + 4 N^2 W), for N tokens of
+    FLOP of an image: forward and backward are three forwards, each of layers x (24 N W^2 + 4 N^2 W), for N tokens of
     width W; what is computed twice counts once, the adaptor and the loss not at all.
     """
     tokens = (setting.image_size // setting.patch) ** 2 + 1
@@ -330,7 +330,7 @@ def arithmetic(setting: Setting, seconds: list[float], limits: list[float], *, c
     shares = [3 * forward / one / limit for one in seconds]
     size = f"{setting.product:,} x {setting.product:,}"
     return {
-        "name": f"{setting.name}: MFU, 3 x layers x (24 N W^2 + 4 N^2 W) = {3 * forward / 1e9:,.0f} GFLOP a picture",
+        "name": f"{setting.name}: MFU, 3 x layers x (24 N W^2 + 4 N^2 W) = {3 * forward / 1e9:,.0f} GFLOP an image",
         "value": 3 * forward / statistics.median(seconds) / 1e12,
         "unit": "TFLOP/s",
         "ratio": statistics.median(shares),
@@ -353,14 +353,14 @@ def memory_row(setting: Setting, name: str, parts: dict[str, Part]) -> dict:
 
 
 def run(settings: list[Setting], device: str, until: float | None = None) -> Iterator[dict]:
-    """Rows for `python -m benchmarks step`; the settings share pictures, bank and tower."""
+    """Rows for `python -m benchmarks step`; the settings share images, bank and tower."""
     logging.getLogger("llm2clip").setLevel(logging.WARNING)
     first, most = settings[0], max(setting.batch for setting in settings)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tower(folder / "tower", first, device)
-        pictures = max(2 * most, 256)
-        tars = loader.write_tars(folder, pictures=pictures, distinct=DISTINCT_PICTURES, per_tar=PER_TAR)
+        images = max(2 * most, 256)
+        tars = loader.write_tars(folder, images=images, distinct=DISTINCT_IMAGES, per_tar=PER_TAR)
         loader.write_test_bank(folder / "bank", tars, dim=first.teacher_dim)
         for left, setting in zip(range(len(settings), 0, -1), settings, strict=True):
             yield from compare(setting, folder, device, share_of(until, left))

@@ -1,1 +1,1 @@
-"""The miniature: generated pictures and captions, mini models, and the whole method on them in minutes."""
+"""The miniature: generated images and captions, mini models, and the whole method on them in minutes."""

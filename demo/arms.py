@@ -44,13 +44,13 @@ def tars(folder: Path, share: str) -> tuple[str, ...]:
 
 
 def make_data(folder: Path, budget: Budget, seed: int) -> None:
-    """Write training tars and the CSV of test pictures."""
+    """Write training tars and the CSV of test images."""
     write_tars(folder / "data" / "train", budget.train, seed=seed)
     write_csv(folder / "data" / "test", "test", budget.test, seed=seed)
 
 
 def make_teacher(folder: Path, llm: Path, budget: Budget, seed: int, *, share: str, tuning: str) -> None:
-    """Stage 1: the LLM learns to tell the training pictures' English captions apart."""
+    """Stage 1: the LLM learns to tell the training images' English captions apart."""
     from llm2clip.teacher.config import TeacherConfig
     from llm2clip.teacher.train import train_teacher
 
@@ -71,7 +71,7 @@ def make_teacher(folder: Path, llm: Path, budget: Budget, seed: int, *, share: s
             scale=20.0,
             pair_weights={"short+short": 0.45, "long+short": 0.35, "long+long": 0.2},
             max_length=160,
-            eval_pictures=64,
+            eval_images=64,
             save_every=10**6,
             seed=seed,
         )
@@ -86,7 +86,7 @@ def make_raw_teacher(folder: Path, llm: Path, *, attention: str) -> None:
     from llm2clip.teacher.model import llm_as_encoder, save
 
     encoder = llm_as_encoder(llm, attention=attention, max_length=160, dtype=torch.float32)
-    source = open_source(SourceConfig(data=tars(folder, "all")[:3]), pictures=False)
+    source = open_source(SourceConfig(data=tars(folder, "all")[:3]), images=False)
     texts = [text for sample in source for kind in sample.captions.values() for text in kind][:MEAN_CAPTIONS]
     mean = encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().mean(0).cpu()
     width = len(mean)
@@ -128,7 +128,7 @@ def make_bank(folder: Path, *, teacher: str, share: str, out: str, dtype: str = 
 
 
 def make_student(folder: Path, clip: Path, budget: Budget, seed: int, *, arm: str, bank: str, share: str) -> None:
-    """Stage 2: the mini CLIP's tower learns from pictures and a bank."""
+    """Stage 2: the mini CLIP's tower learns from images and a bank."""
     from llm2clip.student.train import train_student
 
     out = folder / "models" / f"{arm}-{share}"
@@ -164,7 +164,7 @@ def student_config(bank: Path, clip: Path, out: Path, budget: Budget, *, seed: i
 
 
 def make_clip(folder: Path, clip: Path, budget: Budget, seed: int, *, arm: str, share: str) -> None:
-    """B and B-long: fine-tune the whole mini CLIP on the same pairs and number of pictures."""
+    """B and B-long: fine-tune the whole mini CLIP on the same pairs and number of images."""
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     out = folder / "models" / f"{arm}-{share}"
@@ -192,17 +192,17 @@ def make_clip(folder: Path, clip: Path, budget: Budget, seed: int, *, arm: str, 
 
 
 def read_pairs(data: tuple[str, ...], tokenizer: Any) -> Pairs:
-    """The pictures and captions of tars, read through the ordinary sources, in memory."""
+    """The images and captions of tars, read through the ordinary sources, in memory."""
     import numpy as np
 
     samples = list(open_source(SourceConfig(data=data)))
-    pixels = [torch.from_numpy(np.array(load_image(sample.picture))).permute(2, 0, 1) for sample in samples]
+    pixels = [torch.from_numpy(np.array(load_image(sample.image))).permute(2, 0, 1) for sample in samples]
     captions = [{kind: tokenizer(list(texts))["input_ids"] for kind, texts in s.captions.items()} for s in samples]
     return Pairs(pixels=torch.stack(pixels), captions=captions)
 
 
 def score(folder: Path, *, model: str | None, teacher: str | None, name: str) -> None:
-    """Score a model (with its teacher) on the test pictures: retrieval by kind of caption."""
+    """Score a model (with its teacher) on the test images: retrieval by kind of caption."""
     _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns())
 
 

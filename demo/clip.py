@@ -1,6 +1,6 @@
 """The mini CLIP: made, trained, and what the arms B and B-long do: fine-tune it with its own text encoder.
 
-Letters: B pictures of a batch, L tokens, D shared width.
+Letters: B images of a batch, L tokens, D shared width.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MEAN, STD = 0.45, 0.27
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pictures and their captions' tokens in memory.
+    """Images and their captions' tokens in memory.
 
     Attributes:
         pixels: uint8 `[N, 3, 64, 64]`.
-        captions: for each picture, kind -> its captions' token ids.
+        captions: for each image, kind -> its captions' token ids.
     """
 
     pixels: Tensor
@@ -50,7 +50,7 @@ class ClipTraining:
 
 
 def new_clip(vocab_size: int, *, seed: int, width: int = 128) -> Any:
-    """A CLIP of random weights for 64-pixel pictures and our tokenizer."""
+    """A CLIP of random weights for 64-pixel images and our tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def padded(ids: Sequence[list[int]], *, context: int) -> tuple[Tensor, Tensor]:
 
 
 def batches(pairs: Pairs, training: ClipTraining, mix: Mapping[str, float]) -> Iterator[tuple[Tensor, list[list[int]]]]:
-    """Pictures `[B, 3, 64, 64]` and one caption of each, its kind drawn by `mix`; a new order in each pass."""
+    """Images `[B, 3, 64, 64]` and one caption of each, its kind drawn by `mix`; a new order in each pass."""
     random, generator = Random(f"clip/{training.seed}"), np.random.default_rng(training.seed)
     kinds, weights = list(mix), list(mix.values())
     while True:
@@ -97,7 +97,7 @@ def batches(pairs: Pairs, training: ClipTraining, mix: Mapping[str, float]) -> I
 
 
 def image_vectors(clip: Any, pixels: Tensor) -> Tensor:
-    """Unit vectors `[B, D]` of uint8 pictures."""
+    """Unit vectors `[B, D]` of uint8 images."""
     pooled = clip.vision_model(pixel_values=normalised(pixels)).pooler_output
     return torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
 

@@ -13,22 +13,22 @@ SIZES = ("small", "large")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole method on generated pictures with mini models: every stage, all arms, one page of results.
+    """The whole method on generated images with mini models: every stage, all arms, one page of results.
 
     OUT/report.html is the page. Nothing is downloaded.
     """
 
     out: Path
-    """Folder of everything: pictures, teachers, banks, students, scores, the page; made if it is not there."""
+    """Folder of everything: images, teachers, banks, students, scores, the page; made if it is not there."""
     seed: int = 0
-    """Source of all randomness: pictures, captions, order, fresh weights."""
+    """Source of all randomness: images, captions, order, fresh weights."""
     seeds: int = 1
     """Whole pipelines to run, with seeds SEED, SEED+1, ...; the page then shows mean and spread."""
     quick: bool = False
     """A run of under a minute with too little data and training to mean anything: shows that all parts work."""
     size: str = "small"
     """small: the mini models that come with the package; large: a mini LLM of some 50 million parameters and a larger
-    mini CLIP, made first (minutes on a GPU, hours on a CPU), with more pictures and steps."""
+    mini CLIP, made first (minutes on a GPU, hours on a CPU), with more images and steps."""
     ablations: bool = False
     """Two more arms, which take a third longer: the raw LLM left causal (C-causal), and stage 1 on every weight
     (D-full). --quick has them, as it shows all parts."""
@@ -56,11 +56,11 @@ class Budget:
     """How much of everything; all rates were chosen on validation scenes, see docs/lab-notes.md."""
 
     train: int = 4000
-    """Training pictures; a tenth of them in the few-pairs arms."""
+    """Training images; a tenth of them in the few-pairs arms."""
     test: int = 500
-    """Test pictures."""
+    """Test images."""
     batch_size: int = 128
-    """Pictures a step, in every arm."""
+    """Images a step, in every arm."""
     steps: int = 96
     """Steps of stage 2 and of B and B-long, with all pairs."""
     steps_tenth: int = 48

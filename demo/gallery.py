@@ -1,4 +1,4 @@
-"""Which captions the models retrieve for some test pictures: what the page shows as a gallery."""
+"""Which captions the models retrieve for some test images: what the page shows as a gallery."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 from demo.write import TEST_KINDS
 from llm2clip.artifacts import write_json
 
-NUM_PICTURES = 10
+NUM_IMAGES = 10
 Arms = Mapping[str, tuple[str, str | None]]
 """Name -> folder of the model and of its teacher, if it has one."""
 
 
 def make_gallery(folder: Path, arms: Arms, seed: int) -> None:
-    """Write `gallery.json`: pictures drawn by the seed, and for each arm and kind its best caption."""
+    """Write `gallery.json`: images drawn by the seed, and for each arm and kind its best caption."""
     test = folder / "data" / "test"
     with (test / "captions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    shown = sorted(Random(f"gallery/{seed}").sample(range(len(rows)), min(NUM_PICTURES, len(rows))))
+    shown = sorted(Random(f"gallery/{seed}").sample(range(len(rows)), min(NUM_IMAGES, len(rows))))
     entries: list[dict[str, Any]] = [
         {
-            "picture": b64encode((test / rows[i]["image"]).read_bytes()).decode(),
+            "image": b64encode((test / rows[i]["image"]).read_bytes()).decode(),
             "own": {kind: rows[i][f"{kind}_0"] for kind in TEST_KINDS},
             "found": {},
         }

@@ -58,7 +58,7 @@ class Voice:
 
 
 def place(thing: Thing) -> str:
-    """The quarter of the picture the thing lies in."""
+    """The quarter of the image the thing lies in."""
     rows = "top" if thing.row < GRID // 2 else "bottom"
     return f"{rows} {'left' if thing.column < GRID // 2 else 'right'}"
 
@@ -72,7 +72,7 @@ def relation(one: Thing, other: Thing) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a short caption says of a picture: two things, each in part, and how they lie or what is behind them.
+    """What a short caption says of an image: two things, each in part, and how they lie or what is behind them.
 
     Attributes:
         one, other: attribute -> its value ("colour" -> "red"), in the order English says them.

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from demo.clip import MEAN, STD, ClipTraining, Pairs, new_clip, train_clip
+from demo.images import SIDE, draw_image
 from demo.llm import Pretraining, new_llm, pretrain
-from demo.pictures import SIDE, draw_picture
 from demo.tokens import make_tokenizer
 from demo.write import captioned
 from llm2clip.artifacts import write_json
@@ -26,13 +26,13 @@ from llm2clip.errors import UsageError
 
 LLM = Pretraining(steps=2800)
 CLIP = ClipTraining(steps=1200)
-CLIP_PICTURES = 60_000
+CLIP_IMAGES = 60_000
 LARGE_LLM = Pretraining(
     steps=20_000, width=640, layers=12, heads=10, inner=1728, batch_size=128, muon_rate=0.01, adam_rate=2e-3
 )
 """Some 60 million parameters, 400 million tokens: for a GPU, or a patient CPU."""
 LARGE_CLIP = ClipTraining(steps=6000, batch_size=512)
-LARGE_PICTURES = 400_000
+LARGE_IMAGES = 400_000
 SHARD = "1400KB"
 
 
@@ -48,14 +48,14 @@ def make_llm(folder: Path, how: Pretraining = LLM) -> Path:
     return folder
 
 
-def make_clip(folder: Path, how: ClipTraining = CLIP, *, pictures: int = CLIP_PICTURES) -> Path:
+def make_clip(folder: Path, how: ClipTraining = CLIP, *, images: int = CLIP_IMAGES) -> Path:
     """Pretrain the mini CLIP and save it as a transformers folder with tokenizer and image processor."""
     from transformers import CLIPImageProcessor
 
     start = time.monotonic()
     tokenizer = make_tokenizer(closing=True)
     model = new_clip(len(tokenizer), seed=how.seed)
-    pairs = clip_pairs(pictures, tokenizer, seed=how.seed)
+    pairs = clip_pairs(images, tokenizer, seed=how.seed)
     log = train_clip(model, pairs, how, mix={"short": 1.0}, description="mini CLIP")
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.model_max_length = how.context
@@ -64,18 +64,18 @@ def make_clip(folder: Path, how: ClipTraining = CLIP, *, pictures: int = CLIP_PI
     CLIPImageProcessor(
         size={"shortest_edge": SIDE}, crop_size=square, image_mean=[MEAN] * 3, image_std=[STD] * 3
     ).save_pretrained(folder)
-    _write_origin(folder, start, {"how": vars(how), "pictures": pictures, "log": log})
+    _write_origin(folder, start, {"how": vars(how), "images": images, "log": log})
     return folder
 
 
 def clip_pairs(count: int, tokenizer: Any, *, seed: int) -> Pairs:
-    """Pictures of the split "clip" with short English captions of the restricted vocabulary."""
+    """Images of the split "clip" with short English captions of the restricted vocabulary."""
     import numpy as np
 
     pixels, captions = torch.empty((count, 3, SIDE, SIDE), dtype=torch.uint8), []
     for index, sample in enumerate(captioned("clip", count, seed=seed, kinds=("short",))):
-        picture = draw_picture(sample.scene, seed=sample.seed)
-        pixels[index] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        image = draw_image(sample.scene, seed=sample.seed)
+        pixels[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         captions.append({"short": tokenizer(sample.captions["short"])["input_ids"]})
     return Pairs(pixels=pixels, captions=captions)
 

@@ -58,10 +58,10 @@ dd.wrong::before { content: "✗ "; color: var(--no); font-weight: 700; }
 """
 READING = """<h2>How to read it</h2>
 <p class=soft>Short captions in known words are B's home ground: the mini CLIP was pretrained on just such captions, so
-its text encoder starts where D's fresh adaptor must first arrive, with few pictures to learn from. On long captions
+its text encoder starts where D's fresh adaptor must first arrive, with few images to learn from. On long captions
 B-long is the fair control. The grammar is closed, and a text encoder that reads 128 tokens can learn all of it from
 the pairs; of real captions it could not. What no number of pairs gives B are words and languages that came with no
-picture: the LLM knows them from text alone, and stage 1, which reads only English captions in known words, brings that
+image: the LLM knows them from text alone, and stage 1, which reads only English captions in known words, brings that
 knowledge out. A real LLM has a thousand times more of it. The sizes of the gaps are those of this miniature; what
 carries over is where they come from.</p>"""
 
@@ -78,7 +78,7 @@ def write_page(
     """Write the page.
 
     Args:
-        folders: of the pipelines; pictures and curves are those of the first.
+        folders: of the pipelines; images and curves are those of the first.
         found: from `results.collect`.
         facts: settings, machine and times.
         seed: of the first pipeline.
@@ -91,25 +91,25 @@ def write_page(
         head(facts, budget),
         verdict_list(results.verdicts(found)),
         READING,
-        "<h2>Picture and text, R@1</h2>",
-        f"<p class=soft>Percent of {budget.test} test pictures whose best caption of the kind is one of their own two, "
-        "and of captions whose best picture is theirs (picture → text / text → picture). "
-        f"{spread_words(len(folders))} The ceiling is below 100 where a caption is true of several pictures.</p>",
+        "<h2>Image and text, R@1</h2>",
+        f"<p class=soft>Percent of {budget.test} test images whose best caption of the kind is one of their own two, "
+        "and of captions whose best image is theirs (image → text / text → image). "
+        f"{spread_words(len(folders))} The ceiling is below 100 where a caption is true of several images.</p>",
         "<h3>All pairs</h3>",
         retrieval_table(found, "all", edges),
         "<h3>A tenth of the pairs</h3>",
         "<p class=soft>D's stage 1, too, reads the captions of this tenth alone.</p>",
         retrieval_table(found, "tenth", {}),
         "<h2>Caption to caption (CRA), before and after stage 1</h2>",
-        "<p class=soft>Percent of captions whose nearest other caption belongs to the same picture. Stage 1 reads "
-        "English captions of training pictures in known words; the last three columns are words and languages that "
+        "<p class=soft>Percent of captions whose nearest other caption belongs to the same image. Stage 1 reads "
+        "English captions of training images in known words; the last three columns are words and languages that "
         "it never read.</p>",
         cra_table(found),
         histograms(folders[0]),
         "<h2>Training curves</h2>",
         curve_charts(folders[0]),
         "<h2>What they retrieve</h2>",
-        "<p class=soft>Test pictures drawn by the seed, and the caption that each model ranks first among all.</p>",
+        "<p class=soft>Test images drawn by the seed, and the caption that each model ranks first among all.</p>",
         gallery(read_json(folders[0] / "gallery.json")),
         "<h2>What was run</h2>",
         run_facts(facts, budget),
@@ -128,8 +128,8 @@ def head(facts: Mapping[str, Any], budget: Budget) -> str:
     warning = "<p><strong>A --quick run: it shows that all parts work; its numbers mean nothing.</strong></p>"
     return (
         "<h1>LLM2CLIP in miniature</h1><p class=lead>A small language model has read text in three languages, "
-        "translations and word lists among it, and never seen a picture. A small CLIP has seen pictures with short "
-        f"English captions. Then {budget.train:,} pictures with short and long English captions, in a restricted "
+        "translations and word lists among it, and never seen an image. A small CLIP has seen images with short "
+        f"English captions. Then {budget.train:,} images with short and long English captions, in a restricted "
         "vocabulary, teach five arms. Does it help to put the language model in the place of CLIP's text encoder?</p>"
         + (warning if quick else "")
     )
@@ -152,7 +152,7 @@ def spread_words(seeds: int) -> str:
     """What ± stands for."""
     if seeds > 1:
         return f"Mean ± standard deviation over {seeds} whole pipelines."
-    return "One pipeline: ± is the standard error of a share among so many pictures; --seeds 3 gives a real spread."
+    return "One pipeline: ± is the standard error of a share among so many images; --seeds 3 gives a real spread."
 
 
 def retrieval_table(
@@ -163,7 +163,7 @@ def retrieval_table(
     arms = {arm: found[name] for arm, name in names.items() if name in found}
     best = {column: max(values[column].mean for values in arms.values()) for column in results.COLUMNS}
     heads = "".join(f"<th colspan=2>{KIND_NAMES[kind]}</th>" for kind in TEST_KINDS)
-    ways = "".join("<th>→ text</th><th>→ picture</th>" for _ in TEST_KINDS)
+    ways = "".join("<th>→ text</th><th>→ image</th>" for _ in TEST_KINDS)
     rows = []
     for arm, values in arms.items():
         cells = "".join(_cell(values[c], bold=values[c].mean == best[c]) for c in results.COLUMNS)
@@ -196,14 +196,14 @@ def cra_table(found: Mapping[str, Mapping[str, Value]]) -> str:
 
 
 def histograms(folder: Path) -> str:
-    """Similarities of captions of one picture and of different pictures, before and after stage 1."""
+    """Similarities of captions of one image and of different images, before and after stage 1."""
     figures = []
     for teacher in ("raw-two-way", "lora"):
         report = read_json(folder / "scores" / f"teacher-{teacher}" / "report.json")
         profile = report["similarity"][results.DATASET]
         chart = charts.histogram(profile["edges"], profile["positive"], profile["negative"])
         figures.append(f"<figure>{chart}<figcaption>LLM {results.TEACHERS[teacher]}</figcaption></figure>")
-    key = "Cosines of English captions: green of one picture, red of different ones, each to its own scale."
+    key = "Cosines of English captions: green of one image, red of different ones, each to its own scale."
     return f"<p class=soft>{key}</p><div class=charts>{''.join(figures)}</div>"
 
 
@@ -220,7 +220,7 @@ def curve_charts(folder: Path) -> str:
 
 
 def gallery(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Pictures with what each arm retrieves for them."""
+    """Images with what each arm retrieves for them."""
     blocks = []
     for entry in entries:
         lines = []
@@ -230,7 +230,7 @@ def gallery(entries: Sequence[Mapping[str, Any]]) -> str:
                 look = "right" if hit["right"] else "wrong"
                 text = hit["text"] if len(hit["text"]) < 150 else hit["text"][:150] + " …"
                 lines.append(f"<dd class={look}><strong>{arm}</strong> {html.escape(text)}</dd>")
-        image = f'<img alt="{html.escape(entry["own"]["short"])}" src="data:image/png;base64,{entry["picture"]}">'
+        image = f'<img alt="{html.escape(entry["own"]["short"])}" src="data:image/png;base64,{entry["image"]}">'
         blocks.append(f"<div class=shown>{image}<dl>{''.join(lines)}</dl></div>")
     return f"<div class=gallery>{''.join(blocks)}</div>"
 
@@ -246,7 +246,7 @@ def run_facts(facts: Mapping[str, Any], budget: Budget) -> str:
     amounts = ", ".join(f"{name} {value}" for name, value in facts["budget"].items())
     return (
         f"<p>{html.escape(facts['machine'])}. In all {duration(facts['wall_seconds'])}; {html.escape(settings)}.</p>"
-        f"<p class=soft>Budget: {html.escape(amounts)}. Every arm but A sees the same number of pictures; A is what "
+        f"<p class=soft>Budget: {html.escape(amounts)}. Every arm but A sees the same number of images; A is what "
         "they start from. Wall-clock seconds of each part of the first pipeline, parts running side by side:</p>"
         f"<details><summary>Times</summary>{_table('<tr><th>part</th><th>took</th></tr>', rows)}</details>"
     )

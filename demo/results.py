@@ -1,7 +1,7 @@
 """The results of all pipelines as tables of mean and spread, and which of the paper's claims they bear out.
 
 A cell is the mean over seeds; its spread is the standard deviation over seeds, or with one seed the standard error of
-a share among so many test pictures. A gap counts as shown if it is more than twice its own spread.
+a share among so many test images. A gap counts as shown if it is more than twice its own spread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from demo.write import PER_KIND, TEST_KINDS, captioned
 from llm2clip.artifacts import read_json
 
 DATASET = "captions"
-"""The name `evaluate` gives the test pictures: their CSV's."""
+"""The name `evaluate` gives the test images: their CSV's."""
 ARMS = ("A", "B", "B-long", "C-causal", "C", "D", "D-full")
 DIRECTIONS = ("i2t", "t2i")
 COLUMNS = tuple(f"{kind}/{direction}_r@1" for kind in TEST_KINDS for direction in DIRECTIONS)
@@ -34,7 +34,7 @@ TEACHERS = {
 
 @dataclass(frozen=True)
 class Value:
-    """A share in 0..1 measured once a seed, on `count` pictures each; or a gap between two such.
+    """A share in 0..1 measured once a seed, on `count` images each; or a gap between two such.
 
     Attributes:
         error: the standard error of a single sample; by default that of a share among `count`.
@@ -78,7 +78,7 @@ def collect(folders: Sequence[Path]) -> dict[str, dict[str, Value]]:
     found: dict[str, dict[str, Value]] = {}
     for path in sorted((folders[0] / "scores").iterdir()):
         reports = [read_json(folder / "scores" / path.name / "report.json") for folder in folders]
-        count = reports[0]["datasets"][DATASET]["pictures"]
+        count = reports[0]["datasets"][DATASET]["images"]
         found[path.name] = {
             name.partition("/")[2]: Value(tuple(report["metrics"][name] for report in reports), count)
             for name in reports[0]["metrics"]
@@ -93,9 +93,9 @@ def chance(folder: Path) -> dict[str, float]:
 
 
 def ceilings(count: int, *, seed: int) -> dict[str, float]:
-    """What a model that understands everything would get: a caption may be true of several pictures.
+    """What a model that understands everything would get: a caption may be true of several images.
 
-    Among the pictures a caption is true of, and among the captions true of a picture, such a model can only guess. Long
+    Among the images a caption is true of, and among the captions true of an image, such a model can only guess. Long
     captions tell everything, so for them it is 1 but for equal scenes.
     """
     samples = list(captioned("test", count, seed=seed, kinds=TEST_KINDS))
@@ -122,7 +122,7 @@ def verdicts(found: Mapping[str, Mapping[str, Value]]) -> list[Verdict]:
             CRA_ENGLISH,
         ),
         ("D is above C (the raw LLM) on every column", "D-all", ("C-all", "C-causal-all"), every),
-        ("D is above B and B-long on words never seen with a picture", "D-all", own, _columns("unseen")),
+        ("D is above B and B-long on words never seen with an image", "D-all", own, _columns("unseen")),
         ("D is above B and B-long on foreign languages", "D-all", own, _columns("es", "zh")),
         ("D is above B (32 tokens) on long captions", "D-all", ("B-all",), _columns("long")),
         ("D is above B-long (128 tokens) on long captions", "D-all", ("B-long-all",), _columns("long")),

@@ -1,4 +1,4 @@
-"""`llm2clip demo`: the whole method on generated pictures, its arms compared, one page at the end."""
+"""`llm2clip demo`: the whole method on generated images, its arms compared, one page at the end."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def mini_models(out: Path, size: str) -> tuple[Path, Path]:
     """Folders of the mini LLM and the mini CLIP; the large ones are made first."""
     if size == "small":
         return SHIPPED / "llm", SHIPPED / "clip"
-    from demo.make_models import LARGE_CLIP, LARGE_LLM, LARGE_PICTURES, make_clip, make_llm
+    from demo.make_models import LARGE_CLIP, LARGE_IMAGES, LARGE_LLM, make_clip, make_llm
 
     llm, clip = out / "mini" / "llm", out / "mini" / "clip"
     if not (llm / "origin.json").exists():
         make_llm(llm, LARGE_LLM)
     if not (clip / "origin.json").exists():
-        make_clip(clip, LARGE_CLIP, pictures=LARGE_PICTURES)
+        make_clip(clip, LARGE_CLIP, images=LARGE_IMAGES)
     return llm, clip
 
 

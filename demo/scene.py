@@ -1,4 +1,4 @@
-"""Scenes: what is in a picture, as plain numbers and names; drawn from a seed, each in exactly one split."""
+"""Scenes: what is in an image, as plain numbers and names; drawn from a seed, each in exactly one split."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the mini LLM reads: text alone, in all words and languages, of scenes that no picture ever shows.
+"""What the mini LLM reads: text alone, in all words and languages, of scenes that no image ever shows.
 
 As on the web, the same is said again and again in other words: descriptions followed by their paraphrase or
 translation, lists of phrases with their translation, sentences of people who mix languages, word lists, and what
-everybody knows (a tomato is red). Nothing here is ever paired with a picture.
+everybody knows (a tomato is red). Nothing here is ever paired with an image.
 """
 
 from __future__ import annotations

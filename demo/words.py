@@ -1,7 +1,7 @@
-"""What each concept is called: words that come with training pictures, words that come in text only, two languages.
+"""What each concept is called: words that come with training images, words that come in text only, two languages.
 
-English words left of the bar may stand in captions of training pictures; those right of it (and all of Spanish and
-Chinese) occur only in the text that the mini LLM reads, and in the captions of test pictures that ask for them.
+English words left of the bar may stand in captions of training images; those right of it (and all of Spanish and
+Chinese) occur only in the text that the mini LLM reads, and in the captions of test images that ask for them.
 Spanish adjectives have a masculine and a feminine form.
 """
 
@@ -150,7 +150,7 @@ FACTS = {
 
 
 def english(concept: str) -> tuple[list[str], list[str]]:
-    """The words of a concept: those that come with training pictures, and those that come in text only."""
+    """The words of a concept: those that come with training images, and those that come in text only."""
     seen, _, unseen = ENGLISH[concept].partition("|")
     return seen.split(), unseen.split()
 

@@ -1,4 +1,4 @@
-"""Scenes on disk in users' formats: training pictures as webdataset tars, validation and test as CSV beside PNGs."""
+"""Scenes on disk in users' formats: training images as webdataset tars, validation and test as CSV beside PNGs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from random import Random
 
 from demo.grammar import Claim, Voice, draw_claim, long_english, short_chinese, short_english, short_spanish
-from demo.pictures import draw_picture, png_bytes
+from demo.images import draw_image, png_bytes
 from demo.scene import Scene, draw_scenes
 from llm2clip.progress import track
 
 TRAIN_KINDS = ("short", "long")
 TEST_KINDS = ("short", "long", "unseen", "es", "zh")
 PER_KIND = 2
-"""Captions of each kind a picture has."""
+"""Captions of each kind an image has."""
 SHORT_WORDS = 15
 """Most words of a short caption in known words; longer ones are drawn again."""
 NUM_TARS = 10
@@ -30,7 +30,7 @@ NUM_TARS = 10
 
 @dataclass(frozen=True)
 class Captioned:
-    """A scene, its picture's seed, and by kind its captions and what they claim (nothing for long ones)."""
+    """A scene, its image's seed, and by kind its captions and what they claim (nothing for long ones)."""
 
     scene: Scene
     seed: int
@@ -38,8 +38,8 @@ class Captioned:
     claims: dict[str, list[Claim]]
 
     def png(self) -> bytes:
-        """Its picture."""
-        return png_bytes(draw_picture(self.scene, seed=self.seed))
+        """Its image."""
+        return png_bytes(draw_image(self.scene, seed=self.seed))
 
 
 def captioned(split: str, count: int, *, seed: int, kinds: tuple[str, ...]) -> Iterator[Captioned]:
@@ -77,11 +77,11 @@ def count_words(text: str) -> int:
 
 
 def write_tars(folder: Path, count: int, *, seed: int) -> list[Path]:
-    """Training pictures as img2dataset lays them out: `000001.png` and `000001.json`, in ten tars; returns the tars."""
+    """Training images as img2dataset lays them out: `000001.png` and `000001.json`, in ten tars; returns the tars."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05d}.tar" for number in range(NUM_TARS)]
     samples = track(
-        captioned("train", count, seed=seed, kinds=TRAIN_KINDS), description="train", unit="pictures", total=count
+        captioned("train", count, seed=seed, kinds=TRAIN_KINDS), description="train", unit="images", total=count
     )
     for number, path in enumerate(paths):
         with tarfile.open(path, "w") as tar:
@@ -100,7 +100,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_csv(folder: Path, split: str, count: int, *, seed: int) -> Path:
-    """Pictures of a split as PNGs beside `captions.csv`, with the columns that `columns` names; returns the CSV."""
+    """Images of a split as PNGs beside `captions.csv`, with the columns that `columns` names; returns the CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{kind}_{i}" for kind in TEST_KINDS for i in range(PER_KIND)]
     path = folder / "captions.csv"
@@ -108,7 +108,7 @@ def write_csv(folder: Path, split: str, count: int, *, seed: int) -> Path:
         rows = csv.writer(file)
         rows.writerow(["image", *names])
         samples = captioned(split, count, seed=seed, kinds=TEST_KINDS)
-        for index, sample in enumerate(track(samples, description=split, unit="pictures", total=count)):
+        for index, sample in enumerate(track(samples, description=split, unit="images", total=count)):
             (folder / f"{index:04d}.png").write_bytes(sample.png())
             rows.writerow([f"{index:04d}.png", *(text for kind in TEST_KINDS for text in sample.captions[kind])])
     return path

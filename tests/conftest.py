@@ -1,4 +1,4 @@
-"""Tiny random models and pictures that every test folder shares; built once a session, never downloaded."""
+"""Tiny random models and images that every test folder shares; built once a session, never downloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "yellow": (230, 220, 50)}
 WORDS = (
-    "a an the of on in with and or is are small large red green blue yellow disc square picture shows one two "
+    "a an the of on in with and or is are small large red green blue yellow disc square image shows one two "
     "plain bright dark background left right top bottom corner middle shape colour this that its there drawn "
     "simple scene centre fills sits against near user ."
 ).split()
@@ -102,27 +102,27 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV (`image,short_caption,long_caption`) beside 24 small JPEGs of one coloured shape each."""
     from PIL import Image, ImageDraw
 
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "short_caption", "long_caption"])
         for i in range(24):
             colour = list(COLOURS)[i % 4]
             shape, size = ("disc", "square")[i // 4 % 2], ("small", "large", "plain")[i // 8]
-            picture = Image.new("RGB", (48, 40), (30, 30, 30))
+            image = Image.new("RGB", (48, 40), (30, 30, 30))
             box = (12, 8, 12 + 10 * (i // 8 + 1), 8 + 10 * (i // 8 + 1))
-            draw = ImageDraw.Draw(picture)
+            draw = ImageDraw.Draw(image)
             (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=COLOURS[colour])
-            picture.save(folder / f"{i:03d}.jpg", quality=92)
+            image.save(folder / f"{i:03d}.jpg", quality=92)
             rows.writerow(
                 [
                     f"{i:03d}.jpg",
                     f"a {size} {colour} {shape}",
-                    f"this picture shows a {size} {colour} {shape} on a dark background . the {shape} is {colour} .",
+                    f"this image shows a {size} {colour} {shape} on a dark background . the {shape} is {colour} .",
                 ]
             )
     return folder / "captions.csv"

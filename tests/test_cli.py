@@ -51,7 +51,7 @@ class ToyConfig:
     """Words by name."""
 
     batch_size: int = 4
-    """Pictures a step."""
+    """Images a step."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -253,7 +253,7 @@ def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
         ("build-bank --data t.csv --teacher ./llm --out out", "./llm is no folder"),
         ("train-teacher --data t.csv u.csv --model org/llm --out out", "u.csv: no such file or folder"),
         ("train-student --bank bank --tower /no/tower --out out", "/no/tower is no folder"),
-        ("evaluate --data t.csv --model org/clip --out out", "picture '../a.jpg' lies outside the table's folder"),
+        ("evaluate --data t.csv --model org/clip --out out", "image '../a.jpg' lies outside the table's folder"),
         ("export --model student/x/y --to tower --out out", "student/x/y is no folder"),
     ],
 )

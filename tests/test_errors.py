@@ -96,7 +96,7 @@ def test_what_a_run_finds_wrong(tiny_llm: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "a.jpg").touch()
     (tmp_path / "t.csv").write_text("image,caption\na.jpg,a red disc\n../b.jpg,a blue disc\n")
     data, out = tmp_path / "t.csv", tmp_path / "bank"
-    says = "2 of 2 samples are bad, above {} 0.1: 1 empty picture, 1 outside the table's folder"
+    says = "2 of 2 samples are bad, above {} 0.1: 1 empty image, 1 outside the table's folder"
     with pytest.raises(TooManyBadSamples, match=f"^{says.format('max_bad_fraction')}"):
         build_bank(BankConfig(data=(str(data),), teacher=str(tiny_llm), out=out, max_bad_fraction=0.1))
     words = f"build-bank --data {data} --teacher {tiny_llm} --out {out} --max-bad-fraction 0.1"

@@ -205,8 +205,8 @@ def test_the_loader_is_compared_with_the_step_of_the_same_run(tmp_path: Path) ->
     record.plan([part("step 512", ""), part("loader gpu", "")])
     gpu.compare_loader_with_step(record, "loader gpu")
     assert record.parts["loader gpu"]["rows"] == []
-    record.add("step 512", {"name": "ViT: ours", "value": 200.0, "unit": "pictures/s"})
-    record.add("loader gpu", {"name": "ours, 16 workers", "value": 5000.0, "unit": "pictures/s", "ratio": 0.9})
+    record.add("step 512", {"name": "ViT: ours", "value": 200.0, "unit": "images/s"})
+    record.add("loader gpu", {"name": "ours, 16 workers", "value": 5000.0, "unit": "images/s", "ratio": 0.9})
     gpu.compare_loader_with_step(record, "loader gpu")
     added = record.parts["loader gpu"]["rows"][-1]
     assert added["ratio"] == 25 and "ViT: ours" in added["against"]

@@ -56,7 +56,7 @@ def names_found(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_evaluate_finds_each_name_and_reads_each_manifest_once(
     finished_student: Path,
     finished_teacher: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     manifests_read: list[str],
     names_found: list[str],
@@ -65,7 +65,7 @@ def test_evaluate_finds_each_name_and_reads_each_manifest_once(
     teacher = Path(shutil.copytree(finished_teacher, tmp_path / "teacher"))
     manifest = {"config": {"attention": "two-way"}, "fingerprint": teacher_fingerprint(teacher)}
     write_json(teacher / "manifest.json", {"format": "llm2clip/teacher", **manifest})
-    names, data = (str(tmp_path / "student"), str(teacher)), (str(pictures_csv),)
+    names, data = (str(tmp_path / "student"), str(teacher)), (str(images_csv),)
     del manifests_read[:]
     evaluate(EvaluateConfig(model=names[0], teacher=names[1], data=data, out=tmp_path / "report", device="cpu"))
     assert names_found == ["student", "teacher"]
@@ -207,13 +207,13 @@ def test_an_export_keeps_the_precision_that_was_saved_and_is_compared_in_a_fast_
 
 
 def test_trainings_take_what_the_machine_computes_fast_and_write_it_down(
-    tiny_llm: Path, tiny_tower: Path, pictures_csv: Path, has_bf16: bool, tmp_path: Path
+    tiny_llm: Path, tiny_tower: Path, images_csv: Path, has_bf16: bool, tmp_path: Path
 ) -> None:
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
     expected = "bf16" if has_bf16 else "fp32"
-    data = (str(pictures_csv),)
+    data = (str(images_csv),)
     teacher = train_teacher(TeacherConfig(data=data, model=str(tiny_llm), out=tmp_path / "t", steps=1, batch_size=4))
     assert read_manifest(teacher, "teacher")["config"]["precision"] == expected
     bank = build_bank(BankConfig(data=data, teacher=str(teacher), out=tmp_path / "bank"))
@@ -233,17 +233,17 @@ def test_a_run_goes_on_in_the_precision_it_began_with(monkeypatch: pytest.Monkey
     assert hub.settle_precision(asked, tmp_path) is asked
 
 
-def test_the_batch_is_the_papers_or_all_pictures(
-    tiny_llm: Path, tiny_tower: Path, pictures_csv: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_the_batch_is_the_papers_or_all_images(
+    tiny_llm: Path, tiny_tower: Path, images_csv: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
-    bank = build_bank(BankConfig(data=(str(pictures_csv),), teacher=str(tiny_llm), out=tmp_path / "bank"))
+    bank = build_bank(BankConfig(data=(str(images_csv),), teacher=str(tiny_llm), out=tmp_path / "bank"))
     run: dict[str, Any] = {"bank": (str(bank),), "tower": str(tiny_tower), "dim": 8, "workers": 0, "tracker": "none"}
     with caplog.at_level("INFO", "llm2clip"):
         student = train_student(StudentConfig(**run, out=tmp_path / "s", steps=2))
-    assert "batches of 24: all pictures there are, where the paper takes 4096" in caplog.text
+    assert "batches of 24: all images there are, where the paper takes 4096" in caplog.text
     assert read_manifest(student, "student")["config"]["batch_size"] == 24
     assert json.loads((student / "run.json").read_text())["config"]["batch_size"] == 24
     twice = StudentConfig(**{**run, "bank": (str(bank),) * 2}, out=tmp_path / "s2", steps=1)

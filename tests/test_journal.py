@@ -29,14 +29,14 @@ def lines(folder) -> list[dict]:
 
 def test_a_line_a_step_and_no_repeats_after_a_kill(tmp_path) -> None:
     accelerator = OneProcess()
-    journal = Journal(accelerator, tmp_path, total=20, step=0, pictures=8)
+    journal = Journal(accelerator, tmp_path, total=20, step=0, images=8)
     for step in range(1, FLUSH_EVERY + 3):
         journal.add(step, {"loss": torch.tensor(1 / step), "scale": 14.0})
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, FLUSH_EVERY + 1)), "the rest waits"
     journal.flush()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # torn by a kill
-    journal = Journal(accelerator, tmp_path, total=20, step=4, pictures=8)
+    journal = Journal(accelerator, tmp_path, total=20, step=4, images=8)
     journal.add(5, {"loss": torch.tensor(0.5), "scale": 14.0})
     journal.note(5, {"val": 0.25})
     journal.close()
@@ -47,7 +47,7 @@ def test_a_line_a_step_and_no_repeats_after_a_kill(tmp_path) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, bad) -> None:
-    journal = Journal(OneProcess(), tmp_path, total=20, step=0, pictures=8)
+    journal = Journal(OneProcess(), tmp_path, total=20, step=0, images=8)
     journal.add(1, {"loss": torch.tensor(2.0)})
     journal.add(2, {"loss": torch.tensor(bad)})
     with pytest.raises(LLM2CLIPError, match=r"loss is (nan|inf) at step 2"):
@@ -64,7 +64,7 @@ def test_trackers_are_ended_with_the_run(tmp_path) -> None:
 
     accelerator = OneProcess()
     accelerator.trackers = [Tracker(), Tracker()]
-    journal = Journal(accelerator, tmp_path, total=1, step=0, pictures=8)
+    journal = Journal(accelerator, tmp_path, total=1, step=0, images=8)
     journal.add(1, {"loss": torch.tensor(1.0)})
     journal.close()
     assert [tracker.ended for tracker in accelerator.trackers] == [True, True]
@@ -93,7 +93,7 @@ def test_settings_for_trackers_are_plain_and_can_be_written() -> None:
 
 def test_a_gradient_that_is_no_number_stops_the_run_unless_a_scaler_skips_it(tmp_path) -> None:
     accelerator = OneProcess()
-    journal = Journal(accelerator, tmp_path, total=20, step=0, pictures=8)
+    journal = Journal(accelerator, tmp_path, total=20, step=0, images=8)
     journal.add(1, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})
     journal.add(2, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
     with pytest.raises(LLM2CLIPError, match="gradient norm is inf at step 2"):
@@ -119,7 +119,7 @@ def test_other_processes_write_nothing_and_stop_with_the_first(tmp_path, caplog)
     other = OneProcess()
     other.is_main_process = False
     with caplog.at_level("INFO", logger="llm2clip"):
-        journal = Journal(other, tmp_path, total=3, step=0, pictures=8)
+        journal = Journal(other, tmp_path, total=3, step=0, images=8)
         journal.add(1, {"loss": torch.tensor(2.0)})
         journal.flush()
         journal.advance(1)

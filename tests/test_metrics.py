@@ -25,11 +25,11 @@ def dense_ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     return 1 + ((scores >= best) & ~right).sum(1)
 
 
-def random_case(seed: int, *, pictures: int = 30, dim: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Picture vectors, caption vectors, and the captions' picture numbers: one to four captions each, shuffled."""
+def random_case(seed: int, *, images: int = 30, dim: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image vectors, caption vectors, and the captions' image numbers: one to four captions each, shuffled."""
     generator = np.random.default_rng(seed)
-    owner = generator.permutation(np.repeat(np.arange(pictures), generator.integers(1, 5, pictures)))
-    image = generator.normal(size=(pictures, dim)).astype(np.float32)
+    owner = generator.permutation(np.repeat(np.arange(images), generator.integers(1, 5, images)))
+    image = generator.normal(size=(images, dim)).astype(np.float32)
     return image, (image[owner] + generator.normal(size=(len(owner), dim))).astype(np.float32), owner
 
 
@@ -38,7 +38,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def test_ranks_by_hand() -> None:
-    # two pictures, four captions: cosines of picture x (1, 0) are their first numbers, of y (0, 1) their second ones
+    # two images, four captions: cosines of image x (1, 0) are their first numbers, of y (0, 1) their second ones
     captions = np.array([[0.6, 0.8], [0.0, 1.0], [1.0, 0.0], [0.8, 0.6]])
     owner = ["x", "y", "y", "x"]
     to_text, to_image = match_ranks(np.eye(2), captions, ["x", "y"], owner)
@@ -71,7 +71,7 @@ def test_order_type_and_length_of_rows_change_nothing() -> None:
     image, text, owner = random_case(6)
     expected = recall_both_ways(image, text, np.arange(len(image)), owner)
     shuffle = np.random.default_rng(0).permutation(len(text))
-    names = [f"picture {i}" for i in range(len(image))]
+    names = [f"image {i}" for i in range(len(image))]
     again = recall_both_ways(
         torch.tensor(image) * 3, torch.tensor(text[shuffle]), names, [names[i] for i in owner[shuffle]]
     )
@@ -122,7 +122,7 @@ def test_rows_that_answer_no_query_are_only_distractors_one_way() -> None:
 
 
 def test_cra_by_hand() -> None:
-    angle = np.radians([0, 10, 15, 80, 90])  # pictures a a b b c: each caption's nearest other one is 1 0 1 4 3
+    angle = np.radians([0, 10, 15, 80, 90])  # images a a b b c: each caption's nearest other one is 1 0 1 4 3
     vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     owner = ["a", "a", "b", "b", "c"]
     # right: caption 0 only; 1 goes to 2 (5 degrees); c has no second caption and is not asked, but distracts
@@ -153,7 +153,7 @@ def test_cra_equals_a_dense_route(monkeypatch: pytest.MonkeyPatch, tile: int) ->
     assert caption_retrieval_accuracy(torch.tensor(text), owner.tolist()) == expected
 
 
-def test_cra_needs_two_captions_of_a_picture_and_a_known_pool() -> None:
+def test_cra_needs_two_captions_of_a_image_and_a_known_pool() -> None:
     with pytest.raises(UsageError, match="none of 2 has two"):
         caption_retrieval_accuracy(np.eye(2), [0, 1])
     with pytest.raises(UsageError, match="pool is 'third'"):
@@ -173,7 +173,7 @@ def test_similarity_profile_by_hand() -> None:
 
 
 def test_alignment_and_means_by_hand() -> None:
-    angle = np.radians([0, 60, 90, 180])  # pictures a a b b
+    angle = np.radians([0, 60, 90, 180])  # images a a b b
     profile = similarity_profile(np.stack([np.cos(angle), np.sin(angle)], axis=1), ["a", "a", "b", "b"], bins=4)
     cosines = {"positive": [0.5, 0.0], "negative": [0.0, -1.0, math.cos(math.pi / 6), -0.5]}
     for name, expected in cosines.items():
@@ -185,29 +185,29 @@ def test_alignment_and_means_by_hand() -> None:
 
 @pytest.mark.parametrize("tile", [1, 7])
 def test_tiles_of_a_similarity_profile_make_no_difference(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    _, text, owner = random_case(4, pictures=20)
+    _, text, owner = random_case(4, images=20)
     whole = similarity_profile(text, owner)
     monkeypatch.setattr(metrics, "TILE_ROWS", tile)
     tiled = similarity_profile(text, owner)
     assert tiled == {key: value if isinstance(value, list) else pytest.approx(value) for key, value in whole.items()}
 
 
-def test_similarity_profile_of_a_large_set_draws_whole_pictures() -> None:
-    _, text, owner = random_case(3, pictures=100)
+def test_similarity_profile_of_a_large_set_draws_whole_images() -> None:
+    _, text, owner = random_case(3, images=100)
     profile = similarity_profile(text, owner, max_captions=60)
     pairs = sum(profile["positive"]) + sum(profile["negative"])
     assert 50 < profile["captions"] <= 60
     assert pairs == profile["captions"] * (profile["captions"] - 1) / 2
-    order = np.random.default_rng(5).permutation(100)  # numbers of pictures, as `owner` meets them
-    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(owner.tolist()))}
-    codes = np.array([numbers[picture] for picture in owner.tolist()])
+    order = np.random.default_rng(5).permutation(100)  # numbers of images, as `owner` meets them
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(owner.tolist()))}
+    codes = np.array([numbers[image] for image in owner.tolist()])
     room, kept = 60, []
-    for picture in order:
-        count = int((codes == picture).sum())
+    for image in order:
+        count = int((codes == image).sum())
         if count > room:
             break
         room -= count
-        kept.append(picture)
+        kept.append(image)
     drawn = np.isin(codes, kept)
     assert similarity_profile(text, owner, max_captions=60, seed=5) == similarity_profile(text[drawn], owner[drawn])
     assert similarity_profile(text, owner, max_captions=60, seed=5) != profile

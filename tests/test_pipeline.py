@@ -1,4 +1,4 @@
-"""LLM2CLIP in use: vectors of pictures and texts, the teacher that fits, folders that are no model."""
+"""LLM2CLIP in use: vectors of images and texts, the teacher that fits, folders that are no model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 
 from llm2clip import LLM2CLIP
 from llm2clip.bundle import save_bundle
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.errors import ArtifactError, UsageError
 from llm2clip.pipeline import Teacher
 from llm2clip.protocols import ImageEncoder, ImageTextEncoder, TextEncoder
 from llm2clip.student.model import Student
 from llm2clip.teacher.model import load_teacher
 
-TEXTS = ["a red disc", "this picture shows a small blue square .", "a"]
+TEXTS = ["a red disc", "this image shows a small blue square .", "a"]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def copy_with(folder: Path, to: Path, **facts: object) -> Path:
     return to
 
 
-def test_pictures_and_texts_are_those_of_the_student(
-    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, pictures_csv: Path
+def test_images_and_texts_are_those_of_the_student(
+    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, images_csv: Path
 ) -> None:
-    files = sorted(pictures_csv.parent.glob("*.jpg"))[:5]
+    files = sorted(images_csv.parent.glob("*.jpg"))[:5]
     student = Student.from_pretrained(finished_student).eval()
     vectors = torch.tensor(load_teacher(finished_teacher, device="cpu").encode(TEXTS))
     pixels = torch.stack([model.transform(Image.open(file)) for file in files])
@@ -49,8 +49,8 @@ def test_pictures_and_texts_are_those_of_the_student(
     np.testing.assert_allclose(model.encode_text(TEXTS, batch_size=2), text.numpy(), atol=1e-6)
 
 
-def test_vectors_are_float32_of_unit_length_in_the_order_given(model: LLM2CLIP, pictures_csv: Path) -> None:
-    files = sorted(pictures_csv.parent.glob("*.jpg"))
+def test_vectors_are_float32_of_unit_length_in_the_order_given(model: LLM2CLIP, images_csv: Path) -> None:
+    files = sorted(images_csv.parent.glob("*.jpg"))
     image, text = model.encode_image(files, batch_size=7), model.encode_text(TEXTS)
     assert (image.dtype, text.dtype) == (np.float32, np.float32)
     assert (image.shape, text.shape) == ((24, 24), (3, 24)) and model.dim == 24
@@ -59,29 +59,29 @@ def test_vectors_are_float32_of_unit_length_in_the_order_given(model: LLM2CLIP, 
     assert np.abs(image[0] - image[1]).max() > 1e-3
 
 
-def test_a_picture_may_be_a_path_bytes_or_opened(model: LLM2CLIP, pictures_csv: Path) -> None:
-    file = pictures_csv.parent / "000.jpg"
+def test_a_image_may_be_a_path_bytes_or_opened(model: LLM2CLIP, images_csv: Path) -> None:
+    file = images_csv.parent / "000.jpg"
     with Image.open(file) as opened:
         vectors = model.encode_image([str(file), file, file.read_bytes(), opened, np.asarray(opened)])
     np.testing.assert_allclose(vectors, vectors[:1].repeat(5, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (np.zeros((8, 8, 3), np.float32), r"array float32 \[8, 8, 3\] is no picture; write it as uint8"),
-        (np.zeros((1, 8, 8, 3), np.uint8), r"array uint8 \[1, 8, 8, 3\] is no picture"),
+        (np.zeros((8, 8, 3), np.float32), r"array float32 \[8, 8, 3\] is no image; write it as uint8"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"array uint8 \[1, 8, 8, 3\] is no image"),
         (torch.zeros(3, 32, 32), r"tensor torch.float32 \[3, 32, 32\] is not what prepare_image gives"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"give pixels of other sizes as an array"),
         (None, "not as NoneType"),
     ],
 )
-def test_what_is_no_picture_is_told_in_a_line(model: LLM2CLIP, picture: object, message: str) -> None:
+def test_what_is_no_image_is_told_in_a_line(model: LLM2CLIP, image: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        model.encode_image([picture])
+        model.encode_image([image])
 
 
-def test_a_grey_array_is_a_picture(model: LLM2CLIP) -> None:
+def test_a_grey_array_is_a_image(model: LLM2CLIP) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
     vectors = model.encode_image([grey, np.stack([grey] * 3, axis=2)])
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
@@ -96,9 +96,9 @@ def test_nothing_gives_no_rows(model: LLM2CLIP) -> None:
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 24)
 
 
-def test_a_bad_picture_is_named(model: LLM2CLIP, tmp_path: Path) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(BadPicture, match=r"bad\.jpg"):
+def test_a_bad_image_is_named(model: LLM2CLIP, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(BadImage, match=r"bad\.jpg"):
         model.encode_image([tmp_path / "bad.jpg"])
 
 
@@ -128,9 +128,9 @@ def test_a_teacher_of_another_width_is_refused_with_both_widths(
         LLM2CLIP.from_pretrained(finished_student, teacher=tmp_path)
 
 
-def test_without_a_teacher_only_pictures(finished_student: Path, pictures_csv: Path) -> None:
+def test_without_a_teacher_only_images(finished_student: Path, images_csv: Path) -> None:
     model = LLM2CLIP.from_pretrained(finished_student)
-    assert model.encode_image([pictures_csv.parent / "000.jpg"]).shape == (1, 24)
+    assert model.encode_image([images_csv.parent / "000.jpg"]).shape == (1, 24)
     with pytest.raises(UsageError, match="without its teacher"):
         model.encode_text(TEXTS)
 
@@ -138,10 +138,10 @@ def test_without_a_teacher_only_pictures(finished_student: Path, pictures_csv: P
 def test_the_prompt_of_the_bank_is_put_before_texts(
     model: LLM2CLIP, finished_student: Path, finished_teacher: Path, tmp_path: Path
 ) -> None:
-    prompted = copy_with(finished_student, tmp_path / "prompted", prompt="the picture ")
+    prompted = copy_with(finished_student, tmp_path / "prompted", prompt="the image ")
     again = LLM2CLIP.from_pretrained(prompted, teacher=finished_teacher, device="cpu")
     # the teacher's own encode puts it there; its own tokens are not pooled in this teacher
-    vectors = torch.tensor(load_teacher(finished_teacher, device="cpu").encode(TEXTS, prompt="the picture "))
+    vectors = torch.tensor(load_teacher(finished_teacher, device="cpu").encode(TEXTS, prompt="the image "))
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.student.get_text_features(vectors), dim=-1).numpy()
     found = again.encode_text(TEXTS)
@@ -149,7 +149,7 @@ def test_the_prompt_of_the_bank_is_put_before_texts(
     assert np.abs(found - model.encode_text(TEXTS)).max() > 1e-3
 
 
-@pytest.mark.parametrize("prompt", ["the picture ", "", None])
+@pytest.mark.parametrize("prompt", ["the image ", "", None])
 def test_an_exported_folder_puts_the_same_prompt_before_texts(
     prompt: str | None, finished_student: Path, finished_teacher: Path, tmp_path: Path
 ) -> None:
@@ -215,13 +215,13 @@ def test_options_reach_student_and_teacher(
 
 
 def test_lower_precision_gives_float32_close_to_the_full_one(
-    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, pictures_csv: Path
+    model: LLM2CLIP, finished_student: Path, finished_teacher: Path, images_csv: Path
 ) -> None:
     half = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu", dtype="bfloat16")
     assert half.student.visual_projection.weight.dtype == torch.bfloat16
-    image = half.encode_image([pictures_csv.parent / "000.jpg"])
+    image = half.encode_image([images_csv.parent / "000.jpg"])
     assert image.dtype == np.float32
-    assert float(image[0] @ model.encode_image([pictures_csv.parent / "000.jpg"])[0]) > 0.999
+    assert float(image[0] @ model.encode_image([images_csv.parent / "000.jpg"])[0]) > 0.999
     assert ((half.encode_text(TEXTS) * model.encode_text(TEXTS)).sum(1) > 0.995).all()
 
 

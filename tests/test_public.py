@@ -18,7 +18,7 @@ from llm2clip import (
     LLM2CLIP,
     Adaptor,
     ArtifactError,
-    BadPicture,
+    BadImage,
     Bank,
     BankConfig,
     EvaluateConfig,
@@ -51,10 +51,10 @@ STAGES = {build_bank, evaluate, export_model, join_teachers, train_student, trai
 
 
 @pytest.fixture(scope="module")
-def bank(finished_teacher: Path, pictures_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    """The captions of 24 pictures by the untrained teacher."""
+def bank(finished_teacher: Path, images_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """The captions of 24 images by the untrained teacher."""
     settings = BankConfig(
-        data=(str(pictures_csv),),
+        data=(str(images_csv),),
         teacher=str(finished_teacher),
         out=tmp_path_factory.mktemp("public") / "bank",
         precision="fp32",
@@ -121,16 +121,16 @@ def test_pixels_of_a_known_image(tmp_path: Path) -> None:
     assert pixels.dtype == torch.uint8
     assert pixels.permute(1, 2, 0).tolist() == [[[0, 0, 255], [255, 0, 0]], [[255, 0, 0], [255, 255, 255]]]
     (tmp_path / "image.png").write_bytes(b"no image")
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         load_image(tmp_path / "image.png")
-    assert caught.value.cause == "not a picture" and isinstance(caught.value, LLM2CLIPError)
+    assert caught.value.cause == "not an image" and isinstance(caught.value, LLM2CLIPError)
 
 
-def test_a_source_is_read(pictures_csv: Path, tmp_path: Path) -> None:
-    samples = list(open_source(SourceConfig(data=(str(pictures_csv),))))
+def test_a_source_is_read(images_csv: Path, tmp_path: Path) -> None:
+    samples = list(open_source(SourceConfig(data=(str(images_csv),))))
     assert len(samples) == 24
     assert samples[0].captions["short"] == ("a small red disc",)
-    assert load_image(samples[0].picture).size == (48, 40)
+    assert load_image(samples[0].image).size == (48, 40)
     with pytest.raises(UsageError, match="nowhere"):
         open_source(SourceConfig(data=(str(tmp_path / "nowhere.csv"),)))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
@@ -151,16 +151,16 @@ def test_a_bank_holds_the_teachers_vectors(bank: Bank, finished_teacher: Path, t
         Bank.open(copy)
 
 
-def test_too_many_bad_samples_stop_a_bank(finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
-    shutil.copy(pictures_csv, tmp_path / "captions.csv")  # without its pictures
+def test_too_many_bad_samples_stop_a_bank(finished_teacher: Path, images_csv: Path, tmp_path: Path) -> None:
+    shutil.copy(images_csv, tmp_path / "captions.csv")  # without its images
     settings = BankConfig(data=(str(tmp_path / "captions.csv"),), teacher=str(finished_teacher), out=tmp_path / "bank")
     with pytest.raises(TooManyBadSamples, match="24 of 24"):
         build_bank(settings)
 
 
-def test_a_model_encodes_both_sides(finished_student: Path, finished_teacher: Path, pictures_csv: Path) -> None:
+def test_a_model_encodes_both_sides(finished_student: Path, finished_teacher: Path, images_csv: Path) -> None:
     model = LLM2CLIP.from_pretrained(finished_student, teacher=finished_teacher, device="cpu")
-    images = [pictures_csv.parent / "000.jpg", Image.new("RGB", (40, 40), "blue")]
+    images = [images_csv.parent / "000.jpg", Image.new("RGB", (40, 40), "blue")]
     image, text = model.encode_image(images), model.encode_text(["a small red disc"])
     assert image.shape == (2, 24) and text.shape == (1, 24)
     for vectors in (image, text):
@@ -185,9 +185,9 @@ def test_a_student_is_trained_on_a_bank(bank: Bank, tiny_tower: Path, tmp_path: 
     assert Student.from_pretrained(tmp_path / "student").config.teacher_dim == bank.dim
 
 
-def test_stages_refuse_what_is_no_model_in_one_line(pictures_csv: Path, tmp_path: Path) -> None:
+def test_stages_refuse_what_is_no_model_in_one_line(images_csv: Path, tmp_path: Path) -> None:
     """Whole runs of each stage are in the tests of its folder, and in the page's examples below."""
-    empty, out, data = tmp_path / "empty", tmp_path / "out", (str(pictures_csv),)
+    empty, out, data = tmp_path / "empty", tmp_path / "out", (str(images_csv),)
     empty.mkdir()
     for call in (
         lambda: train_teacher(TeacherConfig(data=data, model=str(empty), out=out, steps=1)),
@@ -202,7 +202,7 @@ def test_stages_refuse_what_is_no_model_in_one_line(pictures_csv: Path, tmp_path
 
 
 def test_errors_are_one_tree() -> None:
-    for error in (ArtifactError, BadPicture, SourceError, TooManyBadSamples, UsageError):
+    for error in (ArtifactError, BadImage, SourceError, TooManyBadSamples, UsageError):
         assert issubclass(error, LLM2CLIPError)
     assert issubclass(UsageError, ValueError)
     assert (UsageError.exit_code, SourceError.exit_code) == (2, 1)
@@ -223,10 +223,10 @@ def test_the_page_names_every_public_name_and_new_names_are_there() -> None:
 
 @pytest.mark.ci
 def test_the_pages_examples_run(
-    pictures_csv: Path, tiny_llm: Path, tiny_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images_csv: Path, tiny_llm: Path, tiny_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(pictures_csv.parent, "images")
+    shutil.copytree(images_csv.parent, "images")
     (tmp_path / "llm").symlink_to(tiny_llm)
     (tmp_path / "tower").symlink_to(tiny_tower)
     names: dict[str, object] = {}

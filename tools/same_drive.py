@@ -83,7 +83,7 @@ def encode(model: str, teacher: str, images: str, _: str, out: str) -> int:
 
     opened = LLM2CLIP.from_pretrained(model, teacher=None if teacher == "-" else teacher)
     image = opened.encode_image(sorted(map(str, Path(images).glob("0*.jpg")))[:6])
-    text = opened.encode_text(["a small red disc", "this picture shows a large blue square .", "near"])
+    text = opened.encode_text(["a small red disc", "this image shows a large blue square .", "near"])
     Path(out).mkdir(parents=True)
     vectors = {"image": torch.as_tensor(image).contiguous(), "text": torch.as_tensor(text).contiguous()}
     save_file(vectors, Path(out) / "vectors.safetensors")

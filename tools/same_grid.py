@@ -115,7 +115,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "mntp_mask_token": f"{MNTP} | --mntp-mask-token the",
         "mntp_text": f"{MNTP} | --mntp-text $S/plain.txt",
         "eval_data": "--eval-data $S/more.csv",
-        "eval_pictures": "--eval-pictures 5",
+        "eval_images": "--eval-images 5",
         "eval_every": "--eval-every 1",
     },
     "join-teachers": {
@@ -173,7 +173,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "dim": "--dim 16",
         "adaptor_blocks": "--adaptor-blocks 1",
         "mix": "--mix short=3 long=1",
-        "captions_per_picture": "--captions-per-picture 2",
+        "captions_per_image": "--captions-per-image 2",
         "bank_weights": f"{TWO_BANKS} | --bank-weights 1 9",
         "min_crop": "--min-crop 0.3",
         "max_bad_fraction": "--bank build-bank/data=broken.csv --max-bad-fraction 0.5",
@@ -270,7 +270,10 @@ BANK_VERBS = ("build-bank", "bank add", "bank merge")
 ENCODED = {"train-student/base": "$S/llm", "train-student/tower=siglip": "$S/llm", "export/base": "-"}
 """Students and bundles, with their teachers ("-": none), opened by the public `LLM2CLIP`; its vectors are compared."""
 
-RENAMED: dict[str, dict[str, str]] = {}
+RENAMED: dict[str, dict[str, str]] = {
+    "train-teacher": {"eval_pictures": "eval_images"},
+    "train-student": {"captions_per_picture": "captions_per_image"},
+}
 """Verb -> old field -> new field. The grid above has the new names."""
 REMOVED: dict[str, dict[str, str]] = {
     "train-student": {
@@ -289,7 +292,11 @@ ADDED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("train-teacher", "build-bank", "bank add", "evaluate"), _READS),
 }
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
-RENAMED_OUTPUT: dict[str, str] = {}
+RENAMED_OUTPUT: dict[str, str] = {
+    "pictures": "images",
+    "eval_pictures": "eval_images",
+    "captions_per_picture": "captions_per_image",
+}
 """Old key -> new key, in every JSON file and log, at any depth."""
 VOLATILE = frozenset(
     ["target_modules", "seconds", "wall_seconds", "times", "pictures_per_second", "images_per_second", "machine"]

@@ -13,7 +13,7 @@ from typing import Any
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "yellow": (230, 220, 50)}
 WORDS = (
     "<pad> <s> </s> <unk> <mask> a an the of on in with and is small large plain red green blue yellow disc square "
-    "picture shows one two dark background left right shape colour this that its find near far user : ."
+    "image shows one two dark background left right shape colour this that its find near far user : ."
 ).split()
 TURNS = "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} </s>{% endfor %}"
 LAST = "tars/01.tar"
@@ -91,7 +91,7 @@ def write_images(folder: Path) -> Rows:
         draw = ImageDraw.Draw(image)
         (draw.ellipse if shape == "disc" else draw.rectangle)((8, 8, 18 + 8 * (i // 8), 30), fill=COLOURS[colour])
         image.save(folder / f"{i:03d}.jpg", quality=92)
-        long = f"this picture shows a {size} {colour} {shape} on a dark background . the {shape} is {colour} ."
+        long = f"this image shows a {size} {colour} {shape} on a dark background . the {shape} is {colour} ."
         names = {"image": f"{i:03d}.jpg", "mirror": f"{23 - i:03d}.jpg"}
         rows.append(
             {**names, "short_caption": f"a {size} {colour} shape", "long_caption": long, "note": f"near {colour}"}

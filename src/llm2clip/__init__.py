@@ -15,7 +15,7 @@ _HOME = {
     "Bank": "llm2clip.bank.reader",
     "BankConfig": "llm2clip.bank.config",
     "build_bank": "llm2clip.bank.build",
-    "BadPicture": "llm2clip.data.bad",
+    "BadImage": "llm2clip.data.bad",
     "SourceConfig": "llm2clip.data.config",
     "load_image": "llm2clip.data.images",
     "open_source": "llm2clip.data.source",

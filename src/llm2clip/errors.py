@@ -2,7 +2,7 @@
 
 LLM2CLIPError            the run failed                                  exit code 1
 ├── UsageError           wrong use: a value to change, a flag to type    exit code 2 (also a ValueError)
-├── SourceError          a picture-caption source cannot be read         exit code 1
+├── SourceError          an image-caption source cannot be read         exit code 1
 ├── TooManyBadSamples    more bad samples than --max-bad-fraction        exit code 1
 └── ArtifactError        a bank, teacher or student folder is damaged    exit code 1
 
@@ -46,7 +46,7 @@ class UsageError(LLM2CLIPError, ValueError):
 
 
 class SourceError(LLM2CLIPError):
-    """A source of pictures and captions, as a whole, cannot be read: damaged, empty, or not what its name says."""
+    """A source of images and captions, as a whole, cannot be read: damaged, empty, or not what its name says."""
 
 
 class TooManyBadSamples(LLM2CLIPError):

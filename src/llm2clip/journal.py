@@ -34,7 +34,7 @@ class Journal:
         out: the folder that is being made.
         total: steps in all.
         step: steps done by an earlier run; what the log says of later ones is dropped.
-        pictures: pictures a step, over all processes, for the rate of what is added; 0 for texts alone.
+        images: images a step, over all processes, for the rate of what is added; 0 for texts alone.
         file: the log's name in `out`.
         description: what the progress line calls the training.
         digits: significant digits of a number in the log; 7 are those of float32, 17 all that Python has.
@@ -47,13 +47,13 @@ class Journal:
         *,
         total: int,
         step: int,
-        pictures: int = 0,
+        images: int = 0,
         file: str = LOG,
         description: str = "train student",
         digits: int = 7,
     ) -> None:
         self._accelerator, self._out, self._file = accelerator, out, file
-        self._pictures, self._digits = pictures, digits
+        self._images, self._digits = images, digits
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
         self._last_flush = time.monotonic()
         self._progress: Progress | None = None
@@ -83,9 +83,9 @@ class Journal:
         names = list(self._waiting[0][1])
         table = torch.stack([torch.stack([row[n].detach().float().cpu() for n in names]) for _, row in self._waiting])
         now = time.monotonic()
-        rate = self._pictures * len(self._waiting) / max(now - self._last_flush, 1e-9)
+        rate = self._images * len(self._waiting) / max(now - self._last_flush, 1e-9)
         lines = [
-            {"step": step, **dict(zip(names, row, strict=True)), "pictures_per_second": rate}
+            {"step": step, **dict(zip(names, row, strict=True)), "images_per_second": rate}
             for (step, _), row in zip(self._waiting, table.tolist(), strict=True)
         ]
         self._waiting, self._last_flush = [], now
@@ -185,7 +185,7 @@ def _keep_until(path: Path, step: int) -> None:
 def _shown(line: Mapping[str, Any]) -> str:
     """What of a line the progress shows."""
     shown = [f"{name} {line[name]:.4g}" for name in ("loss", "accuracy", "scale") if name in line]
-    rate = [f"{line['pictures_per_second']:,.0f} pictures/s"] if "pictures_per_second" in line else []
+    rate = [f"{line['images_per_second']:,.0f} images/s"] if "images_per_second" in line else []
     return ", ".join(filter(None, [" ".join(shown), *rate]))
 
 

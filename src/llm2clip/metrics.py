@@ -1,6 +1,6 @@
 """Retrieval scores of vectors: recall@k both ways, caption retrieval accuracy, alignment, uniformity.
 
-Pure functions of vectors and picture ids, for any encoder. Every score is a cosine in float32. A rank is one plus the
+Pure functions of vectors and image ids, for any encoder. Every score is a cosine in float32. A rank is one plus the
 number of wrong candidates that score at least as much as the best right one: a tie counts against the model, so an
 encoder that gives one vector for everything scores nothing, and no order of the rows changes a result.
 
@@ -39,8 +39,8 @@ def recall_at_k(
     Args:
         query: [N, D], any float dtype, of any length.
         gallery: [M, D].
-        query_ids: [N] picture ids; a gallery row is right for a query if their ids are equal. Several may be.
-        gallery_ids: [M] picture ids.
+        query_ids: [N] image ids; a gallery row is right for a query if their ids are equal. Several may be.
+        gallery_ids: [M] image ids.
         ks: the cut-offs.
 
     Raises:
@@ -84,8 +84,8 @@ def match_ranks(
     Args:
         query: [N, D].
         gallery: [M, D].
-        query_ids: [N] picture ids.
-        gallery_ids: [M] picture ids.
+        query_ids: [N] image ids.
+        gallery_ids: [M] image ids.
         both: also rank the other way; if not, the second array is empty.
 
     Returns:
@@ -108,18 +108,18 @@ def match_ranks(
     return 1 + above, 1 + above_back if both else above_back[:0]
 
 
-def caption_retrieval_accuracy(vectors: Vectors, picture_ids: Ids, pool: str = "all") -> float:
-    """CRA: the fraction of captions whose nearest other caption belongs to the same picture (top-1, cosine).
+def caption_retrieval_accuracy(vectors: Vectors, image_ids: Ids, pool: str = "all") -> float:
+    """CRA: the fraction of captions whose nearest other caption belongs to the same image (top-1, cosine).
 
     Args:
         vectors: [N, D] of captions.
-        picture_ids: [N].
-        pool: "all": every caption that is not the picture's only one seeks among all other captions. "second": the
-            first caption of each picture seeks among the second ones (paper, appendix D, which names no pool; an
-            author's word on "first -> second" is in the project's issue 3). Pictures with one caption are left out.
+        image_ids: [N].
+        pool: "all": every caption that is not the image's only one seeks among all other captions. "second": the
+            first caption of each image seeks among the second ones (paper, appendix D, which names no pool; an
+            author's word on "first -> second" is in the project's issue 3). Images with one caption are left out.
 
     Raises:
-        UsageError: if no picture has two captions, shapes do not match, or a vector is not finite.
+        UsageError: if no image has two captions, shapes do not match, or a vector is not finite.
 
     Example:
         >>> caption_retrieval_accuracy(np.eye(2)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
@@ -127,10 +127,10 @@ def caption_retrieval_accuracy(vectors: Vectors, picture_ids: Ids, pool: str = "
     """
     if pool not in POOLS:
         raise UsageError(f"pool is {pool!r}; choose from {', '.join(POOLS)}")
-    codes, _ = _codes(picture_ids, picture_ids)
+    codes, _ = _codes(image_ids, image_ids)
     counts = np.bincount(codes, minlength=1)
     if counts.max() < 2:
-        raise UsageError(f"caption retrieval needs pictures with two captions; none of {len(counts)} has two")
+        raise UsageError(f"caption retrieval needs images with two captions; none of {len(counts)} has two")
     if pool == "second":
         order = np.argsort(codes, kind="stable")
         first = np.flatnonzero(np.diff(codes[order], prepend=-1))
@@ -146,27 +146,27 @@ def caption_retrieval_accuracy(vectors: Vectors, picture_ids: Ids, pool: str = "
 
 
 def similarity_profile(
-    vectors: Vectors, picture_ids: Ids, *, bins: int = 40, max_captions: int = 10_000, seed: int = 0
+    vectors: Vectors, image_ids: Ids, *, bins: int = 40, max_captions: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """How close captions of one picture are, and how spread out all are.
+    """How close captions of one image are, and how spread out all are.
 
     Alignment is the mean squared distance of positive pairs, uniformity the log of the mean of exp(-2 x squared
     distance) over all pairs (Wang and Isola, arXiv 2005.10242, equations 1 and 2); lower is better for both.
 
     Args:
         vectors: [N, D] of captions, taken at unit length.
-        picture_ids: [N]; two captions of one picture are a positive pair, all others negative ones.
+        image_ids: [N]; two captions of one image are a positive pair, all others negative ones.
         bins: of the histograms, equally wide over cosines -1..1.
-        max_captions: of larger sets, that many whole pictures' captions are drawn.
+        max_captions: of larger sets, that many whole images' captions are drawn.
         seed: of that draw.
 
     Returns:
         `alignment`, `uniformity`, `positive_mean`, `negative_mean` (None where there is no pair), `edges` [bins + 1],
         `positive` and `negative`: [bins] numbers of pairs, and `captions`: how many were compared.
     """
-    codes, _ = _codes(picture_ids, picture_ids)
+    codes, _ = _codes(image_ids, image_ids)
     if len(codes) > max_captions:
-        keep = _draw_pictures(codes, max_captions, seed)
+        keep = _draw_images(codes, max_captions, seed)
         vectors, codes = vectors[keep], codes[keep]
     unit = _unit(vectors, len(codes), "vectors")
     totals = torch.zeros(2, bins + 3, dtype=torch.float64)  # positive and negative: histogram, sum, sum of exp, count
@@ -272,8 +272,8 @@ def _count_wrong(
     return above.cpu().numpy(), above_back.cpu().numpy()
 
 
-def _draw_pictures(codes: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Row numbers of whole pictures, drawn until the next would go past `limit`; rising."""
+def _draw_images(codes: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Row numbers of whole images, drawn until the next would go past `limit`; rising."""
     counts = np.bincount(codes)
     order = np.random.default_rng(seed).permutation(len(counts))
     taken = order[np.cumsum(counts[order]) <= limit]

@@ -1,9 +1,9 @@
-"""The trained model in use: `LLM2CLIP` encodes pictures and texts into one space.
+"""The trained model in use: `LLM2CLIP` encodes images and texts into one space.
 
 A student needs its teacher for texts; a folder written by `export --to sentence-transformers` holds both. No code that
 lies in a student's or exported folder is run.
 
-Letters: N pictures or texts, T teacher width, D shared width.
+Letters: N images or texts, T teacher width, D shared width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from llm2clip.bundle import open_bundle
 from llm2clip.cuts import CutCounter
 from llm2clip.data.feeder import batched, prepared
-from llm2clip.data.images import Picture, load_image
+from llm2clip.data.images import ImageSource, load_image
 from llm2clip.errors import UsageError
 from llm2clip.hub import ModelFolder, find_model, pick_device
 from llm2clip.opening import check_match, open_student, origin_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llm2clip.student.transform import ImageTransform
 
 logger = logging.getLogger("llm2clip")
-PictureInput = Picture | np.ndarray | Tensor
+ImageInput = ImageSource | np.ndarray | Tensor
 
 
 class CountsCuts:
@@ -70,8 +70,8 @@ class LLM2CLIP(CountsCuts):
 
     Args:
         student: tower, projection and adaptor.
-        transform: how pictures are resized and cropped for it.
-        teacher: gives the vectors that the adaptor reads; None if only pictures will be encoded.
+        transform: how images are resized and cropped for it.
+        teacher: gives the vectors that the adaptor reads; None if only images will be encoded.
         prompt: what the bank put before each caption; None for the teacher's own default.
         origin: what the model's manifest says of where it comes from.
 
@@ -111,7 +111,7 @@ class LLM2CLIP(CountsCuts):
 
         Args:
             student: the model.
-            teacher: the teacher whose vectors it was trained on; may be left out if only pictures will be encoded.
+            teacher: the teacher whose vectors it was trained on; may be left out if only images will be encoded.
             device: "cpu", "cuda", "mps", ...; by default a GPU if there is one.
             dtype: of all weights ("bfloat16", ...); "auto" for each as saved. By default as saved too, but float32
                 where this CPU would emulate a half precision. What comes out is always float32.
@@ -149,37 +149,37 @@ class LLM2CLIP(CountsCuts):
         """Where the student lies."""
         return self.student.visual_projection.weight.device
 
-    def prepare_image(self, picture: PictureInput) -> Tensor:
-        """The pixels uint8 [3, H, W] that the tower sees of a picture; such pixels stay as they are.
+    def prepare_image(self, image: ImageInput) -> Tensor:
+        """The pixels uint8 [3, H, W] that the tower sees of an image; such pixels stay as they are.
 
         Raises:
-            BadPicture: if it cannot be read.
-            UsageError: if it is nothing that can be a picture.
+            BadImage: if it cannot be read.
+            UsageError: if it is nothing that can be an image.
         """
-        if not isinstance(picture, Tensor):
-            return self.transform(load_image(_opened(picture)))
-        if picture.dtype == torch.uint8 and tuple(picture.shape) == (3, *self.transform.image_size):
-            return picture
+        if not isinstance(image, Tensor):
+            return self.transform(load_image(_opened(image)))
+        if image.dtype == torch.uint8 and tuple(image.shape) == (3, *self.transform.image_size):
+            return image
         raise UsageError(
-            f"a tensor {picture.dtype} {list(picture.shape)} is not what prepare_image gives, uint8 "
+            f"a tensor {image.dtype} {list(image.shape)} is not what prepare_image gives, uint8 "
             f"{[3, *self.transform.image_size]}; give pixels of other sizes as an array uint8 [H, W, 3]"
         )
 
     @torch.inference_mode()
-    def encode_image(self, pictures: Sequence[PictureInput], *, batch_size: int = 32) -> np.ndarray:
-        """float32 [N, D] of unit length, a row a picture.
+    def encode_image(self, images: Sequence[ImageInput], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length, a row an image.
 
         Args:
-            pictures: paths, encoded bytes, Pillow pictures of any mode and size, arrays uint8 [H, W, 3] (RGB) or
+            images: paths, encoded bytes, Pillow images of any mode and size, arrays uint8 [H, W, 3] (RGB) or
                 [H, W], or what `prepare_image` gave.
-            batch_size: pictures in the tower at once; the pixels of only two batches are in memory.
+            batch_size: images in the tower at once; the pixels of only two batches are in memory.
 
         Raises:
-            BadPicture: if one cannot be read; it is named.
+            BadImage: if one cannot be read; it is named.
         """
-        _check_list(pictures, "encode_image", 'encode_image(["cat.jpg"])')
+        _check_list(images, "encode_image", 'encode_image(["cat.jpg"])')
         rows = [np.empty((0, self.dim), np.float32)]
-        for batch in batched(prepared(pictures, self.prepare_image, ahead=batch_size), batch_size):
+        for batch in batched(prepared(images, self.prepare_image, ahead=batch_size), batch_size):
             pixels = torch.stack([image.result() for _, image in batch])
             features = self.student.get_image_features(pixels.to(self.device, non_blocking=True))
             rows.append(normalize(features.float(), dim=-1).cpu().numpy())
@@ -195,7 +195,7 @@ class LLM2CLIP(CountsCuts):
             UsageError: if the model was loaded without its teacher, or something is no text.
         """
         if self.teacher is None:
-            raise UsageError("this model was opened without its teacher, so it encodes pictures only; add the teacher")
+            raise UsageError("this model was opened without its teacher, so it encodes images only; add the teacher")
         vectors = torch.from_numpy(encode_texts(self.teacher, texts, batch_size=batch_size, prompt=self.prompt))
         self._count_cut(self.teacher, texts, self.prompt)
         rows = [np.empty((0, self.dim), np.float32)]
@@ -256,18 +256,18 @@ def encode_texts(
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _opened(picture: Any) -> Picture:
-    """An array as a Pillow picture; what else can be a picture stays as it is."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype == np.uint8 and (picture.ndim == 2 or picture.shape[2:] in ((3,), (4,))) and picture.size:
-            return Image.fromarray(picture)
+def _opened(image: Any) -> ImageSource:
+    """An array as a Pillow image; what else can be an image stays as it is."""
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))) and image.size:
+            return Image.fromarray(image)
         raise UsageError(
-            f"an array {picture.dtype} {list(picture.shape)} is no picture; write it as uint8 [H, W, 3], 0 to 255, RGB"
+            f"an array {image.dtype} {list(image.shape)} is no image; write it as uint8 [H, W, 3], 0 to 255, RGB"
         )
-    if isinstance(picture, get_args(Picture)):
-        return picture  # type: ignore[no-any-return]
+    if isinstance(image, get_args(ImageSource)):
+        return image  # type: ignore[no-any-return]
     raise UsageError(
-        f"a picture is given as a path, encoded bytes, a Pillow picture or an array, not as {type(picture).__name__}"
+        f"an image is given as a path, encoded bytes, a Pillow image or an array, not as {type(image).__name__}"
     )
 
 

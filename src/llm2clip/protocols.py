@@ -19,20 +19,20 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """Gives vectors of pictures."""
+    """Gives vectors of images."""
 
-    def prepare_image(self, picture: Any) -> Any:
-        """What the model needs of a picture (a path, encoded bytes, a place in a file, a Pillow picture): its pixels.
+    def prepare_image(self, image: Any) -> Any:
+        """What the model needs of an image (a path, encoded bytes, a place in a file, a Pillow image): its pixels.
 
         Called from several threads.
 
         Raises:
-            BadPicture: if it cannot be read.
+            BadImage: if it cannot be read.
         """
         ...
 
-    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
-        """float32 [N, D] of unit length, one row a picture, prepared or not."""
+    def encode_image(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        """float32 [N, D] of unit length, one row an image, prepared or not."""
         ...
 
 

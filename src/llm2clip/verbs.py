@@ -45,7 +45,7 @@ VERBS = {
             "training": "scale",
             "machine": "precision",
             "mntp": "mntp",
-            "score": "eval_pictures",
+            "score": "eval_images",
         },
         example="llm2clip train-teacher --data train.csv --eval-data val.csv --model Qwen/Qwen3-0.6B --epochs 4 "
         "--out teacher",
@@ -100,7 +100,7 @@ VERBS = {
         example="llm2clip bank export bank --out vectors",
     ),
     "train-student": Verb(
-        summary="fine-tune a vision tower on pictures and a bank (stage 2)",
+        summary="fine-tune a vision tower on images and a bank (stage 2)",
         config="llm2clip.student.config:StudentConfig",
         function="llm2clip.student.train:train_student",
         memory=("--micro-batch-size", "--gradient-checkpointing", "--batch-size"),

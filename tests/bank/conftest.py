@@ -15,7 +15,7 @@ from llm2clip.bank.config import BankConfig
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.reader import Bank
 
-WORDS = "a the of red green blue disc square picture small large shows one two dark left right on is this".split()
+WORDS = "a the of red green blue disc square image small large shows one two dark left right on is this".split()
 Build = Callable[..., Bank]
 
 
@@ -24,19 +24,19 @@ def words(number: int, *, count: int) -> str:
     return " ".join(WORDS[(number * 7 + i * (3 + number % 5)) % len(WORDS)] for i in range(count)) + f" {number}"
 
 
-def write_picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     """One grey pixel."""
     Image.new("L", (1, 1)).save(path)
 
 
 def write_table(path: Path, rows: int, *, columns: dict[str, int], first: int = 0) -> Path:
-    """A CSV of `rows` pictures (of one pixel) with a caption of the given number of words in each column."""
+    """A CSV of `rows` images (of one pixel) with a caption of the given number of words in each column."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", *columns])
         for i in range(first, first + rows):
-            write_picture(path.parent / f"{i}.jpg")
+            write_image(path.parent / f"{i}.jpg")
             writer.writerow([f"{i}.jpg", *(words(i, count=count) for count in columns.values())])
     return path
 
@@ -48,7 +48,7 @@ def write_captions() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def captions_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pictures with a short and a long caption each; nothing looks at the pictures."""
+    """60 images with a short and a long caption each; nothing looks at the images."""
     folder = tmp_path_factory.mktemp("captions")
     return write_table(folder / "captions.csv", 60, columns={"short_caption": 4, "long_caption": 14})
 

@@ -301,7 +301,7 @@ def test_bad_samples_are_listed(tmp_path: Path, write_captions, build) -> None:
     assert bank.manifest["bad_samples"]["num_bad"] == 1
 
 
-def test_a_missing_picture_whose_name_is_no_utf8_is_listed(tmp_path: Path, write_captions, build) -> None:
+def test_a_missing_image_whose_name_is_no_utf8_is_listed(tmp_path: Path, write_captions, build) -> None:
     write_captions(tmp_path / "a.csv", 1, columns={"raw": 1})
     (tmp_path / "a.csv").write_bytes(b"image,raw\n0.jpg,a\nb\xe9.jpg,b\n")
     bad = build(tmp_path / "a.csv", tmp_path / "bank", max_bad_fraction=0.5).manifest["bad_samples"]

@@ -12,13 +12,13 @@ from llm2clip.bank import collect as module
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.reader import SCHEMAS, TABLE, Table, read_arrow
 from llm2clip.data.bad import BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
 
 SAMPLES = [
-    Sample("a", PictureRef("/tars/0.tar", 512, 100), {"short": ("a disc",), "long": ("a red disc 🙂", "a disc")}),
-    Sample("b", PictureRef("/tars/0.tar", 1024, 90), {"long": ("圆",)}),
-    Sample("c", PictureRef("/t.parquet", 3, -1, "image"), {"short": ("a disc", "two discs")}),
+    Sample("a", ImageRef("/tars/0.tar", 512, 100), {"short": ("a disc",), "long": ("a red disc 🙂", "a disc")}),
+    Sample("b", ImageRef("/tars/0.tar", 1024, 90), {"long": ("圆",)}),
+    Sample("c", ImageRef("/t.parquet", 3, -1, "image"), {"short": ("a disc", "two discs")}),
 ]
 
 
@@ -36,7 +36,7 @@ def test_by_hand(tmp_path) -> None:
     assert table.rows(0, "long").tolist() == [1, 0]
     assert table.rows(1, "short").tolist() == []
     assert [table.sample(i) for i in range(3)] == SAMPLES
-    assert table.picture_path.tolist() == [0, 0, 1]
+    assert table.image_path.tolist() == [0, 0, 1]
     assert (table.caption_start.tolist(), table.caption_kind.tolist()) == ([0, 3, 4, 6], [0, 1, 1, 1, 0, 0])
     assert [int(text) for text in table.hashes[:, 0]] == [
         hashlib.sha256(table.text(i).encode()).digest()[0] for i in range(4)
@@ -44,7 +44,7 @@ def test_by_hand(tmp_path) -> None:
 
 
 def test_chunks_make_no_difference(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = [Sample(str(i), PictureRef(f"{i % 7}.tar", i), {"raw": (f"caption {i % 23}", str(i))}) for i in range(99)]
+    samples = [Sample(str(i), ImageRef(f"{i % 7}.tar", i), {"raw": (f"caption {i % 23}", str(i))}) for i in range(99)]
     facts = []
     for chunk, name in ((5, "small"), (10_000, "large")):
         (tmp_path / name).mkdir()
@@ -55,10 +55,10 @@ def test_chunks_make_no_difference(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_long_list_of_paths_is_forgotten_now_and_then(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_KNOWN_PATHS", 2)
-    samples = [Sample(str(i), PictureRef(f"{i % 3}.jpg"), {"raw": ("x",)}) for i in range(8)]
+    samples = [Sample(str(i), ImageRef(f"{i % 3}.jpg"), {"raw": ("x",)}) for i in range(8)]
     collect(intake(samples), tmp_path)
     table = Table(tmp_path)
-    assert [table.picture(i).path for i in range(8)] == [f"{i % 3}.jpg" for i in range(8)]
+    assert [table.image(i).path for i in range(8)] == [f"{i % 3}.jpg" for i in range(8)]
 
 
 def test_rows_of_a_base_come_first(tmp_path) -> None:
@@ -92,19 +92,19 @@ def test_bad_samples_are_in_the_facts(tmp_path) -> None:
 
 
 def test_too_many_kinds(tmp_path) -> None:
-    sample = Sample("a", PictureRef("a.jpg"), {f"kind{i}": ("x",) for i in range(257)})
+    sample = Sample("a", ImageRef("a.jpg"), {f"kind{i}": ("x",) for i in range(257)})
     with pytest.raises(UsageError, match="more than 256 kinds"):
         collect(intake([sample]), tmp_path)
 
 
 def test_an_unusual_file_name_survives(tmp_path) -> None:
-    path = b"/pictures/\xff\xe9.jpg".decode("utf-8", "surrogateescape")
-    collect(intake([Sample("x", PictureRef(path), {"raw": ("x",)})]), tmp_path)
-    assert Table(tmp_path).picture(0).path == path
+    path = b"/images/\xff\xe9.jpg".decode("utf-8", "surrogateescape")
+    collect(intake([Sample("x", ImageRef(path), {"raw": ("x",)})]), tmp_path)
+    assert Table(tmp_path).image(0).path == path
 
 
 def test_a_sample_without_captions_keeps_its_place(tmp_path) -> None:
-    samples = [SAMPLES[0], Sample("empty", PictureRef("e.jpg"), {}), SAMPLES[1]]
+    samples = [SAMPLES[0], Sample("empty", ImageRef("e.jpg"), {}), SAMPLES[1]]
     collect(intake(samples), tmp_path)
     table = Table(tmp_path)
     assert [len(table.rows(i)) for i in range(3)] == [3, 0, 1]
@@ -114,7 +114,7 @@ def test_columns_are_the_files_own_memory(tmp_path) -> None:
     """Plain numpy arrays that nobody copies: what a loader process reads for each sample."""
     collect(intake(SAMPLES), tmp_path)
     table = Table(tmp_path)
-    for array in (table.caption_start, table.caption_kind, table.caption_row, table.picture_path, table.hashes):
+    for array in (table.caption_start, table.caption_kind, table.caption_row, table.image_path, table.hashes):
         assert type(array) is np.ndarray and not array.flags.owndata and not array.flags["W"]
     assert [array.dtype for array in (table.caption_start, table.caption_kind, table.caption_row)] == [
         np.int64,
@@ -126,7 +126,7 @@ def test_columns_are_the_files_own_memory(tmp_path) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 10_000])
 def test_a_column_is_one_array_however_it_was_filled(chunk: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_CAPTIONS", chunk)
-    samples = [Sample(str(i), PictureRef(f"{i}.jpg", i, 2 * i), {"raw": (f"caption {i}",)}) for i in range(99)]
+    samples = [Sample(str(i), ImageRef(f"{i}.jpg", i, 2 * i), {"raw": (f"caption {i}",)}) for i in range(99)]
     collect(intake(samples), tmp_path)
     for name in SCHEMAS:
         batch = read_arrow(tmp_path, name)
@@ -154,7 +154,7 @@ def test_many_captions_take_no_more_memory_than_few(tmp_path) -> None:
     def peak(count: int) -> int:
         (tmp_path / str(count)).mkdir()
         texts = [f"{i:04d}" * 256 for i in range(64)]
-        samples = (Sample(f"{i}", PictureRef("a.tar", i), {"raw": (texts[i % 64],)}) for i in range(count))
+        samples = (Sample(f"{i}", ImageRef("a.tar", i), {"raw": (texts[i % 64],)}) for i in range(count))
         tracemalloc.start()
         collect(intake(samples), tmp_path / str(count))
         highest = tracemalloc.get_traced_memory()[1]

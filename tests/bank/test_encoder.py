@@ -18,7 +18,7 @@ from llm2clip.teacher.model import llm_as_encoder, load_teacher
 
 TEXTS = [
     "a red disc",
-    "two small blue discs and the dark square near the corner of this plain picture",
+    "two small blue discs and the dark square near the corner of this plain image",
     "a",
     "the yellow square sits near the top , and the disc sits on the right",
     "a large green disc is in the middle",

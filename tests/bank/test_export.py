@@ -33,7 +33,7 @@ def check_rows(dataset, bank: Bank, kinds: list[str]) -> None:
     assert len(dataset) == len(expected)
     for place in (0, 1, 17, len(expected) - 1):
         (i, kind), row = expected[place], dataset[place]
-        assert (row["id"], row["kind"], row["path"]) == (bank.sample_id(i), kind, bank.picture(i).path)
+        assert (row["id"], row["kind"], row["path"]) == (bank.sample_id(i), kind, bank.image(i).path)
         (number,) = bank.rows(i, kind)
         assert row["caption"] == bank.text(number)
         np.testing.assert_array_equal(row["vector"], bank.vectors([number])[0])
@@ -103,7 +103,7 @@ def test_a_file_name_that_is_no_utf8(tmp_path: Path, build, write_captions) -> N
     assert dataset[0]["path"] == str(tmp_path / "b\\xe9.jpg")
 
 
-def test_where_pictures_lie_is_told(tmp_path: Path, tiny_llm: Path) -> None:
+def test_where_images_lie_is_told(tmp_path: Path, tiny_llm: Path) -> None:
     """A range of a tar, by Python's own tarfile, and a cell of a table; captions that samples share."""
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, data in (("a.jpg", PNG), ("a.txt", b"a red disc"), ("b.jpg", PNG), ("b.txt", b"a red disc")):

@@ -1,4 +1,4 @@
-"""Banks out of banks: equal captions once, captions of one picture together, nothing encoded twice."""
+"""Banks out of banks: equal captions once, captions of one image together, nothing encoded twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm2clip.errors import UsageError
 
 @pytest.fixture
 def folder(tmp_path: Path, write_captions) -> Path:
-    """Two tables of the same folder: pictures 0..9 with short captions, 5..14 with long ones."""
+    """Two tables of the same folder: images 0..9 with short captions, 5..14 with long ones."""
     write_captions(tmp_path / "short.csv", 10, columns={"short_caption": 4})
     write_captions(tmp_path / "long.csv", 10, columns={"long_caption": 12}, first=5)
     return tmp_path

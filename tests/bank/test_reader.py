@@ -27,7 +27,7 @@ def test_counts(bank: Bank) -> None:
     assert bank.kinds == ["short", "long"]
     assert bank.rows(3).tolist() == [6, 7]
     assert bank.rows(3, "long").tolist() == [7]
-    assert bank.picture(3).path.endswith("3.jpg")
+    assert bank.image(3).path.endswith("3.jpg")
     assert bank.sample(3).captions["long"] == (bank.text(7),)
     assert bank.sample_id(3) == "3.jpg"
 
@@ -90,7 +90,7 @@ def test_a_bank_of_any_tables_is_read_in_a_forked_child_as_it_is(bank: Bank) -> 
 
 
 def check_reads(bank: Bank) -> None:
-    assert bank.vectors([3, 99]).any() and bank.text(7) and bank.picture(3).path.endswith("3.jpg")
+    assert bank.vectors([3, 99]).any() and bank.text(7) and bank.image(3).path.endswith("3.jpg")
 
 
 def test_reading_needs_no_torch(bank: Bank) -> None:

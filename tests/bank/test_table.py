@@ -1,4 +1,4 @@
-"""Tables joined: which samples are one picture, in blocks of any size."""
+"""Tables joined: which samples are one image, in blocks of any size."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 
 from llm2clip.bank import reader as module
 from llm2clip.bank.collect import Intake, collect
-from llm2clip.bank.merge import joined, picture_hashes, picture_index, with_captions
+from llm2clip.bank.merge import image_hashes, image_index, joined, with_captions
 from llm2clip.bank.reader import Table, read_arrow
 from llm2clip.data.bad import BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 
-TAR, CELL = PictureRef("/0.tar", 512, 100), PictureRef("/t.parquet", 3, -1, "image")
+TAR, CELL = ImageRef("/0.tar", 512, 100), ImageRef("/t.parquet", 3, -1, "image")
 OTHERS = {
-    "another path": (TAR, PictureRef("/1.tar", 512, 100)),
-    "another place in a tar": (TAR, PictureRef("/0.tar", 1024, 100)),
-    "another length": (TAR, PictureRef("/0.tar", 512, 101)),
-    "another row of a table": (CELL, PictureRef("/t.parquet", 4, -1, "image")),
-    "another column": (CELL, PictureRef("/t.parquet", 3, -1, "thumbnail")),
+    "another path": (TAR, ImageRef("/1.tar", 512, 100)),
+    "another place in a tar": (TAR, ImageRef("/0.tar", 1024, 100)),
+    "another length": (TAR, ImageRef("/0.tar", 512, 101)),
+    "another row of a table": (CELL, ImageRef("/t.parquet", 4, -1, "image")),
+    "another column": (CELL, ImageRef("/t.parquet", 3, -1, "thumbnail")),
 }
 
 
@@ -29,37 +29,37 @@ def table_of(folder: Path, samples: list[Sample]) -> Table:
     return Table(folder)
 
 
-def named(name: str, picture: PictureRef, **captions: tuple[str, ...]) -> Sample:
-    return Sample(name, picture, captions or {"raw": (name,)})
+def named(name: str, image: ImageRef, **captions: tuple[str, ...]) -> Sample:
+    return Sample(name, image, captions or {"raw": (name,)})
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_pictures_that_lie_elsewhere_are_two(other: str, tmp_path: Path) -> None:
+def test_images_that_lie_elsewhere_are_two(other: str, tmp_path: Path) -> None:
     one, two = OTHERS[other]
     tables = [table_of(tmp_path / "a", [named("a", one)]), table_of(tmp_path / "b", [named("b", two)])]
     assert [sample.id for sample in joined(tables)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("picture", [TAR, CELL])
-def test_captions_of_one_picture_are_gathered_in_its_first_sample(picture: PictureRef, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", [TAR, CELL])
+def test_captions_of_one_image_are_gathered_in_its_first_sample(image: ImageRef, tmp_path: Path) -> None:
     tables = [
-        table_of(tmp_path / "a", [named("a", picture, short=("a disc",))]),
-        table_of(tmp_path / "b", [named("b", picture, short=("one disc", "a disc"), zh=("圆",))]),
-        table_of(tmp_path / "c", [named("c", picture, zh=("圆", "一个圆"))]),
+        table_of(tmp_path / "a", [named("a", image, short=("a disc",))]),
+        table_of(tmp_path / "b", [named("b", image, short=("one disc", "a disc"), zh=("圆",))]),
+        table_of(tmp_path / "c", [named("c", image, zh=("圆", "一个圆"))]),
     ]
-    expected = Sample("a", picture, {"short": ("a disc", "one disc"), "zh": ("圆", "一个圆")})
+    expected = Sample("a", image, {"short": ("a disc", "one disc"), "zh": ("圆", "一个圆")})
     assert list(joined(tables)) == [expected]
     assert with_captions(tables[0].sample(0), tables[0].sample(0)) == tables[0].sample(0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 65536])
 def test_blocks_make_no_difference(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tables of ten pictures that overlap: 0..9, 5..14 and 8..17, each with captions of its own."""
+    """Three tables of ten images that overlap: 0..9, 5..14 and 8..17, each with captions of its own."""
     monkeypatch.setattr(module, "BLOCK_ROWS", rows)
     tables = []
     for name, first in (("a", 0), ("b", 5), ("c", 8)):
         samples = [
-            named(f"{name}{i}", PictureRef("/0.tar", 512 * i, 9), **{name: (f"{name} {i}",)})
+            named(f"{name}{i}", ImageRef("/0.tar", 512 * i, 9), **{name: (f"{name} {i}",)})
             for i in range(first, first + 10)
         ]
         tables.append(table_of(tmp_path / name, samples))
@@ -78,14 +78,14 @@ def test_blocks_make_no_difference(rows: int, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("rows", [2, 4, 65536])
-def test_of_a_picture_that_comes_twice_in_a_table_the_first_counts(
+def test_of_a_image_that_comes_twice_in_a_table_the_first_counts(
     rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_ROWS", rows)
-    places = [PictureRef("/0.tar", i) for i in (0, 1, 2, 3, 0)]
+    places = [ImageRef("/0.tar", i) for i in (0, 1, 2, 3, 0)]
     twice = table_of(tmp_path / "b", [named(f"b{n}", place) for n, place in enumerate(places)])
-    hashes = picture_hashes(twice, range(5))
-    assert picture_index(twice).lookup(hashes).tolist() == [0, 1, 2, 3, 0]
+    hashes = image_hashes(twice, range(5))
+    assert image_index(twice).lookup(hashes).tolist() == [0, 1, 2, 3, 0]
     first = table_of(tmp_path / "a", [named("a", places[1])])
     assert [(s.id, s.captions["raw"]) for s in joined([first, twice])] == [
         ("a", ("a", "b1")),

@@ -1,4 +1,4 @@
-"""Small pictures and tars, and a short way to read a source."""
+"""Small images and tars, and a short way to read a source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm2clip.data.config import SourceConfig
 from llm2clip.data.source import Source, open_source
 
 
-def picture(
+def image(
     size: tuple[int, int] = (12, 8), colour: Any = (200, 30, 40), *, mode: str = "RGB", form: str = "JPEG"
 ) -> bytes:
     file = io.BytesIO()
@@ -40,12 +40,12 @@ def own_index_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def jpeg() -> bytes:
-    return picture()
+    return image()
 
 
 @pytest.fixture(scope="session")
-def make_picture() -> Callable[..., bytes]:
-    return picture
+def make_image() -> Callable[..., bytes]:
+    return image
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +55,8 @@ def make_tar() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def source_of() -> Callable[..., Source]:
-    def open_it(*specs: str | Path, pictures: bool = True, **settings: Any) -> Source:
+    def open_it(*specs: str | Path, images: bool = True, **settings: Any) -> Source:
         config = SourceConfig(data=tuple(str(spec) for spec in specs), **{"max_bad_fraction": 1.0, **settings})
-        return open_source(config, pictures=pictures)
+        return open_source(config, images=images)
 
     return open_it

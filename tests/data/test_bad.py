@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from llm2clip.data.bad import BadPicture, BadSamples
+from llm2clip.data.bad import BadImage, BadSamples
 from llm2clip.errors import TooManyBadSamples
 
 
@@ -25,25 +25,25 @@ def test_merge_adds_counts_also_from_json() -> None:
     first, second = BadSamples(0.1), BadSamples(0.1)
     first.add("a", "missing file")
     second.add("b", "missing file")
-    second.add("c", "not a picture", "c.jpg")
+    second.add("c", "not an image", "c.jpg")
     first.merge(json.loads(json.dumps(second.to_json())))
     assert first.to_json() == {
         "num_bad": 3,
-        "counts": {"missing file": 2, "not a picture": 1},
-        "examples": {"missing file": ["a", "b"], "not a picture": ["c: c.jpg"]},
+        "counts": {"missing file": 2, "not an image": 1},
+        "examples": {"missing file": ["a", "b"], "not an image": ["c: c.jpg"]},
     }
 
 
 def test_more_than_the_share_stops_with_one_line() -> None:
     bad = BadSamples(0.05)
     for i in range(6):
-        bad.add(f"id{i}", "truncated picture", "cut.jpg")
+        bad.add(f"id{i}", "truncated image", "cut.jpg")
     bad.check(120)
     with pytest.raises(TooManyBadSamples) as caught:
         bad.check(100)
     assert str(caught.value) == (
-        "6 of 100 samples are bad, above max_bad_fraction 0.05: 6 truncated picture; "
-        "for example truncated picture: id0: cut.jpg"
+        "6 of 100 samples are bad, above max_bad_fraction 0.05: 6 truncated image; "
+        "for example truncated image: id0: cut.jpg"
     )
 
 
@@ -66,8 +66,8 @@ def test_a_limit_of_zero_allows_none_and_of_one_all() -> None:
         strict.check(5000)
 
 
-def test_bad_picture_survives_the_way_back_from_a_worker() -> None:
-    error = pickle.loads(pickle.dumps(BadPicture("missing file", "a.jpg")))
+def test_bad_image_survives_the_way_back_from_a_worker() -> None:
+    error = pickle.loads(pickle.dumps(BadImage("missing file", "a.jpg")))
     assert (error.cause, error.detail, str(error)) == ("missing file", "a.jpg", "missing file: a.jpg")
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a picture from files, ranges and URLs; what is kept open."""
+"""Bytes of an image from files, ranges and URLs; what is kept open."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llm2clip.data import bytes as reading
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.bytes import Kept, OpenFile, read_at, read_bytes
-from llm2clip.data.sample import PictureRef
+from llm2clip.data.sample import ImageRef
 
 
 @pytest.fixture
@@ -21,35 +21,35 @@ def file(tmp_path: Path) -> str:
 
 
 def test_whole_file_range_and_url(file: str) -> None:
-    assert read_bytes(PictureRef(file)) == bytes(range(100))
-    assert read_bytes(PictureRef(file, 10, 5)) == bytes(range(10, 15))
-    assert read_bytes(PictureRef(f"file://{file}", 10, 5)) == bytes(range(10, 15))
-    assert read_bytes(PictureRef(f"file://{file}")) == bytes(range(100))
+    assert read_bytes(ImageRef(file)) == bytes(range(100))
+    assert read_bytes(ImageRef(file, 10, 5)) == bytes(range(10, 15))
+    assert read_bytes(ImageRef(f"file://{file}", 10, 5)) == bytes(range(10, 15))
+    assert read_bytes(ImageRef(f"file://{file}")) == bytes(range(100))
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_causes(file: str, prefix: str) -> None:
     for ref, cause in {
-        PictureRef(prefix + file, 10, 0): "empty picture",
-        PictureRef(prefix + file, 95, 10): "truncated file",
-        PictureRef(prefix + file, 200, 10): "truncated file",
-        PictureRef(prefix + file + "x"): "missing file",
-        PictureRef(prefix + file, 0, 1 << 40): "picture too large",
+        ImageRef(prefix + file, 10, 0): "empty image",
+        ImageRef(prefix + file, 95, 10): "truncated file",
+        ImageRef(prefix + file, 200, 10): "truncated file",
+        ImageRef(prefix + file + "x"): "missing file",
+        ImageRef(prefix + file, 0, 1 << 40): "image too large",
     }.items():
-        with pytest.raises(BadPicture) as caught:
+        with pytest.raises(BadImage) as caught:
             read_bytes(ref)
         assert caught.value.cause == cause
 
 
-def test_unknown_protocol_is_a_bad_picture() -> None:
-    with pytest.raises(BadPicture, match="unreadable file"):
-        read_bytes(PictureRef("nonsense://host/a.jpg"))
+def test_unknown_protocol_is_a_bad_image() -> None:
+    with pytest.raises(BadImage, match="unreadable file"):
+        read_bytes(ImageRef("nonsense://host/a.jpg"))
 
 
 def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(BadPicture, match="no regular file"):
-        read_bytes(PictureRef(str(tmp_path / "pipe.jpg")))
+    with pytest.raises(BadImage, match="no regular file"):
+        read_bytes(ImageRef(str(tmp_path / "pipe.jpg")))
 
 
 def test_few_files_stay_open(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_many_threads_read_right_bytes_of_few_open_files(tmp_path: Path, monkeyp
     monkeypatch.setattr(reading, "_open_files", Kept(OpenFile, limit=1))
     for i in range(8):
         (tmp_path / str(i)).write_bytes(bytes([i]) * 100)
-    refs = [PictureRef(str(tmp_path / str(i % 8)), i % 50, 10) for i in range(2000)]
+    refs = [ImageRef(str(tmp_path / str(i % 8)), i % 50, 10) for i in range(2000)]
     with ThreadPoolExecutor(8) as pool:
         assert [data[0] for data in pool.map(read_bytes, refs)] == [i % 8 for i in range(2000)]
 
@@ -99,7 +99,7 @@ def test_reading_many_shards_keeps_the_limit(tmp_path: Path, monkeypatch: pytest
     for i in range(5):
         (tmp_path / f"{i}").write_bytes(bytes([i]) * 10)
     for _ in range(2):
-        assert [read_bytes(PictureRef(str(tmp_path / f"{i}"), 3, 2)) for i in range(5)] == [
+        assert [read_bytes(ImageRef(str(tmp_path / f"{i}"), 3, 2)) for i in range(5)] == [
             bytes([i] * 2) for i in range(5)
         ]
     assert len(reading._open_files._files) == 2
@@ -108,24 +108,24 @@ def test_reading_many_shards_keeps_the_limit(tmp_path: Path, monkeypatch: pytest
 def test_a_system_that_reads_a_little_at_a_time(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: pread(descriptor, min(length, 3), offset))
-    for ref in (PictureRef(file), PictureRef(file, 10, 50), PictureRef(file, 98, 2)):
+    for ref in (ImageRef(file), ImageRef(file, 10, 50), ImageRef(file, 98, 2)):
         first = ref.offset
         assert read_bytes(ref) == bytes(range(first, 100 if ref.length < 0 else first + ref.length))
-    with pytest.raises(BadPicture, match="ends 5 bytes before the picture at 95 does"):
-        read_bytes(PictureRef(file, 95, 10))
+    with pytest.raises(BadImage, match="ends 5 bytes before the image at 95 does"):
+        read_bytes(ImageRef(file, 95, 10))
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_the_largest_picture_is_read(file: str, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 50)
-    assert len(read_bytes(PictureRef(prefix + file, 10, 50))) == 50
-    with pytest.raises(BadPicture, match="51 bytes"):
-        read_bytes(PictureRef(prefix + file, 10, 51))
+def test_the_largest_image_is_read(file: str, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_IMAGE_BYTES", 50)
+    assert len(read_bytes(ImageRef(prefix + file, 10, 50))) == 50
+    with pytest.raises(BadImage, match="51 bytes"):
+        read_bytes(ImageRef(prefix + file, 10, 51))
 
 
 def test_a_whole_file_that_is_too_large(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 100)
-    assert len(read_bytes(PictureRef(file))) == 100
-    monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 99)
-    with pytest.raises(BadPicture, match="has 100 bytes"):
-        read_bytes(PictureRef(file))
+    monkeypatch.setattr(reading, "MAX_IMAGE_BYTES", 100)
+    assert len(read_bytes(ImageRef(file))) == 100
+    monkeypatch.setattr(reading, "MAX_IMAGE_BYTES", 99)
+    with pytest.raises(BadImage, match="has 100 bytes"):
+        read_bytes(ImageRef(file))

@@ -17,14 +17,14 @@ def usual(*columns: str) -> Layout:
 
 @pytest.mark.parametrize(
     "column",
-    [*"image filepath file_name filename path image_path img jpg png picture Image IMAGE_PATH".split(), "Image Path"],
+    [*"image filepath file_name filename path image_path img jpg png image Image IMAGE_PATH".split(), "Image Path"],
 )
-def test_usual_picture_columns(column: str) -> None:
-    assert usual("url", column, "caption").picture == column
+def test_usual_image_columns(column: str) -> None:
+    assert usual("url", column, "caption").image == column
 
 
-def test_the_likelier_picture_column_wins() -> None:
-    assert usual("path", "file_name", "image").picture == "image"
+def test_the_likelier_image_column_wins() -> None:
+    assert usual("path", "file_name", "image").image == "image"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_missing_columns_are_told_with_those_there_are() -> None:
     def complaint(captions: dict[str, str], image: str | None, names: list[str] = columns) -> str:
         layout = find_layout(names, captions=captions, image=image)
         with pytest.raises(UsageError) as caught:
-            require(layout, names, "a.csv", captions=captions, image=image, picture=True)
+            require(layout, names, "a.csv", captions=captions, image=image, needs_image=True)
         return str(caught.value)
 
     assert complaint({"short": "short_captoin"}, None) == (
@@ -81,7 +81,7 @@ def test_missing_columns_are_told_with_those_there_are() -> None:
         "a.csv has no column 'img' (image='img'); did you mean 'image'?; its columns are image, short_caption"
     )
     assert complaint({}, None, ["a", "caption"]) == (
-        "a.csv has no column that looks like pictures; give image='COLUMN'; its columns are a, caption"
+        "a.csv has no column that looks like images; give image='COLUMN'; its columns are a, caption"
     )
     assert complaint({}, None, ["image", "b"]) == (
         "a.csv has no column that looks like captions; give captions={'KIND': 'COLUMN'}; its columns are image, b"

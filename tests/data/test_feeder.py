@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.feeder import batched, prepared
 
 
@@ -41,14 +41,14 @@ def test_threads_prepare_while_one_is_used() -> None:
 def test_an_error_comes_at_its_items_turn_and_the_others_are_there() -> None:
     def prepare(item: int) -> int:
         if item % 2:
-            raise BadPicture("empty picture", str(item))
+            raise BadImage("empty image", str(item))
         return item
 
     good, bad = [], []
     for item, future in prepared(range(5), prepare, ahead=9):
         try:
             good.append(future.result())
-        except BadPicture as error:
+        except BadImage as error:
             bad.append((item, error.detail))
     assert good == [0, 2, 4] and bad == [(1, "1"), (3, "3")]
 

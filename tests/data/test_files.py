@@ -1,4 +1,4 @@
-"""What a folder stands for, and pictures with texts beside them."""
+"""What a folder stands for, and images with texts beside them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def captions(source: Source) -> dict[str, dict[str, tuple[str, ...]]]:
     return {sample.id: dict(sample.captions) for sample in source}
 
 
-def test_pictures_with_texts_beside(tmp_path: Path, source_of: Open, jpeg: bytes) -> None:
+def test_images_with_texts_beside(tmp_path: Path, source_of: Open, jpeg: bytes) -> None:
     put(
         tmp_path,
         {
@@ -45,7 +45,7 @@ def test_pictures_with_texts_beside(tmp_path: Path, source_of: Open, jpeg: bytes
             "e.txt": "e",
             "a.pkl": b"never read",
             ".hidden/z.jpg": jpeg,
-            "notes.txt": "belongs to no picture",
+            "notes.txt": "belongs to no image",
         },
     )
     source = source_of(tmp_path)
@@ -54,8 +54,8 @@ def test_pictures_with_texts_beside(tmp_path: Path, source_of: Open, jpeg: bytes
         "c": {"raw": ("x", "y")},
         "sub/b.v2": {"short": ("short",), "long": ("long",)},
     }
-    assert source.bad.counts == {"no caption": 1, "empty picture": 1, "text without a picture": 1}
-    assert [load_image(sample.picture).size for sample in source] == [(12, 8)] * 3
+    assert source.bad.counts == {"no caption": 1, "empty image": 1, "text without an image": 1}
+    assert [load_image(sample.image).size for sample in source] == [(12, 8)] * 3
 
 
 def test_an_empty_text_is_an_empty_caption(tmp_path: Path, source_of: Open, jpeg: bytes) -> None:
@@ -101,8 +101,8 @@ def test_a_folder_with_one_table(tmp_path: Path, source_of: Open, jpeg: bytes) -
     ("files", "complaint"),
     [
         ({}, "is an empty folder"),
-        ({"a.md": "x"}, "holds no pictures, tars or tables"),
-        ({"a.jpg": "x", "b.jpg": "x"}, "holds 2 pictures and no captions; put a .txt or .json"),
+        ({"a.md": "x"}, "holds no images, tars or tables"),
+        ({"a.jpg": "x", "b.jpg": "x"}, "holds 2 images and no captions; put a .txt or .json"),
         ({"manifest.json": "{}", "run.json": "{}"}, "was made by llm2clip"),
         ({"dataset_dict.json": "{}", "a/state.json": "{}", "b/state.json": "{}"}, "holds the splits a, b; name one"),
     ],
@@ -113,9 +113,9 @@ def test_folders_that_are_no_source(tmp_path: Path, source_of: Open, files: dict
     assert complaint in str(caught.value)
 
 
-def test_a_saved_dataset(tmp_path: Path, source_of: Open, make_picture: Callable[..., bytes]) -> None:
+def test_a_saved_dataset(tmp_path: Path, source_of: Open, make_image: Callable[..., bytes]) -> None:
     datasets = pytest.importorskip("datasets")
-    encoded = [make_picture((i + 3, 4)) for i in range(5)]
+    encoded = [make_image((i + 3, 4)) for i in range(5)]
     records = {
         "image": [{"bytes": data, "path": None} for data in encoded],
         "caption": [[f"a{i}", f"b{i}"] for i in range(5)],
@@ -125,7 +125,7 @@ def test_a_saved_dataset(tmp_path: Path, source_of: Open, make_picture: Callable
     dataset.shuffle(seed=1).save_to_disk(str(tmp_path / "one"), num_shards=2)
     samples = list(source_of(tmp_path / "one"))
     assert sorted(sample.captions["raw"] for sample in samples) == [(f"a{i}", f"b{i}") for i in range(5)]
-    assert {s.captions["raw"][0]: load_image(s.picture).width for s in samples} == {f"a{i}": i + 3 for i in range(5)}
+    assert {s.captions["raw"][0]: load_image(s.image).width for s in samples} == {f"a{i}": i + 3 for i in range(5)}
     assert len({sample.id for sample in samples}) == 5
     datasets.DatasetDict({"test": dataset, "train": dataset}).save_to_disk(str(tmp_path / "splits"))
     assert len(list(source_of(tmp_path / "splits"))) == len(list(source_of(tmp_path / "splits" / "test"))) == 5

@@ -1,4 +1,4 @@
-"""Ordinary and odd pictures come out as upright RGB; damaged ones with their cause."""
+"""Ordinary and odd images come out as upright RGB; damaged ones with their cause."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from llm2clip.data import images
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.images import check_file, check_header, load_image
-from llm2clip.data.sample import PictureRef
+from llm2clip.data.sample import ImageRef
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,7 +45,7 @@ def close(found: tuple[int, ...], wanted: tuple[int, ...], within: int = 4) -> b
 
 
 def cause_of(data: Any) -> str:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         load_image(data)
     assert "\n" not in str(caught.value)
     return caught.value.cause
@@ -120,7 +120,7 @@ def png_chunk(chunk: tuple[bytes, bytes]) -> bytes:
     ("value", "wanted"),
     [(0.5, 128), (1.0, 255), (1.5, 2), (128.0, 128), (255.0, 255), (51400.0, 200), (float("nan"), 0), (-3.0, 0)],
 )
-def test_float_pictures(value: float, wanted: int) -> None:
+def test_float_images(value: float, wanted: int) -> None:
     data = encode(Image.fromarray(np.full((2, 2), value, np.float32)), "TIFF")
     assert pixel(data) == (wanted,) * 3
 
@@ -133,7 +133,7 @@ def test_animations_give_their_first_frame() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
+def test_exif_orientation_turns_the_image_upright(orientation: int) -> None:
     upright = Image.new("RGB", (32, 16), (0, 0, 0))
     upright.paste((255, 255, 255), (0, 0, 16, 8))  # white in the upper left quarter
     inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
@@ -147,22 +147,22 @@ def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
     assert max(max(image.getpixel(at)) for at in ((28, 3), (4, 12), (28, 12))) < 50
 
 
-def test_damaged_exif_leaves_the_picture_as_it_is(jpeg: bytes) -> None:
+def test_damaged_exif_leaves_the_image_as_it_is(jpeg: bytes) -> None:
     segment = b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 20
     data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
     assert load_image(data).size == (12, 8)
 
 
-def test_the_extension_means_nothing(tmp_path: Path, make_picture: Callable[..., bytes]) -> None:
+def test_the_extension_means_nothing(tmp_path: Path, make_image: Callable[..., bytes]) -> None:
     for name in ("a.JPG", "b.txt", "c", "d.jpeg.PNG", "ünïcødé 画像.jpg"):
-        (tmp_path / name).write_bytes(make_picture(form="PNG"))
+        (tmp_path / name).write_bytes(make_image(form="PNG"))
         assert load_image(tmp_path / name).size == (12, 8)
         assert load_image(str(tmp_path / name)).size == (12, 8)
 
 
-def test_an_opened_picture_and_a_range_are_taken_too(tmp_path: Path, jpeg: bytes) -> None:
+def test_an_opened_image_and_a_range_are_taken_too(tmp_path: Path, jpeg: bytes) -> None:
     (tmp_path / "x").write_bytes(b"before" + jpeg + b"after")
-    assert load_image(PictureRef(str(tmp_path / "x"), 6, len(jpeg))).size == (12, 8)
+    assert load_image(ImageRef(str(tmp_path / "x"), 6, len(jpeg))).size == (12, 8)
     opened = Image.new("RGBA", (3, 5), (0, 0, 0, 0))
     assert load_image(opened).getpixel((0, 0)) == (255, 255, 255)
     assert opened.mode == "RGBA"
@@ -179,15 +179,15 @@ def test_min_size_decodes_smaller_but_never_too_small() -> None:
 def test_causes(tmp_path: Path, jpeg: bytes) -> None:
     (tmp_path / "empty.jpg").touch()
     assert cause_of(tmp_path / "missing.jpg") == "missing file"
-    assert cause_of(tmp_path / "empty.jpg") == "empty picture"
+    assert cause_of(tmp_path / "empty.jpg") == "empty image"
     assert cause_of(tmp_path) == "unreadable file"
     assert cause_of("a\0b.jpg") == "missing file"
-    assert cause_of(b"<html>not found</html>") == "not a picture"
-    assert cause_of(b"") == "not a picture"
-    assert cause_of(jpeg[:-40]) == "truncated picture"  # in the header
+    assert cause_of(b"<html>not found</html>") == "not an image"
+    assert cause_of(b"") == "not an image"
+    assert cause_of(jpeg[:-40]) == "truncated image"  # in the header
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    assert cause_of(encode(Image.fromarray(noise), "JPEG")[:-200]) == "truncated picture"
-    assert cause_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not a picture"
+    assert cause_of(encode(Image.fromarray(noise), "JPEG")[:-200]) == "truncated image"
+    assert cause_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not an image"
 
 
 def test_bombs_are_refused_by_their_header() -> None:
@@ -196,7 +196,7 @@ def test_bombs_are_refused_by_their_header() -> None:
         return b"\x89PNG\r\n\x1a\n" + png_chunk((b"IHDR", header)) + png_chunk((b"IDAT", zlib.compress(b"\0" * 99)))
 
     assert cause_of(png(50_000, 50_000)) == "decompression bomb"
-    with pytest.raises(BadPicture, match="decompression bomb"):
+    with pytest.raises(BadImage, match="decompression bomb"):
         check_header(io.BytesIO(png(2**31 - 1, 2**31 - 1)), "huge.png")
 
 
@@ -209,7 +209,7 @@ def test_the_bomb_limit_is_ours_even_without_pillows(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF"])
-def test_a_cut_at_any_byte_is_a_bad_picture_or_a_picture(form: str) -> None:
+def test_a_cut_at_any_byte_is_a_bad_image_or_a_image(form: str) -> None:
     Image.init()
     if form not in Image.SAVE:
         pytest.skip(f"this Pillow writes no {form}")
@@ -219,9 +219,9 @@ def test_a_cut_at_any_byte_is_a_bad_picture_or_a_picture(form: str) -> None:
     for cut in range(0, len(data), max(1, len(data) // 60)):
         try:
             outcomes.add(load_image(data[:cut]).mode)
-        except BadPicture as error:
+        except BadImage as error:
             outcomes.add(error.cause)
-    assert outcomes <= {"RGB", "not a picture", "truncated picture", "damaged picture"}
+    assert outcomes <= {"RGB", "not an image", "truncated image", "damaged image"}
     assert len(outcomes - {"RGB"}) >= 1
 
 
@@ -236,7 +236,7 @@ def test_flipped_bytes_never_escape_as_another_error(form: str) -> None:
         broken[places] = random.integers(0, 255, 6)
         try:
             assert load_image(broken.tobytes()).mode == "RGB"
-        except BadPicture as error:
+        except BadImage as error:
             assert error.cause and "\n" not in str(error)
 
 
@@ -245,8 +245,8 @@ def test_check_file_reads_no_more_than_the_header(tmp_path: Path, jpeg: bytes) -
     assert check_file(str(tmp_path / "cut.jpg")) == (12, 8)
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "page.jpg").write_bytes(b"<html>")
-    for name, cause in (("empty.jpg", "empty picture"), ("page.jpg", "not a picture"), ("no.jpg", "missing file")):
-        with pytest.raises(BadPicture, match=cause):
+    for name, cause in (("empty.jpg", "empty image"), ("page.jpg", "not an image"), ("no.jpg", "missing file")):
+        with pytest.raises(BadImage, match=cause):
             check_file(str(tmp_path / name))
 
 
@@ -265,10 +265,10 @@ def test_jpegs_decoded_to_four_bytes_are_pillows_own(
     options: dict[str, Any], has_turbo: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "HAS_TURBO", has_turbo and images.HAS_TURBO)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8))
-    picture = picture.resize((181, 122), Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8))
+    image = image.resize((181, 122), Image.Resampling.BICUBIC)
     for mode in ("RGB", "L", "CMYK"):
-        picture.convert(mode).save(buffer := io.BytesIO(), "JPEG", **options)
+        image.convert(mode).save(buffer := io.BytesIO(), "JPEG", **options)
         for min_size in (None, 30):
             theirs = Image.open(io.BytesIO(buffer.getvalue()))
             if min_size:
@@ -281,15 +281,13 @@ def test_jpegs_decoded_to_four_bytes_are_pillows_own(
 @pytest.mark.parametrize(
     ("size", "is_good"), [((100, 1), True), ((101, 1), False), ((3, 300), True), ((3, 301), False)]
 )
-def test_a_picture_too_thin_to_be_resized(size: tuple[int, int], is_good: bool) -> None:
+def test_a_image_too_thin_to_be_resized(size: tuple[int, int], is_good: bool) -> None:
     file = io.BytesIO()
-    picture = Image.new("RGB", size)
-    picture.save(file, "PNG")
-    for form in (picture, file.getvalue()):
+    image = Image.new("RGB", size)
+    image.save(file, "PNG")
+    for form in (image, file.getvalue()):
         if is_good:
             assert load_image(form).size == size
         else:
-            with pytest.raises(
-                BadPicture, match=f"thin picture: .* has {size[0]} x {size[1]} pixels: one side is more"
-            ):
+            with pytest.raises(BadImage, match=f"thin image: .* has {size[0]} x {size[1]} pixels: one side is more"):
                 load_image(form)

@@ -24,9 +24,9 @@ MakeTar = Callable[..., Path]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_picture: Make) -> Path:
+def folder(tmp_path: Path, make_image: Make) -> Path:
     for i, name in enumerate("abc"):
-        (tmp_path / f"{name}.jpg").write_bytes(make_picture(colour=(60 * i, 10, 10)))
+        (tmp_path / f"{name}.jpg").write_bytes(make_image(colour=(60 * i, 10, 10)))
     return tmp_path
 
 
@@ -158,15 +158,15 @@ def test_images_that_end_in_no_sample_are_counted(
     assert [sample.id for sample in source] == ["k"]
     assert source.bad.counts == {"image not used": 1, "no caption": 1}
     chosen = source_of(tmp_path / "t.tar", image="right.jpg")
-    offsets = [next(iter(opened)).picture.offset for opened in (source, chosen)]
+    offsets = [next(iter(opened)).image.offset for opened in (source, chosen)]
     assert offsets[0] < offsets[1]
     assert "image not used" not in chosen.bad.counts
 
 
 def test_a_cut_off_member_takes_its_own_sample_alone(
-    tmp_path: Path, make_picture: Make, source_of: Open, make_tar: MakeTar
+    tmp_path: Path, make_image: Make, source_of: Open, make_tar: MakeTar
 ) -> None:
-    large = make_picture((400, 300))
+    large = make_image((400, 300))
     files = {
         f"IMG.{i}.{ending}": large if ending == "jpg" else f"text {i}" for i in (1, 2, 3) for ending in ("txt", "jpg")
     }
@@ -182,10 +182,10 @@ def test_texts_without_an_image_are_counted(folder: Path, source_of: Open) -> No
     (folder / "d.txt").write_text("whose image is missing")
     source = source_of(folder)
     assert captions(source) == {"a": ("a cat",)}
-    assert source.bad.counts == {"no caption": 2, "text without a picture": 1}
+    assert source.bad.counts == {"no caption": 2, "text without an image": 1}
     for image in folder.glob("*.jpg"):
         image.unlink()
-    with pytest.raises(UsageError, match="holds texts and no pictures beside them"):
+    with pytest.raises(UsageError, match="holds texts and no images beside them"):
         source_of(folder)
 
 
@@ -226,7 +226,7 @@ def test_an_output_below_a_source_is_no_part_of_it(folder: Path, source_of: Open
     assert captions(source_of(folder)) == {name: (name,) for name in "abc"}
     (folder / "t.csv").write_text("image,caption\na.jpg,a cat\n")
     assert captions(source_of(folder / "**" / "*.csv")) == {"a.jpg": ("a cat",)}
-    assert captions(source_of(output / "more" / "*.csv", pictures=False)) == {"x.jpg": ("x",)}, "named, it is meant"
+    assert captions(source_of(output / "more" / "*.csv", images=False)) == {"x.jpg": ("x",)}, "named, it is meant"
     (output / "run.json").write_text(json.dumps({"epochs": 3}))  # another program's
     assert source_of(folder).fingerprint != before.fingerprint
 
@@ -270,10 +270,10 @@ def test_a_split_of_what_has_none_is_refused(folder: Path, source_of: Open, make
         source_of(make_tar(folder / "t.tar", {"k.jpg": jpeg, "k.txt": "k"}), split="train")
 
 
-@pytest.mark.parametrize("pictures", [True, False])
+@pytest.mark.parametrize("images", [True, False])
 @pytest.mark.parametrize("columns", [("filepath", "filename"), ("path", "file_name"), ("file_path", "file")])
 def test_a_folder_and_a_name_in_two_columns(
-    tmp_path: Path, jpeg: bytes, source_of: Open, columns: tuple[str, str], pictures: bool
+    tmp_path: Path, jpeg: bytes, source_of: Open, columns: tuple[str, str], images: bool
 ) -> None:
     (tmp_path / "val2014").mkdir()
     rows = []
@@ -282,7 +282,7 @@ def test_a_folder_and_a_name_in_two_columns(
         sentences = [{"raw": f"a cat {i}", "tokens": ["a", "cat"]}, {"raw": f"the cat {i}"}]
         rows.append({columns[0]: "val2014", columns[1]: f"{i}.jpg", "sentences": sentences})
     (tmp_path / "k.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = captions(source_of(tmp_path / "k.jsonl", pictures=pictures))
+    found = captions(source_of(tmp_path / "k.jsonl", images=images))
     assert found == {f"val2014/{i}.jpg": (f"a cat {i}", f"the cat {i}") for i in range(3)}
 
 
@@ -311,9 +311,9 @@ def test_one_image_however_it_is_spelt(folder: Path, source_of: Open) -> None:
 
 @pytest.mark.parametrize("struct", [True, False])
 def test_the_same_bytes_in_several_rows_are_one_image(
-    tmp_path: Path, make_picture: Make, source_of: Open, struct: bool
+    tmp_path: Path, make_image: Make, source_of: Open, struct: bool
 ) -> None:
-    images = [make_picture(colour=(50 * i, 0, 0)) for i in range(3)]
+    images = [make_image(colour=(50 * i, 0, 0)) for i in range(3)]
     order = [0, 0, 1, 2, 0, 2]
     cells = [{"bytes": images[i], "path": f"{n}.jpg"} if struct else images[i] for n, i in enumerate(order)]
     pq.write_table(
@@ -322,7 +322,7 @@ def test_the_same_bytes_in_several_rows_are_one_image(
     found = list(source_of(tmp_path / "t.parquet"))
     expected = {i: tuple(f"{i} in row {n}" for n, j in enumerate(order) if i == j) for i in range(3)}
     assert sorted(sample.captions["raw"] for sample in found) == sorted(expected.values())
-    assert len({sample.picture for sample in found}) == 3
+    assert len({sample.image for sample in found}) == 3
 
 
 def test_one_image_in_all_rows_stands_in_for_none(tmp_path: Path, jpeg: bytes, source_of: Open) -> None:
@@ -333,14 +333,14 @@ def test_one_image_in_all_rows_stands_in_for_none(tmp_path: Path, jpeg: bytes, s
 # ------------------------------------------------------------------- refusals that help
 
 
-def test_images_as_text_are_refused_in_a_short_line(folder: Path, make_picture: Make, source_of: Open) -> None:
+def test_images_as_text_are_refused_in_a_short_line(folder: Path, make_image: Make, source_of: Open) -> None:
     import numpy as np
     from PIL import Image
 
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(noise, "JPEG")
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
-        for data in (make_picture((40, 40), form=form), noise.getvalue()):
+        for data in (make_image((40, 40), form=form), noise.getvalue()):
             text = base64.b64encode(data).decode()
             for cell in (text, f"data:image/x;base64,{text}"):
                 (folder / "t.jsonl").write_text(json.dumps({"image": cell, "caption": "noise"}))

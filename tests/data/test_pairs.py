@@ -1,4 +1,4 @@
-"""Caption pairs of one picture: which there are, and which is drawn."""
+"""Caption pairs of one image: which there are, and which is drawn."""
 
 from __future__ import annotations
 

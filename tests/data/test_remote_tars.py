@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.remote_tars import TarIndex, index_folder
 from llm2clip.data.source import Source
 from llm2clip.data.tars import Member
@@ -54,9 +54,9 @@ def test_members_survive_the_round_trip() -> None:
         Member("ä/狗.txt", 512, 3, b"abc"),
         Member("odd\udce9.txt", 1536, 0, b""),
         Member("x.jpg", 2048, 9),
-        Member("y.jpg", 4096, 9, None, BadPicture("not a picture", "y.jpg is in no known format")),
+        Member("y.jpg", 4096, 9, None, BadImage("not an image", "y.jpg is in no known format")),
     ]
-    index = TarIndex("https://host/a.tar", {"size": 9999}, pictures=True)
+    index = TarIndex("https://host/a.tar", {"size": 9999}, images=True)
     assert index.load() is None
     index.save(members)
     found = index.load()
@@ -70,7 +70,7 @@ def test_the_second_reading_opens_nothing(remote: str, source_of: Open, opened: 
     first = list(source)
     counts = source.bad.to_json()
     assert len(first) == 6
-    assert counts["counts"] == {"not a picture": 3}
+    assert counts["counts"] == {"not an image": 3}
     assert opened == ["/indexed/0.tar", "/indexed/1.tar", "/indexed/2.tar"]
     again = source_of(remote)
     assert list(again) == first
@@ -97,10 +97,10 @@ def test_a_shard_that_changed_is_read_again(remote: str, source_of: Open, opened
 
 
 def test_captions_alone_have_an_index_of_their_own(remote: str, source_of: Open) -> None:
-    list(source_of(remote, pictures=False))
+    list(source_of(remote, images=False))
     source = source_of(remote)
     list(source)
-    assert source.bad.counts == {"not a picture": 3}
+    assert source.bad.counts == {"not an image": 3}
 
 
 def test_a_damaged_index_is_written_anew(remote: str, source_of: Open, opened: list[str]) -> None:
@@ -153,18 +153,18 @@ def test_the_usual_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_an_index_is_of_one_url_state_and_way_of_reading() -> None:
     base = {"size": 9}
-    paths = {TarIndex(f"memory://{name}.tar", base, pictures=True).path for name in "ab"}
-    paths.add(TarIndex("memory://a.tar", base, pictures=False).path)
+    paths = {TarIndex(f"memory://{name}.tar", base, images=True).path for name in "ab"}
+    paths.add(TarIndex("memory://a.tar", base, images=False).path)
     states = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "blob_id", "xet_hash", "lfs")
-    paths |= {TarIndex("memory://a.tar", {**base, name: 1}, pictures=True).path for name in states}
-    paths |= {TarIndex("memory://a.tar", {"size": 10}, pictures=True).path}
+    paths |= {TarIndex("memory://a.tar", {**base, name: 1}, images=True).path for name in states}
+    paths |= {TarIndex("memory://a.tar", {"size": 10}, images=True).path}
     assert len(paths) == 3 + 9 + 1 and None not in paths
-    assert TarIndex("memory://a.tar", {"name": "a"}, pictures=True).path is None, "nothing tells when it changes"
-    assert TarIndex("memory://a.tar", {**base, "name": "a"}, pictures=True).path in paths
+    assert TarIndex("memory://a.tar", {"name": "a"}, images=True).path is None, "nothing tells when it changes"
+    assert TarIndex("memory://a.tar", {**base, "name": "a"}, images=True).path in paths
 
 
 def test_a_long_index_comes_back_whole() -> None:
     members = [Member(f"{i}.txt", 512 * i, i, b"x" * i) for i in range(10)]
-    index = TarIndex("memory://long.tar", {"size": 1}, pictures=True)
+    index = TarIndex("memory://long.tar", {"size": 1}, images=True)
     index.save(members)
     assert index.load() == members

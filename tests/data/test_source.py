@@ -26,8 +26,8 @@ def shards(tmp_path: Path, make_tar: Make, jpeg: bytes) -> Path:
     return folder
 
 
-def test_parts_follow_one_another_and_ids_stay_unique(shards: Path, source_of: Open, pictures_csv: Path) -> None:
-    source = source_of(shards / "{00001..00002}.tar", pictures_csv, shards / "00000.tar")
+def test_parts_follow_one_another_and_ids_stay_unique(shards: Path, source_of: Open, images_csv: Path) -> None:
+    source = source_of(shards / "{00001..00002}.tar", images_csv, shards / "00000.tar")
     ids = [sample.id for sample in source]
     assert len(ids) == len(set(ids)) == 2 + 2 + 24 + 2
     assert [Path(sample_id).parts[-2:] for sample_id in ids[:3]] == [("00001", "a"), ("00001", "b"), ("00002", "a")]
@@ -39,8 +39,8 @@ def test_a_single_part_has_plain_ids(shards: Path, source_of: Open) -> None:
     assert [sample.id for sample in source_of(shards)][:3] == ["00000/a", "00000/b", "00001/a"]
 
 
-def test_every_picture_can_be_loaded(shards: Path, source_of: Open) -> None:
-    assert [load_image(sample.picture).size for sample in source_of(shards)] == [(12, 8)] * 6
+def test_every_image_can_be_loaded(shards: Path, source_of: Open) -> None:
+    assert [load_image(sample.image).size for sample in source_of(shards)] == [(12, 8)] * 6
 
 
 def test_the_fingerprint_moves_with_the_files_and_changes_with_them(
@@ -57,7 +57,7 @@ def test_the_fingerprint_moves_with_the_files_and_changes_with_them(
     assert source_of(tmp_path / "elsewhere").fingerprint != first
 
 
-def test_the_fingerprint_of_a_picture_folder(tmp_path: Path, source_of: Open, jpeg: bytes) -> None:
+def test_the_fingerprint_of_a_image_folder(tmp_path: Path, source_of: Open, jpeg: bytes) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").write_bytes(jpeg)
@@ -80,7 +80,7 @@ def test_iterating_again_counts_afresh(tmp_path: Path, source_of: Open, make_tar
     source = source_of(make_tar(tmp_path / "a.tar", {"1.jpg": jpeg, "1.txt": "x", "2.jpg": b"", "2.txt": "y"}))
     for _ in range(2):
         assert len(list(source)) == 1
-        assert source.bad.counts == {"empty picture": 1}
+        assert source.bad.counts == {"empty image": 1}
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path, make_tar: Make, jpeg: bytes) -> None:
@@ -90,7 +90,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, make_tar: Make, jpeg:
     tar = make_tar(tmp_path / "a.tar", members)
     assert len(list(open_source(SourceConfig(data=(str(tar),), max_bad_fraction=0.1)))) == 36
     with pytest.raises(
-        TooManyBadSamples, match=r"4 of 40 samples are bad, above max_bad_fraction 0\.05: 4 empty picture"
+        TooManyBadSamples, match=r"4 of 40 samples are bad, above max_bad_fraction 0\.05: 4 empty image"
     ):
         list(open_source(SourceConfig(data=(str(tar),))))
 

@@ -39,7 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jpeg: bytes) -> list[An
 def test_a_split_is_read_from_the_cache(hub: list[Any], source_of: Open) -> None:
     samples = list(source_of("hf:org/name:test", revision="abc"))
     assert [sample.captions["raw"] for sample in samples] == [("test 0",), ("test 1",)]
-    assert load_image(samples[0].picture).size == (12, 8)
+    assert load_image(samples[0].image).size == (12, 8)
     assert hub == [("org/name", None, "abc")]
 
 
@@ -57,8 +57,8 @@ def test_a_config_may_stand_behind_the_name(hub: list[Any], source_of: Open) -> 
     assert hub == [("org/name", "small", None)]
 
 
-def test_a_dataset_beside_a_file(hub: list[Any], source_of: Open, pictures_csv: Path) -> None:
-    source = source_of("hf:org/name:test", pictures_csv)
+def test_a_dataset_beside_a_file(hub: list[Any], source_of: Open, images_csv: Path) -> None:
+    source = source_of("hf:org/name:test", images_csv)
     ids = [sample.id for sample in source]
     assert ids[0] == "org/name:test/00000/0"
     assert ids[2] == "captions/000.jpg"

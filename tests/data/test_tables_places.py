@@ -1,4 +1,4 @@
-"""Pictures stay inside their table's folder."""
+"""Images stay inside their table's folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.tables import Places
 
 
@@ -25,16 +25,16 @@ def test_relative_to_the_table(tmp_path: Path) -> None:
     "name", ["../b.jpg", "/etc/passwd", "a/../../b.jpg", "https://host/b.jpg", "file:///etc/passwd"]
 )
 def test_outside_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         inside(tmp_path / "t.csv", name)
     assert caught.value.cause == "outside the table's folder"
     assert caught.value.detail == (
-        f"{tmp_path}/t.csv: picture {name!r} lies outside the table's folder; move it or add allow_outside=True"
+        f"{tmp_path}/t.csv: image {name!r} lies outside the table's folder; move it or add allow_outside=True"
     )
 
 
 def test_a_sibling_with_the_same_beginning_is_outside(tmp_path: Path) -> None:
-    with pytest.raises(BadPicture):
+    with pytest.raises(BadImage):
         inside(tmp_path / "data" / "t.csv", "../data2/x.jpg")
 
 
@@ -48,7 +48,7 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
     (data / "real.jpg").touch()
     (data / "within.jpg").symlink_to("real.jpg")
     for name in ("link.jpg", "folder/x.jpg"):
-        with pytest.raises(BadPicture, match="lies outside"):
+        with pytest.raises(BadImage, match="lies outside"):
             inside(data / "t.csv", name)
         assert Places(str(data / "t.csv"), allow_outside=True).resolve(name).path == f"{data}/{name}"
     assert inside(data / "t.csv", "within.jpg") == f"{data}/within.jpg"
@@ -75,11 +75,11 @@ def test_beside_a_table_behind_a_url() -> None:
     assert inside(table, "a/x.jpg") == "https://host/data/a/x.jpg"
     assert inside(table, "https://host/data/x.jpg") == "https://host/data/x.jpg"
     for name in ("../x.jpg", "/etc/passwd", "https://other/x.jpg", "https://host/data/../x.jpg", "../data2/x.jpg"):
-        with pytest.raises(BadPicture, match="lies outside"):
+        with pytest.raises(BadImage, match="lies outside"):
             inside(table, name)
 
 
 def test_allowed_outside(tmp_path: Path) -> None:
     places = Places(str(tmp_path / "t.csv"), allow_outside=True)
-    assert places.resolve("/pictures/x.jpg").path == "/pictures/x.jpg"
+    assert places.resolve("/images/x.jpg").path == "/images/x.jpg"
     assert places.resolve("https://host/x.jpg").path == "https://host/x.jpg"

@@ -16,7 +16,7 @@ import pytest
 
 from llm2clip.data.bytes import read_bytes
 from llm2clip.data.images import load_image
-from llm2clip.data.sample import PictureRef
+from llm2clip.data.sample import ImageRef
 from llm2clip.data.source import Source
 from llm2clip.errors import SourceError, TooManyBadSamples, UsageError
 
@@ -48,9 +48,9 @@ def test_img2dataset_layout(shard: Path, source_of: Open, jpeg: bytes) -> None:
     samples = list(source)
     assert [sample.id for sample in samples] == ["000000000", "000000001", "000000002"]
     assert samples[1].captions == {"raw": ("raw 1",), "short": ("short 1",), "long": ("long 1", "一只狗")}
-    assert samples[1].picture.path == str(shard)
-    assert samples[1].picture.length == len(jpeg)
-    assert load_image(samples[1].picture).size == (12, 8)
+    assert samples[1].image.path == str(shard)
+    assert samples[1].image.length == len(jpeg)
+    assert load_image(samples[1].image).size == (12, 8)
     assert source.bad.counts == {}
 
 
@@ -77,16 +77,16 @@ def test_missing_members_are_counted(tmp_path: Path, make_tar: Make, source_of: 
     )
     source = source_of(tar)
     assert captions(source) == {"1": {"raw": ("one",)}, "4": {"raw": ("four",)}}
-    assert source.bad.counts == {"no caption": 1, "no picture": 1}
+    assert source.bad.counts == {"no caption": 1, "no image": 1}
     assert source.bad.num_bad == 2
 
 
-def test_cheap_defects_of_pictures_are_counted(tmp_path: Path, make_tar: Make, source_of: Open, jpeg: bytes) -> None:
+def test_cheap_defects_of_images_are_counted(tmp_path: Path, make_tar: Make, source_of: Open, jpeg: bytes) -> None:
     members: dict[str, bytes | str] = {"0.jpg": jpeg, "1.jpg": b"", "2.jpg": b"<html>", "3.JPG": jpeg, "4.bin": jpeg}
     members |= {f"{i}.txt": "a" for i in range(5)}
     source = source_of(make_tar(tmp_path / "a.tar", members))
     assert list(captions(source)) == ["0", "3", "4"]
-    assert source.bad.counts == {"empty picture": 1, "not a picture": 1}
+    assert source.bad.counts == {"empty image": 1, "not an image": 1}
 
 
 def test_captions_that_are_none(tmp_path: Path, make_tar: Make, source_of: Open, jpeg: bytes) -> None:
@@ -165,8 +165,8 @@ def test_links_and_names_that_lead_out_are_only_names(tmp_path: Path, source_of:
     source = source_of(path)
     samples = list(source)
     assert [sample.id for sample in samples] == ["/etc/x", "../../y"]
-    assert {sample.picture.path for sample in samples} == {str(path)}
-    assert source.bad.counts == {"no picture": 1}
+    assert {sample.image.path for sample in samples} == {str(path)}
+    assert source.bad.counts == {"no image": 1}
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -179,7 +179,7 @@ def test_pickles_are_never_loaded(tmp_path: Path, make_tar: Make, source_of: Ope
     members = {"1.jpg": jpeg, "1.txt": "a", "1.pyd": trap, "1.pickle": trap, "2.pkl": trap, "2.txt": "b", "3.npy": trap}
     source = source_of(make_tar(tmp_path / "a.tar", members))
     assert list(captions(source)) == ["1"]
-    assert source.bad.counts == {"no picture": 2}
+    assert source.bad.counts == {"no image": 2}
     assert not (tmp_path / "sprung").exists()
 
 
@@ -209,7 +209,7 @@ def test_an_empty_shard_among_others_is_no_error(tmp_path: Path, make_tar: Make,
 def test_a_cut_tar_gives_what_comes_before(shard: Path, source_of: Open, caplog: pytest.LogCaptureFixture) -> None:
     whole = list(source_of(shard))
     with shard.open("r+b") as file:
-        file.truncate(whole[2].picture.offset + 100)
+        file.truncate(whole[2].image.offset + 100)
     source = source_of(shard)
     with caplog.at_level(logging.WARNING, "llm2clip"):
         assert list(source) == whole[:2]
@@ -225,14 +225,14 @@ def test_a_cut_anywhere_gives_whole_samples_or_one_clear_line(shard: Path, sourc
     data = shard.read_bytes()
     whole = {sample.id: sample for sample in source_of(shard)}
     with tarfile.open(shard) as tar:
-        texts = [m for m in tar if m.name.endswith(("txt", "json"))]  # a sample needs one of them beside its picture
+        texts = [m for m in tar if m.name.endswith(("txt", "json"))]  # a sample needs one of them beside its image
     path, given = tmp_path / "cut.tar", {}
     for cut in range(0, len(data), 331):
         path.write_bytes(data[:cut])
         found = []
         try:
             for sample in source_of(path):
-                assert load_image(sample.picture).size == (12, 8)
+                assert load_image(sample.image).size == (12, 8)
                 assert set(sample.captions) <= set(whole[sample.id].captions)
                 found.append(sample.id)
         except (SourceError, UsageError) as error:
@@ -243,7 +243,7 @@ def test_a_cut_anywhere_gives_whole_samples_or_one_clear_line(shard: Path, sourc
     for cut, number in given.items():
         assert number >= sum(end <= cut for end in ends), f"a sample that lies whole before byte {cut} is lost"
     assert set(given.values()) == {0, 1, 2, 3}
-    start = whole["000000001"].picture.offset - 512
+    start = whole["000000001"].image.offset - 512
     path.write_bytes(data[:start] + b"?" * 700 + data[start + 700 :])
     source = source_of(path)
     assert [sample.id for sample in source] == ["000000000"]
@@ -258,9 +258,9 @@ def remote(shard: Path) -> str:
 
 def test_a_tar_behind_a_url_gives_the_same_samples(shard: Path, remote: str, source_of: Open) -> None:
     near, far = list(source_of(shard)), list(source_of(remote))
-    assert [(s.id, s.captions, s.picture.offset) for s in near] == [(s.id, s.captions, s.picture.offset) for s in far]
-    assert far[0].picture.path == remote
-    assert load_image(far[1].picture).size == (12, 8)
+    assert [(s.id, s.captions, s.image.offset) for s in near] == [(s.id, s.captions, s.image.offset) for s in far]
+    assert far[0].image.path == remote
+    assert load_image(far[1].image).size == (12, 8)
     assert source_of(remote).fingerprint == source_of(shard).fingerprint
 
 
@@ -278,7 +278,7 @@ def test_defects_behind_a_url(tmp_path: Path, make_tar: Make, source_of: Open, j
     memory.pipe("/defects/a.tar", data)
     source = source_of("memory://defects/a.tar")
     assert list(captions(source)) == ["0"]
-    assert source.bad.counts == {"empty picture": 1, "not a picture": 1, "no picture": 1}
+    assert source.bad.counts == {"empty image": 1, "not an image": 1, "no image": 1}
     memory.pipe("/defects/a.tar", data[:800])
     source = source_of("memory://defects/a.tar")
     with pytest.raises(SourceError, match="no usable samples"):
@@ -309,13 +309,11 @@ def test_a_broken_connection_is_one_line(remote: str, source_of: Open, monkeypat
         list(source_of(remote))
 
 
-def test_without_pictures_only_texts_are_asked_for(
-    tmp_path: Path, make_tar: Make, source_of: Open, jpeg: bytes
-) -> None:
+def test_without_images_only_texts_are_asked_for(tmp_path: Path, make_tar: Make, source_of: Open, jpeg: bytes) -> None:
     tar = make_tar(tmp_path / "a.tar", {"1.txt": "one", "2.jpg": b"", "2.txt": "two"})
-    source = source_of(tar, pictures=False)
+    source = source_of(tar, images=False)
     assert captions(source) == {"1": {"raw": ("one",)}, "2": {"raw": ("two",)}}
-    assert next(iter(source)).picture == PictureRef("")
+    assert next(iter(source)).image == ImageRef("")
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -324,7 +322,7 @@ def test_same_samples_as_webdataset_reads(shard: Path, source_of: Open) -> None:
     theirs = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     ours = list(source_of(shard))
     assert [sample["__key__"] for sample in theirs] == [sample.id for sample in ours]
-    assert [sample["jpg"] for sample in theirs] == [read_bytes(sample.picture) for sample in ours]
+    assert [sample["jpg"] for sample in theirs] == [read_bytes(sample.image) for sample in ours]
     assert [(sample["txt"].decode(),) for sample in theirs] == [sample.captions["raw"] for sample in ours]
 
 
@@ -338,13 +336,13 @@ def test_a_shard_that_webdataset_wrote(tmp_path: Path, source_of: Open, jpeg: by
 
 @pytest.mark.parametrize(("image", "colour"), [(None, (200, 30, 40)), ("png", (10, 20, 250)), ("PNG", (10, 20, 250))])
 def test_of_two_images_of_a_sample_the_named_one_is_taken(
-    tmp_path: Path, make_tar: Make, make_picture, source_of: Open, image: str | None, colour: tuple[int, ...]
+    tmp_path: Path, make_tar: Make, make_image, source_of: Open, image: str | None, colour: tuple[int, ...]
 ) -> None:
-    members = {"a.jpg": make_picture(), "a.png": make_picture(colour=(10, 20, 250), form="PNG"), "a.txt": "a caption"}
+    members = {"a.jpg": make_image(), "a.png": make_image(colour=(10, 20, 250), form="PNG"), "a.txt": "a caption"}
     (tmp_path / "folder").mkdir()
     for name, content in members.items():
         data = content if isinstance(content, bytes) else content.encode()
         (tmp_path / "folder" / name).write_bytes(data)
     for place in (make_tar(tmp_path / "a.tar", members), tmp_path / "folder"):
         (sample,) = source_of(place, **({} if image is None else {"image": image}))
-        assert load_image(sample.picture).getpixel((4, 4)) == pytest.approx(colour, abs=6)
+        assert load_image(sample.image).getpixel((4, 4)) == pytest.approx(colour, abs=6)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.images import load_image
 from llm2clip.data.source import Source
 from llm2clip.errors import SourceError, UsageError
@@ -53,13 +53,13 @@ class Ranges(Whole):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_tar: Callable[..., Path], make_picture: Callable[..., bytes]) -> Path:
+def folder(tmp_path: Path, make_tar: Callable[..., Path], make_image: Callable[..., bytes]) -> Path:
     for shard in range(2):
         members: dict[str, bytes | str] = {}
         for i in range(3):
-            members |= {f"{shard}{i}.jpg": make_picture((i + 5, 9)), f"{shard}{i}.txt": f"picture {i}"}
+            members |= {f"{shard}{i}.jpg": make_image((i + 5, 9)), f"{shard}{i}.txt": f"image {i}"}
         make_tar(tmp_path / f"{shard:05d}.tar", members)
-    (tmp_path / "x.jpg").write_bytes(make_picture())
+    (tmp_path / "x.jpg").write_bytes(make_image())
     (tmp_path / "t.csv").write_text("image,caption\nx.jpg,one\n")
     return tmp_path
 
@@ -84,23 +84,23 @@ def whole(folder: Path) -> Iterator[str]:
     yield from serve(folder, Whole)
 
 
-def test_tars_and_their_pictures(ranges: str, source_of: Open) -> None:
+def test_tars_and_their_images(ranges: str, source_of: Open) -> None:
     samples = list(source_of(f"{ranges}/{{00000..00001}}.tar"))
     assert [sample.id for sample in samples] == [f"{s:05d}/{s}{i}" for s in range(2) for i in range(3)]
-    assert [load_image(sample.picture).width for sample in samples] == [5, 6, 7] * 2
+    assert [load_image(sample.image).width for sample in samples] == [5, 6, 7] * 2
 
 
-def test_a_table_and_its_pictures(ranges: str, source_of: Open) -> None:
+def test_a_table_and_its_images(ranges: str, source_of: Open) -> None:
     (sample,) = source_of(f"{ranges}/t.csv")
     assert sample.captions == {"raw": ("one",)}
-    assert load_image(sample.picture).size == (12, 8)
+    assert load_image(sample.image).size == (12, 8)
 
 
-def test_a_server_without_ranges_streams_but_gives_no_single_pictures(whole: str, source_of: Open) -> None:
+def test_a_server_without_ranges_streams_but_gives_no_single_images(whole: str, source_of: Open) -> None:
     samples = list(source_of(f"{whole}/00000.tar"))
-    assert [sample.captions["raw"] for sample in samples] == [(f"picture {i}",) for i in range(3)]
-    with pytest.raises(BadPicture, match="gives whole files only; fetch it to a local disk"):
-        load_image(samples[1].picture)
+    assert [sample.captions["raw"] for sample in samples] == [(f"image {i}",) for i in range(3)]
+    with pytest.raises(BadImage, match="gives whole files only; fetch it to a local disk"):
+        load_image(samples[1].image)
 
 
 def test_what_is_not_there(ranges: str, source_of: Open) -> None:
@@ -108,7 +108,7 @@ def test_what_is_not_there(ranges: str, source_of: Open) -> None:
         source_of(f"{ranges}/{{00000..00002}}.tar")
     with pytest.raises(UsageError, match="does not exist, or its server does not answer"):
         source_of("http://127.0.0.1:9/00000.tar")
-    with pytest.raises(BadPicture, match="missing file"):
+    with pytest.raises(BadImage, match="missing file"):
         load_image(f"{ranges}/gone.jpg")
 
 

@@ -69,7 +69,7 @@ def test_long_captions_tell_every_thing_whole() -> None:
                     assert set(words.english(concept)[0]) & set(words_of(caption)), (concept, caption)
 
 
-def test_each_picture_has_two_captions_of_each_kind() -> None:
+def test_each_image_has_two_captions_of_each_kind() -> None:
     for sample in captioned("val", 50, seed=0, kinds=TEST_KINDS):
         assert {kind: len(set(texts)) for kind, texts in sample.captions.items()} == dict.fromkeys(TEST_KINDS, PER_KIND)
 
@@ -83,7 +83,7 @@ def vocabulary() -> dict[str, set[str]]:
     return found
 
 
-def test_unseen_words_never_come_with_a_training_picture(vocabulary: dict[str, set[str]]) -> None:
+def test_unseen_words_never_come_with_a_training_image(vocabulary: dict[str, set[str]]) -> None:
     trained = vocabulary["short"] | vocabulary["long"]
     for concept in words.ENGLISH:
         seen, unseen = words.english(concept)
@@ -93,7 +93,7 @@ def test_unseen_words_never_come_with_a_training_picture(vocabulary: dict[str, s
         assert set(unseen) <= vocabulary["unseen"]
 
 
-def test_foreign_words_never_come_with_a_training_picture(vocabulary: dict[str, set[str]]) -> None:
+def test_foreign_words_never_come_with_a_training_image(vocabulary: dict[str, set[str]]) -> None:
     trained = vocabulary["short"] | vocabulary["long"]
     for language in (words.SPANISH, words.CHINESE):
         assert not {word for entry in language.values() for word in entry.split()} & trained

@@ -55,7 +55,7 @@ def test_the_llm_knows_a_translation_it_has_read() -> None:
     assert right < wrong - 0.2
 
 
-def test_the_clip_finds_pictures_by_known_words() -> None:
+def test_the_clip_finds_images_by_known_words() -> None:
     clip = CLIPModel.from_pretrained(SHIPPED / "clip", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "clip")
     pairs = clip_pairs(100, tokenizer, seed=777)
@@ -86,7 +86,7 @@ def test_a_models_script_makes_loadable_folders(tmp_path: Path) -> None:
     how = Pretraining(steps=2, width=16, layers=1, heads=2, inner=32, batch_size=2, length=16, warmup_steps=1)
     llm = AutoModelForCausalLM.from_pretrained(make_models.make_llm(tmp_path / "llm", how))
     assert llm.config.hidden_size == 16
-    folder = make_models.make_clip(tmp_path / "clip", ClipTraining(steps=2, batch_size=4, warmup_steps=1), pictures=8)
+    folder = make_models.make_clip(tmp_path / "clip", ClipTraining(steps=2, batch_size=4, warmup_steps=1), images=8)
     assert CLIPModel.from_pretrained(folder).config.text_config.max_position_embeddings == CONTEXT
-    assert json.loads((folder / "origin.json").read_text())["pictures"] == 8
+    assert json.loads((folder / "origin.json").read_text())["images"] == 8
     assert new_clip(30, seed=0).config.projection_dim == 128

@@ -60,7 +60,7 @@ def test_a_claim_that_holds_in_some_columns_shows_in_part() -> None:
     mixed = found(0.6, 0.2)
     mixed["D-all"]["unseen/i2t_r@1"] = value(0.2, 0.2, 0.2)
     shown = {v.claim: v.shown for v in results.verdicts(mixed)}
-    assert shown["D is above B and B-long on words never seen with a picture"].startswith("shows in part (2 of 4")
+    assert shown["D is above B and B-long on words never seen with an image"].startswith("shows in part (2 of 4")
 
 
 def test_a_gap_within_its_spread_is_none() -> None:
@@ -84,7 +84,7 @@ def test_collect_reads_every_pipelines_report(tmp_path: Path) -> None:
     for seed, score in ((0, 0.25), (1, 0.75)):
         folder = tmp_path / f"seed-{seed}" / "scores" / "A"
         folder.mkdir(parents=True)
-        report = {"datasets": {"captions": {"pictures": 40}}, "metrics": {"captions/short/i2t_r@1": score}}
+        report = {"datasets": {"captions": {"images": 40}}, "metrics": {"captions/short/i2t_r@1": score}}
         (folder / "report.json").write_text(json.dumps(report))
     found = results.collect([tmp_path / "seed-0", tmp_path / "seed-1"])
     assert found == {"A": {"short/i2t_r@1": Value((0.25, 0.75), 40)}}

@@ -1,4 +1,4 @@
-"""Scenes: drawn from a seed, each in exactly one split, pictures that show what the scene says."""
+"""Scenes: drawn from a seed, each in exactly one split, images that show what the scene says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from demo.pictures import SIDE, draw_picture, png_bytes
+from demo.images import SIDE, draw_image, png_bytes
 from demo.scene import GRID, SPLITS, Scene, Thing, draw_scenes
 
 
@@ -40,10 +40,10 @@ def test_things_neither_share_a_cell_nor_look_alike() -> None:
         assert len({(t.colour, t.shape) for t in scene.things}) == len(scene.things)
 
 
-def test_a_picture_shows_its_things_where_they_are() -> None:
+def test_a_image_shows_its_things_where_they_are() -> None:
     here = Thing("square", "red", "large", "solid", 0, 0)
     scene = Scene((here, Thing("circle", "blue", "large", "solid", 3, 3)), "black", "plain")
-    pixels = np.asarray(draw_picture(scene, seed=1), np.int64)
+    pixels = np.asarray(draw_image(scene, seed=1), np.int64)
     assert pixels.shape == (SIDE, SIDE, 3)
     cell = SIDE // GRID
     corner, opposite = pixels[:cell, :cell].mean((0, 1)), pixels[-cell:, -cell:].mean((0, 1))
@@ -58,11 +58,11 @@ def test_a_picture_shows_its_things_where_they_are() -> None:
 def test_every_attribute_can_be_seen(change: dict[str, str]) -> None:
     thing = Thing("square", "red", "large", "solid", 1, 1)
     first, second = (Scene((t,), "grey", "plain") for t in (thing, replace(thing, **change)))
-    a, b = (np.asarray(draw_picture(scene, seed=7), np.int64) for scene in (first, second))
+    a, b = (np.asarray(draw_image(scene, seed=7), np.int64) for scene in (first, second))
     assert np.abs(a - b).max() > 40
 
 
-def test_pictures_of_one_seed_are_the_same_bytes() -> None:
+def test_images_of_one_seed_are_the_same_bytes() -> None:
     scene = next(draw_scenes("test", seed=0))
-    assert png_bytes(draw_picture(scene, seed=5)) == png_bytes(draw_picture(scene, seed=5))
-    assert png_bytes(draw_picture(scene, seed=5)) != png_bytes(draw_picture(scene, seed=6))
+    assert png_bytes(draw_image(scene, seed=5)) == png_bytes(draw_image(scene, seed=5))
+    assert png_bytes(draw_image(scene, seed=5)) != png_bytes(draw_image(scene, seed=6))

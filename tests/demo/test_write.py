@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demo.pictures import draw_picture
+from demo.images import draw_image
 from demo.write import NUM_TARS, TEST_KINDS, TRAIN_KINDS, captioned, columns, write_csv, write_tars
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.images import load_image
@@ -20,7 +20,7 @@ def test_tars_come_back_whole(tmp_path: Path) -> None:
     written = list(captioned("train", 25, seed=3, kinds=TRAIN_KINDS))
     assert [{k: list(v) for k, v in s.captions.items()} for s in read] == [s.captions for s in written]
     for sample, own in zip(read, written, strict=True):
-        assert np.array_equal(np.asarray(load_image(sample.picture)), draw_picture(own.scene, seed=own.seed))
+        assert np.array_equal(np.asarray(load_image(sample.image)), draw_image(own.scene, seed=own.seed))
 
 
 def test_a_csv_comes_back_whole(tmp_path: Path) -> None:
@@ -40,6 +40,6 @@ def test_equal_seeds_write_equal_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two-test" / path.name).read_bytes()
 
 
-def test_pictures_are_small_files() -> None:
+def test_images_are_small_files() -> None:
     sample = next(captioned("train", 1, seed=0, kinds=("short",)))
     assert len(sample.png()) < 8192 and sample.png().startswith(b"\x89PNG")

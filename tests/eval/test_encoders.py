@@ -53,13 +53,13 @@ def unit(vectors: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_vectors_are_those_of_the_model(folders: dict[str, Path], name: str) -> None:
     encoder = ClipEncoder.from_pretrained(folders[name])
-    pictures = [Image.new("RGB", (50, 40), colour) for colour in ("red", "blue")]
+    images = [Image.new("RGB", (50, 40), colour) for colour in ("red", "blue")]
     model = t.AutoModel.from_pretrained(folders[name]).eval()
-    pixels = t.AutoImageProcessor.from_pretrained(folders[name])(images=pictures, return_tensors="pt")["pixel_values"]
+    pixels = t.AutoImageProcessor.from_pretrained(folders[name])(images=images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = unit(model.get_image_features(pixels).pooler_output)
-    np.testing.assert_allclose(encoder.encode_image(pictures, batch_size=1), expected, atol=1e-6)
-    prepared = [encoder.prepare_image(picture) for picture in pictures]
+    np.testing.assert_allclose(encoder.encode_image(images, batch_size=1), expected, atol=1e-6)
+    prepared = [encoder.prepare_image(image) for image in images]
     np.testing.assert_allclose(encoder.encode_image(prepared), expected, atol=1e-6)
     texts = encoder.encode_text(TEXTS, batch_size=2)
     assert texts.dtype == np.float32 and texts.shape == (3, expected.shape[1])
@@ -110,15 +110,15 @@ def test_a_caption_that_just_fits_is_not_cut(folders: dict[str, Path]) -> None:
     assert ClipEncoder(encoder.model, encoder.tokenizer, encoder.processor).context == 8
 
 
-def test_clip_as_a_baseline(folders: dict[str, Path], pictures_csv: Path, tmp_path: Path) -> None:
-    report = evaluate(EvaluateConfig(model=str(folders["clip"]), data=(str(pictures_csv),), out=tmp_path / "report"))
+def test_clip_as_a_baseline(folders: dict[str, Path], images_csv: Path, tmp_path: Path) -> None:
+    report = evaluate(EvaluateConfig(model=str(folders["clip"]), data=(str(images_csv),), out=tmp_path / "report"))
     assert report["model"]["encoder"] == "CLIPModel"
     assert "captions/short/i2t_r@1" in report["metrics"]
     assert report["datasets"]["captions"]["captions_cut"] == 24  # the long ones
 
 
 def test_multimodal_sentence_transformer_as_a_baseline(
-    folders: dict[str, Path], pictures_csv: Path, tmp_path: Path
+    folders: dict[str, Path], images_csv: Path, tmp_path: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
@@ -129,13 +129,13 @@ def test_multimodal_sentence_transformer_as_a_baseline(
     t.CLIPModel.from_pretrained(folders["clip"]).save_pretrained(tmp_path / "both")
     SentenceTransformer(modules=[Transformer(str(tmp_path / "both"))]).save_pretrained(str(tmp_path / "st"))
     encoder = SentenceTransformerEncoder.from_pretrained(tmp_path / "st")
-    pictures = [pictures_csv.parent / f"{i:03d}.jpg" for i in range(3)]
-    expected = ClipEncoder.from_pretrained(folders["clip"]).encode_image(pictures)
-    np.testing.assert_allclose(encoder.encode_image(pictures), expected, atol=1e-5)
+    images = [images_csv.parent / f"{i:03d}.jpg" for i in range(3)]
+    expected = ClipEncoder.from_pretrained(folders["clip"]).encode_image(images)
+    np.testing.assert_allclose(encoder.encode_image(images), expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(encoder.encode_text(TEXTS[:2]), axis=1), 1, atol=1e-5)
     half = SentenceTransformerEncoder.from_pretrained(tmp_path / "st", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
-    report = evaluate(EvaluateConfig(model=str(tmp_path / "st"), data=(str(pictures_csv),), out=tmp_path / "report"))
+    report = evaluate(EvaluateConfig(model=str(tmp_path / "st"), data=(str(images_csv),), out=tmp_path / "report"))
     assert "captions/long/t2i_r@10" in report["metrics"]
     weights = load_file(tmp_path / "st" / "model.safetensors")
     del weights["visual_projection.weight"]

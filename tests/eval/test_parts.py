@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.data.bad import BadPicture, BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.bad import BadImage, BadSamples
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import TooManyBadSamples
 from llm2clip.eval.datasets import dataset_name, named_datasets
-from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
+from llm2clip.eval.encode import Captions, encode_captions, encode_images
 from llm2clip.eval.report import as_html, as_markdown, histogram
 from llm2clip.eval.scores import caption_scores, chance_of_hit, retrieval_scores
 
 
 def sample(number: int, **captions: tuple[str, ...]) -> Sample:
-    return Sample(str(number), PictureRef(str(number)), captions)
+    return Sample(str(number), ImageRef(str(number)), captions)
 
 
 SAMPLES = [
@@ -36,7 +36,7 @@ SAMPLES = [
         ("data/flickr30k.csv", "flickr30k"),
         ("data/shards/*.tar", "shards"),
         ("data/shards/{00000..00012}.tar", "shards"),
-        ("/data/pictures/", "pictures"),
+        ("/data/images/", "images"),
         ("*.csv", "data"),
         ("hf:org/urban1k", "urban1k"),
         ("hf:org/urban1k:test", "urban1k-test"),
@@ -63,16 +63,16 @@ def test_each_distinct_caption_is_one_row() -> None:
     assert list(zip(owners.tolist(), rows.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (2, 0)]
 
 
-def test_kinds_have_pools_of_their_own_pictures() -> None:
+def test_kinds_have_pools_of_their_own_images() -> None:
     captions = Captions.of(SAMPLES)
     images = torch.eye(3)
     texts = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
     scores, chance = retrieval_scores(images, texts, captions)
-    assert scores["long/i2t_r@1"] == 1 and scores["long/t2i_r@1"] == 1  # picture 2 has no long caption
-    # short: "a dog" is also picture 2's, whose vector is orthogonal to it; picture 0 ties with it for its own caption
+    assert scores["long/i2t_r@1"] == 1 and scores["long/t2i_r@1"] == 1  # image 2 has no long caption
+    # short: "a dog" is also image 2's, whose vector is orthogonal to it; image 0 ties with it for its own caption
     assert scores["short/t2i_r@1"] == 3 / 4 and scores["short/i2t_r@1"] == 1 / 3
     assert chance["short/t2i_r@1"] == 1 / 3 and chance["long/t2i_r@10"] == 1
-    assert chance["long/t2i_r@1"] == 1 / 2  # two of the three pictures have a long caption
+    assert chance["long/t2i_r@1"] == 1 / 2  # two of the three images have a long caption
     assert chance["short/i2t_r@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
 
 
@@ -93,14 +93,14 @@ def test_chance_is_what_random_ranks_give() -> None:
 
 
 def test_caption_scores_by_hand() -> None:
-    """Angles of the captions of two pictures, each with two short ones and a long one."""
+    """Angles of the captions of two images, each with two short ones and a long one."""
     captions = Captions.of([sample(0, short=("a", "b"), long=("A",)), sample(1, short=("c", "d", "c"), long=("C",))])
     angle = np.radians([0, 50, 40, 60, 170, 160])  # of a b A c d C, the order in which they are met
     assert captions.texts == ["a", "b", "A", "c", "d", "C"]
     texts = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=1))
     # nearest other: a -> A right; b -> A or c, a tie, which counts against it; A -> b right; c -> b wrong; d, C right
     # first to second: a seeks among b (50) and d (170): right; c (60): b is nearer than d: wrong
-    # short alone: a -> b right; b -> c wrong; c -> b wrong; d -> c right; no picture has two long ones
+    # short alone: a -> b right; b -> c wrong; c -> b wrong; d -> c right; no image has two long ones
     expected = {"cra": 4 / 6, "cra_second": 1 / 2, "short/cra": 2 / 4}
     assert caption_scores(texts, captions) == pytest.approx(expected)
     alone = Captions.of([sample(0, short=("a", "b")), sample(1, short=("c", "d"))])
@@ -131,10 +131,10 @@ def test_captions_keep_their_order_within_a_sample() -> None:
     assert [captions.texts[row] for row in rows] == ["a", "b", "a"] and owners.tolist() == [0, 0, 1]
 
 
-def test_hopeless_pictures_stop_the_run_after_a_thousand() -> None:
+def test_hopeless_images_stop_the_run_after_a_thousand() -> None:
     class AllBad(Numbers):
-        def prepare_image(self, picture: Any) -> float:
-            raise BadPicture("empty picture", picture.path)
+        def prepare_image(self, image: Any) -> float:
+            raise BadImage("empty image", image.path)
 
     taken: list[int] = []
 
@@ -144,34 +144,34 @@ def test_hopeless_pictures_stop_the_run_after_a_thousand() -> None:
             yield sample(i, short=("a",))
 
     with pytest.raises(TooManyBadSamples, match="1000 of 1000 samples are bad"):
-        encode_pictures(samples(), AllBad(), batch_size=8, bad=BadSamples(0.5, quiet=True), threads=1)
+        encode_images(samples(), AllBad(), batch_size=8, bad=BadSamples(0.5, quiet=True), threads=1)
     assert len(taken) <= 1010
 
 
 class Numbers:
-    """An encoder of numbers: a picture's vector is its path's number."""
+    """An encoder of numbers: an image's vector is its path's number."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def prepare_image(self, picture: Any) -> float:
-        if int(picture.path) % 7 == 3:
-            raise BadPicture("empty picture", picture.path)
-        return float(picture.path)
+    def prepare_image(self, image: Any) -> float:
+        if int(image.path) % 7 == 3:
+            raise BadImage("empty image", image.path)
+        return float(image.path)
 
-    def encode_image(self, pictures: Any, *, batch_size: int = 32) -> np.ndarray:
-        self.batches.append(len(pictures))
-        return np.array([[value] for value in pictures])
+    def encode_image(self, images: Any, *, batch_size: int = 32) -> np.ndarray:
+        self.batches.append(len(images))
+        return np.array([[value] for value in images])
 
     def encode_text(self, texts: Any, *, batch_size: int = 32) -> np.ndarray:
         return np.array([[float(len(text))] for text in texts])
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 23])
-def test_pictures_come_in_order_without_the_bad_ones(count: int) -> None:
+def test_images_come_in_order_without_the_bad_ones(count: int) -> None:
     encoder, bad = Numbers(), BadSamples(1.0, quiet=True)
     samples = [sample(i, short=("a",)) for i in range(count)]
-    good, vectors = encode_pictures(samples, encoder, batch_size=4, bad=bad, threads=2)
+    good, vectors = encode_images(samples, encoder, batch_size=4, bad=bad, threads=2)
     expected = [i for i in range(count) if i % 7 != 3]
     assert [int(one.id) for one in good] == expected == vectors[:, 0].astype(int).tolist()
     assert bad.num_bad == count - len(expected)
@@ -219,7 +219,7 @@ REPORT: dict[str, Any] = {
     "chance": {"d/short/i2t_r@1": 0.04, "d/short/t2i_r@1": 0.05},
     "datasets": {
         "d": {
-            "pictures": 1234,
+            "images": 1234,
             "captions": {"short": 5678},
             "bad": {"num_bad": 3, "counts": {"missing file": 2, "empty caption": 1}},
             "captions_cut": 7,
@@ -245,25 +245,25 @@ def test_a_page_by_hand() -> None:
         "# Scores of a|b <c>",
         "| model | a\\|b <c> |",
         "| dim | 24 |",
-        "Retrieval, % (1,234 pictures; captions: 5,678 short):",
+        "Retrieval, % (1,234 images; captions: 5,678 short):",
         "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| short | picture → text | 11.0 | 12.0 | 13.0 | 4.000 |",
-        "| short | text → picture | 21.0 | 22.0 | 23.0 | 5.000 |",
-        "| a caption finds another of its picture, among all | 31.0 |",
-        "| a picture's first caption finds its second, among all second ones | 32.0 |",
+        "| short | image → text | 11.0 | 12.0 | 13.0 | 4.000 |",
+        "| short | text → image | 21.0 | 22.0 | 23.0 | 5.000 |",
+        "| a caption finds another of its image, among all | 31.0 |",
+        "| an image's first caption finds its second, among all second ones | 32.0 |",
         "| the same among short captions alone | 33.0 |",
-        "| alignment (squared distance of captions of one picture) | 0.400 |",
+        "| alignment (squared distance of captions of one image) | 0.400 |",
         "| uniformity (lower: more spread out) | -1.500 |",
-        "| mean cosine, captions of one picture | 0.800 |",
+        "| mean cosine, captions of one image | 0.800 |",
         "| captions longer than the model reads, cut | 7 |",
         "Left out: 3 bad samples:",
         "| missing file | 2 |",
     ):
         assert line in page.splitlines(), line
-    assert "different pictures" not in page, "there is no pair of them"
+    assert "different images" not in page, "there is no pair of them"
     html = as_html(REPORT)
     assert "<title>Scores of a|b &lt;c&gt;</title>" in html and "<td>a|b &lt;c&gt;</td>" in html
-    assert '<td>short</td><td>picture → text</td><td class="number">11.0</td>' in html
+    assert '<td>short</td><td>image → text</td><td class="number">11.0</td>' in html
     assert "<td>dim</td><td>24</td>" in html
 
 

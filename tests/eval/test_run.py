@@ -31,14 +31,14 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def report_folder(
-    finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path_factory: pytest.TempPathFactory
+    finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("reports") / "report"
     evaluate(
         EvaluateConfig(
             model=str(finished_student),
             teacher=str(finished_teacher),
-            data=(str(pictures_csv),),
+            data=(str(images_csv),),
             out=out,
             batch_size=7,
             device="cpu",
@@ -51,7 +51,7 @@ def test_report_json_is_as_documented(report_folder: Path) -> None:
     report = json.loads((report_folder / "report.json").read_text())
     assert set(report["metrics"]) == KEYS
     assert all(0 <= value <= 1 for value in report["metrics"].values())
-    assert report["datasets"]["captions"]["pictures"] == 24
+    assert report["datasets"]["captions"]["images"] == 24
     assert report["datasets"]["captions"]["captions"] == {"short": 24, "long": 24}
     assert report["chance"]["captions/short/i2t_r@1"] == pytest.approx(1 / 24)
     assert report["similarity"]["captions"]["captions"] == 48
@@ -60,12 +60,12 @@ def test_report_json_is_as_documented(report_folder: Path) -> None:
 
 
 def test_scores_are_those_of_the_vectors(
-    report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path
+    report_folder: Path, finished_student: Path, finished_teacher: Path, images_csv: Path
 ) -> None:
     """Every figure from the cosines in numpy; ties count against the model."""
     model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
-    rows = list(csv.DictReader(pictures_csv.read_text().splitlines()))
-    image = model.encode_image([pictures_csv.parent / row["image"] for row in rows])
+    rows = list(csv.DictReader(images_csv.read_text().splitlines()))
+    image = model.encode_image([images_csv.parent / row["image"] for row in rows])
     text = {kind: model.encode_text([row[f"{kind}_caption"] for row in rows]) for kind in ("short", "long")}
     expected = {}
     for kind, vectors in text.items():
@@ -148,9 +148,7 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
     assert asked[0][1]["dtype"] is None
 
 
-def test_the_seed_of_the_similarity_figures(
-    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_seed_of_the_similarity_figures(images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
     similarity = run.similarity
 
@@ -160,12 +158,12 @@ def test_the_seed_of_the_similarity_figures(
 
     monkeypatch.setattr(run, "similarity", noted)
     monkeypatch.setattr(run, "open_encoder", lambda config: (Colours(), {"encoder": "colours"}))
-    evaluate(EvaluateConfig(model="colours", data=(str(pictures_csv),), out=tmp_path / "report", seed=7))
+    evaluate(EvaluateConfig(model="colours", data=(str(images_csv),), out=tmp_path / "report", seed=7))
     assert seeds == [7]
 
 
 def test_captions_that_are_cut_are_counted_by_dataset(
-    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Cutting(Colours):
         num_cut = 5
@@ -174,9 +172,9 @@ def test_captions_that_are_cut_are_counted_by_dataset(
             self.num_cut += sum(len(text.split()) > 5 for text in texts)
             return super().encode_text(texts)
 
-    shutil.copytree(pictures_csv.parent, tmp_path / "other")
+    shutil.copytree(images_csv.parent, tmp_path / "other")
     monkeypatch.setattr(run, "open_encoder", lambda config: (Cutting(), {"encoder": "colours"}))
-    data = (str(pictures_csv), str(tmp_path / "other" / "captions.csv"))
+    data = (str(images_csv), str(tmp_path / "other" / "captions.csv"))
     report = evaluate(EvaluateConfig(model="colours", data=data, out=tmp_path / "report"))
     assert [facts["captions_cut"] for facts in report["datasets"].values()] == [24, 24]
 
@@ -185,7 +183,7 @@ def test_pages_show_the_same_figures(report_folder: Path) -> None:
     metrics = json.loads((report_folder / "report.json").read_text())["metrics"]
     markdown, page = ((report_folder / name).read_text() for name in ("report.md", "report.html"))
     row = [f"{100 * metrics[f'captions/long/t2i_r@{k}']:.1f}" for k in (1, 5, 10)]
-    assert f"| long | text → picture | {' | '.join(row)} | 4.167 |" in markdown
+    assert f"| long | text → image | {' | '.join(row)} | 4.167 |" in markdown
     assert "".join(f'<td class="number">{value}</td>' for value in row) in page
     assert "<svg" in page and "http" not in page.replace("https://www.w3.org", "")
 
@@ -194,14 +192,14 @@ def test_again_gives_the_same_bytes_and_is_not_done_twice(
     report_folder: Path,
     finished_student: Path,
     finished_teacher: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options: dict[str, Any] = {
         "model": str(finished_student),
         "teacher": str(finished_teacher),
-        "data": (str(pictures_csv),),
+        "data": (str(images_csv),),
     }
     evaluate(EvaluateConfig(**options, out=tmp_path / "again", batch_size=7, device="cpu"))
     for name in ("report.json", "report.md", "report.html", "manifest.json"):
@@ -212,11 +210,11 @@ def test_again_gives_the_same_bytes_and_is_not_done_twice(
 
 
 def test_a_report_of_another_student_or_other_data_is_not_taken_for_done(
-    finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+    finished_teacher: Path, images_csv: Path, tmp_path: Path
 ) -> None:
     teacher, data = tmp_path / "teacher", tmp_path / "captions.csv"
     shutil.copytree(finished_teacher, teacher)
-    shutil.copy(pictures_csv, data)
+    shutil.copy(images_csv, data)
     config = EvaluateConfig(teacher=str(teacher), data=(str(data),), out=tmp_path / "report", device="cpu")
     found = evaluate(config)
     assert evaluate(config) == found
@@ -230,21 +228,21 @@ def test_a_report_of_another_student_or_other_data_is_not_taken_for_done(
 
 
 def test_exported_folder_alone_scores_the_same(
-    report_folder: Path, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+    report_folder: Path, finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bundle").mkdir()
     model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
     save_bundle(tmp_path / "bundle", model.student, model.transform, model.teacher, prompt=model.prompt)
     report = evaluate(
-        EvaluateConfig(model=str(tmp_path / "bundle"), data=(str(pictures_csv),), out=tmp_path / "report", device="cpu")
+        EvaluateConfig(model=str(tmp_path / "bundle"), data=(str(images_csv),), out=tmp_path / "report", device="cpu")
     )
     assert report["metrics"] == json.loads((report_folder / "report.json").read_text())["metrics"]
 
 
-def test_teacher_alone_scores_captions_and_needs_no_pictures(
-    finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+def test_teacher_alone_scores_captions_and_needs_no_images(
+    finished_teacher: Path, images_csv: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(pictures_csv, tmp_path / "captions.csv")  # its pictures are not there
+    shutil.copy(images_csv, tmp_path / "captions.csv")  # its images are not there
     report = evaluate(
         EvaluateConfig(teacher=str(finished_teacher), data=(str(tmp_path / "captions.csv"),), out=tmp_path / "report")
     )
@@ -255,10 +253,10 @@ def test_teacher_alone_scores_captions_and_needs_no_pictures(
     assert "Retrieval" not in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_bad_pictures_are_left_out_and_counted(
-    finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+def test_bad_images_are_left_out_and_counted(
+    finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(pictures_csv.parent, tmp_path / "data")
+    shutil.copytree(images_csv.parent, tmp_path / "data")
     jpeg = (tmp_path / "data" / "003.jpg").read_bytes()
     (tmp_path / "data" / "003.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     options: dict[str, Any] = {
@@ -269,26 +267,26 @@ def test_bad_pictures_are_left_out_and_counted(
     }
     report = evaluate(EvaluateConfig(**options, out=tmp_path / "report"))
     facts = report["datasets"]["captions"]
-    assert facts["pictures"] == 23 and facts["captions"] == {"short": 23, "long": 23}
-    assert facts["bad"]["num_bad"] == 1 and facts["bad"]["counts"] == {"truncated picture": 1}
-    assert "truncated picture" in (tmp_path / "report" / "report.md").read_text()
+    assert facts["images"] == 23 and facts["captions"] == {"short": 23, "long": 23}
+    assert facts["bad"]["num_bad"] == 1 and facts["bad"]["counts"] == {"truncated image": 1}
+    assert "truncated image" in (tmp_path / "report" / "report.md").read_text()
     with pytest.raises(TooManyBadSamples, match=r"1 of 24 samples are bad, above max_bad_fraction 0\.01"):
         evaluate(EvaluateConfig(**options, out=tmp_path / "strict", max_bad_fraction=0.01))
     assert not (tmp_path / "strict" / "manifest.json").exists()
 
 
 class Colours:
-    """An encoder that sees the mean colour of a picture, and knows four words."""
+    """An encoder that sees the mean colour of an image, and knows four words."""
 
     names = ("red", "green", "blue", "yellow")
 
-    def prepare_image(self, picture: Any) -> np.ndarray:
+    def prepare_image(self, image: Any) -> np.ndarray:
         from llm2clip.data.images import load_image
 
-        return np.asarray(load_image(picture), np.float32).mean((0, 1)) - 30
+        return np.asarray(load_image(image), np.float32).mean((0, 1)) - 30
 
-    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
-        red, green, blue = np.stack(pictures).T
+    def encode_image(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        red, green, blue = np.stack(images).T
         yellow = np.minimum(red, green)
         return np.stack([red - yellow, green - yellow, blue - yellow, yellow], axis=1)
 
@@ -297,18 +295,18 @@ class Colours:
 
 
 def test_any_encoder_is_scored_and_ties_count_against_it(
-    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "open_encoder", lambda config: (Colours(), {"encoder": "colours"}))
-    report = evaluate(EvaluateConfig(model="colours", data=(str(pictures_csv),), out=tmp_path / "report"))
-    # it tells four colours apart, each of six pictures with one and the same text vector: never first, always sixth
+    report = evaluate(EvaluateConfig(model="colours", data=(str(images_csv),), out=tmp_path / "report"))
+    # it tells four colours apart, each of six images with one and the same text vector: never first, always sixth
     assert report["metrics"]["captions/short/i2t_r@1"] == 0
     assert report["metrics"]["captions/short/i2t_r@5"] == 0
     assert report["metrics"]["captions/short/i2t_r@10"] == 1
 
 
 def test_an_encoder_that_gives_nan_is_an_error(
-    pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(Colours):
         def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
@@ -316,28 +314,28 @@ def test_an_encoder_that_gives_nan_is_an_error(
 
     monkeypatch.setattr(run, "open_encoder", lambda config: (Broken(), {}))
     with pytest.raises(LLM2CLIPError, match="gives NaN or infinity for 48 of 48 captions"):
-        evaluate(EvaluateConfig(model="broken", data=(str(pictures_csv),), out=tmp_path / "report"))
+        evaluate(EvaluateConfig(model="broken", data=(str(images_csv),), out=tmp_path / "report"))
 
 
-def test_several_sources_are_several_datasets(finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
-    shutil.copy(pictures_csv, tmp_path / "other.csv")
-    data = (str(pictures_csv), str(tmp_path / "other.csv"))
+def test_several_sources_are_several_datasets(finished_teacher: Path, images_csv: Path, tmp_path: Path) -> None:
+    shutil.copy(images_csv, tmp_path / "other.csv")
+    data = (str(images_csv), str(tmp_path / "other.csv"))
     report = evaluate(EvaluateConfig(teacher=str(finished_teacher), data=data, out=tmp_path / "report"))
     assert report["metrics"]["captions/cra"] == report["metrics"]["other/cra"]
     assert list(report["datasets"]) == ["captions", "other"]
 
 
 def test_wrong_use_is_told_in_a_line(
-    finished_student: Path, finished_teacher: Path, pictures_csv: Path, tiny_tower: Path, tmp_path: Path
+    finished_student: Path, finished_teacher: Path, images_csv: Path, tiny_tower: Path, tmp_path: Path
 ) -> None:
-    data, out = (str(pictures_csv),), tmp_path / "report"
+    data, out = (str(images_csv),), tmp_path / "report"
     with pytest.raises(UsageError, match="nothing to score"):
         EvaluateConfig(data=data, out=out)
     with pytest.raises(UsageError, match="did you mean 'bf16'"):
         EvaluateConfig(teacher="t", data=data, out=out, precision="bf61")
     with pytest.raises(UsageError, match=r"fingerprint [0-9a-f]{16}\); add teacher='DIR'"):
         evaluate(EvaluateConfig(model=str(finished_student), data=data, out=out))
-    with pytest.raises(UsageError, match="does not encode pictures and texts"):
+    with pytest.raises(UsageError, match="does not encode images and texts"):
         evaluate(EvaluateConfig(model=str(tiny_tower), data=data, out=tmp_path / "tower"))
     with pytest.raises(UsageError, match="encodes texts only; give it as teacher"):
         evaluate(EvaluateConfig(model=str(finished_teacher), data=data, out=tmp_path / "teacher"))

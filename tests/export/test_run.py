@@ -59,9 +59,9 @@ def test_bundle_is_checked_in_a_fresh_process_without_llm2clip(bundle: Path) -> 
 def test_bundle_alone_is_the_model(bundle: Path, finished_student: Path, finished_teacher: Path) -> None:
     source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
     alone = LLM2CLIP.from_pretrained(bundle, device="cpu")
-    texts, pictures = [*PROBE_TEXTS, "a red disc", "a blue square"], probe_images()
+    texts, images = [*PROBE_TEXTS, "a red disc", "a blue square"], probe_images()
     np.testing.assert_allclose(alone.encode_text(texts), source.encode_text(texts), atol=1e-5)
-    np.testing.assert_allclose(alone.encode_image(pictures), source.encode_image(pictures), atol=1e-5)
+    np.testing.assert_allclose(alone.encode_image(images), source.encode_image(images), atol=1e-5)
     assert np.ptp(alone.encode_text(texts), axis=0).max() > 0.05, "all texts look alike: nothing was shown"
     with pytest.raises(UsageError, match="holds its own teacher"):
         LLM2CLIP.from_pretrained(bundle, finished_teacher)
@@ -285,10 +285,10 @@ def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatc
 
 def test_probe_images_are_the_same_every_time_and_differ() -> None:
     first, again, others = probe_images(), probe_images(), probe_images(seed=1)
-    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
     assert all(one.tobytes() != other.tobytes() for one, other in zip(first, others, strict=True))
-    assert [picture.size for picture in first] == [(320, 240), (200, 300), (64, 64), (97, 500)]
-    small = [np.asarray(picture.resize((6, 6)), float) for picture in first]
+    assert [image.size for image in first] == [(320, 240), (200, 300), (64, 64), (97, 500)]
+    small = [np.asarray(image.resize((6, 6)), float) for image in first]
     assert all(values.std() > 20 for values in small), "nothing is to be seen on one"
     assert min(np.abs(a - b).mean() for i, a in enumerate(small) for b in small[:i]) > 20, "two look alike"
     embeds = probe_embeds(32)

@@ -45,7 +45,7 @@ def build(family: str) -> tuple[Any, Any]:
 
 
 def awaken(tower: Any) -> None:
-    """Make a random tower answer to pictures: most start out giving nearly one vector for all."""
+    """Make a random tower answer to images: most start out giving nearly one vector for all."""
     with torch.no_grad():
         for parameter in tower.parameters():
             if parameter.ndim > 1:
@@ -68,7 +68,7 @@ def model(request: pytest.FixtureRequest, finished_teacher: Path, tmp_path: Path
 
 def test_tower_and_bundle_are_the_model(model: LLM2CLIP, tmp_path: Path) -> None:
     expected = model.encode_image(probe_images())
-    assert least_cosine(expected[:1].repeat(3, 0), expected[1:]) < 0.999, "all pictures look alike: nothing is shown"
+    assert least_cosine(expected[:1].repeat(3, 0), expected[1:]) < 0.999, "all images look alike: nothing is shown"
     (tmp_path / "alone").mkdir()
     tower.write(model, tmp_path / "alone")
     facts = {"pooling": model.student.config.pooling}

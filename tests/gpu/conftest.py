@@ -62,9 +62,9 @@ def deterministic(full_precision: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bank(device: torch.device, finished_teacher: Path, pictures_csv: Path, tmp_path_factory: Any) -> Path:
-    """A bank of the pictures, encoded on the device in fp32."""
-    settings = {"data": (str(pictures_csv),), "teacher": str(finished_teacher), "precision": "fp32"}
+def bank(device: torch.device, finished_teacher: Path, images_csv: Path, tmp_path_factory: Any) -> Path:
+    """A bank of the images, encoded on the device in fp32."""
+    settings = {"data": (str(images_csv),), "teacher": str(finished_teacher), "precision": "fp32"}
     return build_bank(BankConfig(**settings, out=tmp_path_factory.mktemp("banks") / "bank"))
 
 

@@ -31,12 +31,12 @@ SAID_BY_TORCH = (
 
 @pytest.fixture
 def models_take_at_most() -> Iterator[Callable[..., None]]:
-    """A function: from here on models say, from within their forward, that more pictures or tokens are too many."""
+    """A function: from here on models say, from within their forward, that more images or tokens are too many."""
     handles = []
 
-    def limit(*, pictures: float = float("inf"), tokens: float = float("inf")) -> None:
+    def limit(*, images: float = float("inf"), tokens: float = float("inf")) -> None:
         def check(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            too_many = type(module) is nn.Conv2d and len(inputs[0]) > pictures
+            too_many = type(module) is nn.Conv2d and len(inputs[0]) > images
             if too_many or (type(module) is nn.Embedding and inputs[0].numel() > tokens):
                 raise torch.OutOfMemoryError(SAID_BY_TORCH)
 
@@ -80,7 +80,7 @@ def last_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 @pytest.fixture
 def long_csv(tmp_path: Path) -> Callable[[int], Path]:
-    """A function: a CSV of that many pictures of one pixel with two long captions each."""
+    """A function: a CSV of that many images of one pixel with two long captions each."""
 
     def write(count: int) -> Path:
         words = "red green blue yellow small large disc square".split()
@@ -107,7 +107,7 @@ def test_train_student(
         bank,
         *flags({**settings, "precision": "fp32", "tracker": "none", "workers": 0}),
     ]
-    short_of_memory(192, pictures=4)  # the step takes 340, two pictures of it 28; two batches 37; torch's products 32
+    short_of_memory(192, images=4)  # the step takes 340, two images of it 28; two batches 37; torch's products 32
     line = last_line(capsys, *words)
     assert "; give a small --micro-batch-size or --gradient-checkpointing or a smaller --batch-size (now 24)" in line
     if not ON_GPU:
@@ -120,7 +120,7 @@ def test_train_teacher(
     tiny_llm: Path, long_csv: Any, tmp_path: Path, short_of_memory: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"model": tiny_llm, "out": tmp_path / "teacher", "precision": "fp32", "batch_size": 24, "steps": 2}
-    words = ["train-teacher", "--data", long_csv(24), *flags({**settings, "eval_pictures": 2})]
+    words = ["train-teacher", "--data", long_csv(24), *flags({**settings, "eval_images": 2})]
     short_of_memory(128, tokens=8 * (WORDS + 2))  # the step takes 260 MiB, two texts of it 8
     assert "; give a smaller --micro-batch-size, --gradient-checkpointing or, for" in last_line(capsys, *words)
     command(*words, "--micro-batch-size", 2)
@@ -131,7 +131,7 @@ def test_the_first_step_of_a_teacher(
 ) -> None:
     """It reads so many texts at once as --mntp-batch-size says, whatever --micro-batch-size."""
     settings = {"model": tiny_llm, "out": tmp_path / "teacher", "precision": "fp32", "batch_size": 4, "steps": 2}
-    settings |= {"mntp": True, "mntp_steps": 2, "mntp_batch_size": 8, "micro_batch_size": 2, "eval_pictures": 2}
+    settings |= {"mntp": True, "mntp_steps": 2, "mntp_batch_size": 8, "micro_batch_size": 2, "eval_images": 2}
     models_take_at_most(tokens=7 * WORDS)
     line = last_line(capsys, "train-teacher", "--data", long_csv(24), *flags(settings))
     assert "; give a smaller --mntp-batch-size, --gradient-checkpointing or" in line
@@ -159,14 +159,14 @@ def test_build_bank_takes_smaller_batches_by_itself(
 
 def test_a_caption_that_does_not_fit(
     finished_teacher: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     models_take_at_most: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     models_take_at_most(tokens=4)
     words = flags({"teacher": finished_teacher, "precision": "fp32", "out": tmp_path / "bank"})
-    assert cli.run(["build-bank", "--data", str(pictures_csv), *words]) == 1
+    assert cli.run(["build-bank", "--data", str(images_csv), *words]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "one caption of " in line and "; give --precision bf16, --device cpu, or a teacher of a smaller" in line
 
@@ -174,7 +174,7 @@ def test_a_caption_that_does_not_fit(
 @gpu_only("a model that does not fit into a CPU's memory is ended by the system")
 def test_a_teacher_that_does_not_fit(
     finished_teacher: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     short_of_memory: Any,
     capsys: pytest.CaptureFixture[str],
@@ -185,7 +185,7 @@ def test_a_teacher_that_does_not_fit(
     with pytest.raises(torch.OutOfMemoryError):  # what is free in blocks that are in use
         while True:
             ballast.append(torch.empty(512, dtype=torch.uint8, device="cuda"))
-    words = ["--data", pictures_csv, "--teacher", finished_teacher, "--out", tmp_path / "bank"]
+    words = ["--data", images_csv, "--teacher", finished_teacher, "--out", tmp_path / "bank"]
     line = last_line(capsys, "build-bank", *words, "--precision", "fp32")
     assert "; give a small --batch-tokens or --precision bf16 or --device cpu" in line and "loaded" not in line
     command("build-bank", *words, "--precision", "fp32", "--device", "cpu")
@@ -194,13 +194,13 @@ def test_a_teacher_that_does_not_fit(
 def test_evaluate(
     finished_student: Path,
     finished_teacher: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     models_take_at_most: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    models_take_at_most(pictures=4)
-    words = ["evaluate", "--model", finished_student, "--data", pictures_csv, "--teacher", finished_teacher]
+    models_take_at_most(images=4)
+    words = ["evaluate", "--model", finished_student, "--data", images_csv, "--teacher", finished_teacher]
     words += ["--out", tmp_path / "report", "--precision", "bf16"]
     line = last_line(capsys, *words, "--batch-size", 8)
     assert "; give a smaller --batch-size (now 8) or --device cpu" in line

@@ -43,7 +43,7 @@ from llm2clip.teacher.trainer import Arguments
 from .place import gpu_only, losses, on_the_cpu, on_the_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_precision")]
-TEXTS = ["a red disc", "this picture shows a small blue square on a dark background .", "a", "圆 🙂"] * 3
+TEXTS = ["a red disc", "this image shows a small blue square on a dark background .", "a", "圆 🙂"] * 3
 
 
 def test_teacher(finished_teacher: Path, device: torch.device) -> None:
@@ -56,9 +56,9 @@ def test_teacher(finished_teacher: Path, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
-def test_bank(dtype: str, finished_teacher: Path, pictures_csv: Path, device: torch.device, tmp_path: Path) -> None:
+def test_bank(dtype: str, finished_teacher: Path, images_csv: Path, device: torch.device, tmp_path: Path) -> None:
     """Packed on the device. Rounding may go the other way there: by a step of what is stored, of 2^-7 for bfloat16."""
-    settings = {"data": (str(pictures_csv),), "teacher": str(finished_teacher), "precision": "fp32", "shard_rows": 10}
+    settings = {"data": (str(images_csv),), "teacher": str(finished_teacher), "precision": "fp32", "shard_rows": 10}
     banks = [
         Bank.open(build_bank(BankConfig(**settings, dtype=dtype, device=str(place), out=tmp_path / f"{i}")))
         for i, place in enumerate(("cpu", device))
@@ -140,7 +140,7 @@ def test_student(finished_student: Path, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        ({"micro_batch_size": 3, "ema": 0.9, "captions_per_picture": 2}, 1e-4),
+        ({"micro_batch_size": 3, "ema": 0.9, "captions_per_image": 2}, 1e-4),
         ({"loss": "sigmoid", "accumulate": 2, "lora_rank": 2, "workers": 2}, 1e-4),
         ({"optimizer": "muon", "gradient_checkpointing": True, "warmup_steps": 2}, 1e-2),  # in bf16, see test_training
         ({"unlocked_blocks": 1, "label_smoothing": 0.1, "adaptor_warmup_steps": 3}, 1e-4),
@@ -158,8 +158,8 @@ def test_training_a_student(settings: dict, tolerance: float, student_config: Ca
 
 
 @pytest.mark.parametrize("settings", [{"micro_batch_size": 8}, {"tuning": "full", "learning_rate": 1e-3}], ids=str)
-def test_training_a_teacher(settings: dict, tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"data": (str(pictures_csv),), "model": str(tiny_llm), "steps": 6, "batch_size": 6}
+def test_training_a_teacher(settings: dict, tiny_llm: Path, images_csv: Path, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 6, "batch_size": 6}
     shared |= {"precision": "fp32", "learning_rate": 5e-3, "lora_dropout": 0.0, **settings}
     with on_the_cpu():
         on_cpu = losses(train_teacher(TeacherConfig(**shared, out=tmp_path / "cpu")))
@@ -186,8 +186,8 @@ def test_scores(device: torch.device) -> None:
             assert caption_retrieval_accuracy(there[1], owners, pool) == pytest.approx(expected, abs=one)
 
 
-def test_reports(finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
-    settings = {"model": str(finished_student), "teacher": str(finished_teacher), "data": (str(pictures_csv),)}
+def test_reports(finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path: Path) -> None:
+    settings = {"model": str(finished_student), "teacher": str(finished_teacher), "data": (str(images_csv),)}
     on_cpu = evaluate(EvaluateConfig(**settings, out=tmp_path / "cpu", device="cpu"))
     with on_the_device():
         there = evaluate(EvaluateConfig(**settings, out=tmp_path / "there"))
@@ -230,8 +230,8 @@ def test_exports(
     assert min(checked.values()) > 0.99999
 
 
-def test_a_model_in_use(finished_student: Path, finished_teacher: Path, pictures_csv: Path) -> None:
-    files = sorted(pictures_csv.parent.glob("*.jpg"))
+def test_a_model_in_use(finished_student: Path, finished_teacher: Path, images_csv: Path) -> None:
+    files = sorted(images_csv.parent.glob("*.jpg"))
     on_cpu = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
     with on_the_device():
         there = LLM2CLIP.from_pretrained(finished_student, finished_teacher)
@@ -254,7 +254,7 @@ def test_flash_attention(finished_teacher: Path, device: torch.device) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_a_teacher_in_4_bits(tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:
+def test_a_teacher_in_4_bits(tiny_llm: Path, images_csv: Path, tmp_path: Path) -> None:
     """Adapters trained beside weights of 4 bits are merged into the full ones."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -262,7 +262,7 @@ def test_a_teacher_in_4_bits(tiny_llm: Path, pictures_csv: Path, tmp_path: Path)
     wide = tmp_path / "wide"  # bitsandbytes packs 64 by 64
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llm, hidden_size=64, intermediate_size=128)).save_pretrained(wide)
     AutoTokenizer.from_pretrained(tiny_llm).save_pretrained(wide)
-    shared = {"data": (str(pictures_csv),), "model": str(wide), "steps": 8, "batch_size": 8, "learning_rate": 1e-2}
+    shared = {"data": (str(images_csv),), "model": str(wide), "steps": 8, "batch_size": 8, "learning_rate": 1e-2}
     with on_the_device():
         out = train_teacher(TeacherConfig(**shared, quantize=True, precision="bf16", out=tmp_path / "teacher"))
     told = losses(out)
@@ -272,7 +272,7 @@ def test_a_teacher_in_4_bits(tiny_llm: Path, pictures_csv: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_second_gpu(finished_teacher: Path, tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:
+def test_the_second_gpu(finished_teacher: Path, tiny_llm: Path, images_csv: Path, tmp_path: Path) -> None:
     """Vectors on their way from another GPU than the first are waited for; a trainer stays on one."""
     vectors = []
     for i in (0, 1):
@@ -281,7 +281,7 @@ def test_the_second_gpu(finished_teacher: Path, tiny_llm: Path, pictures_csv: Pa
             torch.cuda._sleep(50_000_000)  # clock cycles, some 30 ms, in which what is not waited for is not there
         vectors.append(encoder.encode(TEXTS)[0])
     np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
-    settings = {"data": (str(pictures_csv),), "model": str(tiny_llm), "precision": "fp32", "steps": 2, "batch_size": 4}
+    settings = {"data": (str(images_csv),), "model": str(tiny_llm), "precision": "fp32", "steps": 2, "batch_size": 4}
     train_teacher(TeacherConfig(**settings, mntp=True, mntp_steps=2, mntp_batch_size=4, out=tmp_path / "teacher"))
 
 

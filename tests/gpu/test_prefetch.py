@@ -25,10 +25,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=[3, 64], ids=["several-chunks", "one-chunk"])
 def dataset(request: Any, bank: Path, tiny_tower: Path, monkeypatch: pytest.MonkeyPatch) -> BankDataset:
-    """Batches of eight pictures and sixteen captions, read by the chunk or whole."""
+    """Batches of eight images and sixteen captions, read by the chunk or whole."""
     monkeypatch.setattr(loader_module, "CHUNK", request.param)
     transform = ImageTransform.from_pretrained(tiny_tower)
-    return BankDataset([Bank.open(bank)], transform=transform, batch_size=8, captions_per_picture=2)
+    return BankDataset([Bank.open(bank)], transform=transform, batch_size=8, captions_per_image=2)
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -74,7 +74,7 @@ def test_two_batches_are_held_and_not_three(bank: Path, tiny_tower: Path, device
     assert 2 * size <= torch.cuda.max_memory_allocated() - before < 3 * size
 
 
-def test_a_picture_that_cannot_be_read_is_replaced_alike(
+def test_a_image_that_cannot_be_read_is_replaced_alike(
     finished_teacher: Path, device: torch.device, tiny_tower: Path, tmp_path: Path
 ) -> None:
     rows = ["image,caption", *(f"{i}.png,a red disc {i}" for i in range(12))]
@@ -83,7 +83,7 @@ def test_a_picture_that_cannot_be_read_is_replaced_alike(
         Image.new("RGB", (40, 32), (20 * i, 9 * i, 100)).save(tmp_path / f"{i}.png")
     settings = {"data": (str(tmp_path / "captions.csv"),), "teacher": str(finished_teacher), "precision": "fp32"}
     bank = Bank.open(build_bank(BankConfig(**settings, out=tmp_path / "bank")))
-    (tmp_path / "5.png").write_bytes(b"no picture")
+    (tmp_path / "5.png").write_bytes(b"no image")
     dataset = BankDataset([bank], transform=ImageTransform.from_pretrained(tiny_tower), batch_size=12)
     loaders = [BankLoader(dataset, device=place, max_bad_fraction=0.5) for place in ("cpu", device)]
     (one,), (other,) = ([*loader.batches(0, 1)] for loader in loaders)

@@ -125,7 +125,7 @@ def test_muon_takes_the_steps_it_takes_on_a_cpu(device: torch.device) -> None:
 
 
 def test_the_first_step_of_a_frozen_teacher_trains_float32(
-    tiny_llm: Path, pictures_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llm: Path, images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights in half precision lose small steps in bf16, and in fp16 cannot have their loss scaled."""
     trained: list[set[torch.dtype]] = []
@@ -136,7 +136,7 @@ def test_the_first_step_of_a_frozen_teacher_trains_float32(
         real(trainer, **options)
 
     monkeypatch.setattr(mntp, "run_trainer", watched)
-    settings = {"data": (str(pictures_csv),), "model": str(tiny_llm), "steps": 2, "batch_size": 4, "mntp_batch_size": 4}
+    settings = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 2, "batch_size": 4, "mntp_batch_size": 4}
     settings |= {"precision": "bf16", "tuning": "frozen", "adaptor_layers": 1, "mntp": True, "mntp_steps": 2}
     out = train_teacher(TeacherConfig(**settings, out=tmp_path / "teacher"))
     assert trained == [{torch.float32}]
@@ -196,13 +196,13 @@ class KillAt(TrainerCallback):
 def test_a_killed_teacher_goes_on_exactly(
     precision: str,
     tiny_llm: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     deterministic: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the bit, as above; with dropout in the adapters, whose random state the checkpoint holds."""
-    shared: dict[str, Any] = {"data": (str(pictures_csv),), "model": str(tiny_llm), "steps": 8, "batch_size": 6}
+    shared: dict[str, Any] = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 8, "batch_size": 6}
     shared |= {"precision": precision, "learning_rate": 5e-3, "save_every": 3, "micro_batch_size": 8}
     whole = train_teacher(TeacherConfig(**shared, out=tmp_path / "whole"))
     original = PairTrainer.__init__

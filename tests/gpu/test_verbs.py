@@ -21,7 +21,7 @@ from llm2clip.teacher.model import load_teacher
 from .place import FP16_TRAINING, command, flags, lines_of, losses, verb
 
 pytestmark = pytest.mark.gpu
-TEXTS = ["a red disc", "this picture shows a small blue square on a dark background ."]
+TEXTS = ["a red disc", "this image shows a small blue square on a dark background ."]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,11 +39,11 @@ def unit(vectors: Any) -> np.ndarray:
     ],
     ids=lambda settings: settings.get("tuning", "lora"),
 )
-def test_train_teacher(settings: dict, precision: str, tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:
+def test_train_teacher(settings: dict, precision: str, tiny_llm: Path, images_csv: Path, tmp_path: Path) -> None:
     out = tmp_path / "teacher"
     usual = {"precision": precision, "steps": 12, "batch_size": 8, "mntp_steps": 3, "mntp_batch_size": 8}
-    words = flags({**usual, "learning_rate": 1e-2, "save_every": 5, "eval_every": 6, "eval_pictures": 8, **settings})
-    verb("train-teacher", "--data", pictures_csv, "--model", tiny_llm, "--out", out, *words)
+    words = flags({**usual, "learning_rate": 1e-2, "save_every": 5, "eval_every": 6, "eval_images": 8, **settings})
+    verb("train-teacher", "--data", images_csv, "--model", tiny_llm, "--out", out, *words)
     told = losses(out)
     assert len(told) == 12 and sum(told[-3:]) < sum(told[:3])
     if "mntp" in settings:
@@ -60,19 +60,19 @@ def test_bank_verbs(
     precision: str,
     dtype: str,
     finished_teacher: Path,
-    pictures_csv: Path,
+    images_csv: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, kinds = tmp_path / "bank", {"short": "short_caption", "long": "long_caption"}
     words = flags({"precision": precision, "dtype": dtype, "shard_rows": 16})
-    verb("build-bank", "--data", pictures_csv, "--teacher", finished_teacher, "--out", out, *words)
+    verb("build-bank", "--data", images_csv, "--teacher", finished_teacher, "--out", out, *words)
     verb("bank", "verify", out)
     assert "cosine at least" in capsys.readouterr().out
     for kind, column in kinds.items():
         captions = ["--captions", f"{kind}={column}"]
         words = flags({"precision": precision, "dtype": dtype, "out": tmp_path / kind})
-        verb("build-bank", "--data", pictures_csv, "--teacher", finished_teacher, *captions, *words)
+        verb("build-bank", "--data", images_csv, "--teacher", finished_teacher, *captions, *words)
     merged = tmp_path / "merged"
     command("bank", "merge", *(tmp_path / kind for kind in kinds), "--out", merged)
     capsys.readouterr()
@@ -93,7 +93,7 @@ def test_bank_verbs(
 RUNS = [
     {"ema": 0.9, "val_every": 5, "patch_dropout": 0.5, "micro_batch_size": 3},
     {"optimizer": "muon", "gradient_checkpointing": True, "accumulate": 2},
-    {"loss": "sigmoid", "lora_rank": 2, "micro_batch_size": 4, "captions_per_picture": 2},
+    {"loss": "sigmoid", "lora_rank": 2, "micro_batch_size": 4, "captions_per_image": 2},
     {"label_smoothing": 0.2, "unlocked_blocks": 1, "adaptor_warmup_steps": 2, "workers": 2},
 ]
 
@@ -124,28 +124,28 @@ def test_train_student(
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp16"])
 def test_evaluate(
-    precision: str, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path
+    precision: str, finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
     words = flags({"teacher": finished_teacher, "precision": precision, "out": out})
-    verb("evaluate", "--model", finished_student, "--data", pictures_csv, *words)
+    verb("evaluate", "--model", finished_student, "--data", images_csv, *words)
     report = json.loads((out / "report.json").read_text())
-    assert report["datasets"]["captions"]["pictures"] == 24
+    assert report["datasets"]["captions"]["images"] == 24
     on_cpu = tmp_path / "cpu"
     words = flags({"teacher": finished_teacher, "precision": "fp32", "out": on_cpu, "device": "cpu"})
-    command("evaluate", "--model", finished_student, "--data", pictures_csv, *words)
+    command("evaluate", "--model", finished_student, "--data", images_csv, *words)
     expected = json.loads((on_cpu / "report.json").read_text())["metrics"]
-    # Of 24 pictures with an untrained student's near-equal scores, rounding may swap two; of the halves, three.
+    # Of 24 images with an untrained student's near-equal scores, rounding may swap two; of the halves, three.
     allowed = (2 if precision == "auto" else 4) / 24
     assert report["metrics"] == pytest.approx(expected, abs=allowed)
 
 
-def test_join_teachers(finished_teacher: Path, tiny_llm: Path, pictures_csv: Path, tmp_path: Path) -> None:
+def test_join_teachers(finished_teacher: Path, tiny_llm: Path, images_csv: Path, tmp_path: Path) -> None:
     """Put together on the CPU, encodes on the device."""
     joined = tmp_path / "joined"
     command("join-teachers", "--teachers", finished_teacher, tiny_llm, "--weights", 1, 0.5, "--out", joined)
     out = tmp_path / "bank"
-    verb("build-bank", "--data", pictures_csv, "--teacher", joined, "--precision", "bf16", "--out", out)
+    verb("build-bank", "--data", images_csv, "--teacher", joined, "--precision", "bf16", "--out", out)
     verb("bank", "verify", out)
     opened = Bank.open(out)
     assert opened.dim == 64

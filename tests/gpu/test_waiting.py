@@ -20,13 +20,13 @@ from llm2clip.teacher.model import load_teacher
 from .place import gpu_only, losses, verb
 
 pytestmark = pytest.mark.gpu
-TEXTS = ["a red disc", "this picture shows a small blue square on a dark background .", "a", "圆 🙂"]
+TEXTS = ["a red disc", "this image shows a small blue square on a dark background .", "a", "圆 🙂"]
 
 
 @pytest.mark.parametrize("to", ["sentence-transformers", "transformers", "tower"])
-def test_export(to: str, finished_student: Path, finished_teacher: Path, pictures_csv: Path, tmp_path: Path) -> None:
+def test_export(to: str, finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path: Path) -> None:
     """Each is loaded again on the device by a fresh process; what it gives is that of the student on the CPU."""
-    out, files = tmp_path / to, sorted(pictures_csv.parent.glob("*.jpg"))[:6]
+    out, files = tmp_path / to, sorted(images_csv.parent.glob("*.jpg"))[:6]
     verb("export", "--model", finished_student, "--teacher", finished_teacher, "--to", to, "--out", out)
     assert min(read_manifest(out, "export")["checked"].values()) > 0.9999
     source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")

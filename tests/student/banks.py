@@ -1,4 +1,4 @@
-"""Small banks for tests of what reads them: pictures of one colour each, vectors that say their row."""
+"""Small banks for tests of what reads them: images of one colour each, vectors that say their row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm2clip.bank.encoder import Prepared
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 
 DIM = 8
 
@@ -65,11 +65,11 @@ def write_test_bank(
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """The colour of a test picture."""
+    """The colour of a test image."""
     return (3 * number % 256, 7 * number % 256, 200 - number % 100)
 
 
-def picture_samples(folder: Path, count: int, *, name: str = "p") -> list[Sample]:
+def image_samples(folder: Path, count: int, *, name: str = "p") -> list[Sample]:
     """PNG files of one colour each; sample i has one short caption, i % 3 long ones, and every fourth a Chinese one."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
@@ -79,7 +79,7 @@ def picture_samples(folder: Path, count: int, *, name: str = "p") -> list[Sample
         captions = {"short": (f"{name} {i}",), "long": tuple(f"{name} {i} long {j}" for j in range(i % 3))}
         if i % 4 == 0:
             captions["zh"] = (f"{name} {i} 中文",)
-        samples.append(Sample(f"{name}{i}", PictureRef(str(path)), {k: v for k, v in captions.items() if v}))
+        samples.append(Sample(f"{name}{i}", ImageRef(str(path)), {k: v for k, v in captions.items() if v}))
     return samples
 
 

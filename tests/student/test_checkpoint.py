@@ -280,7 +280,7 @@ def sharded_process(folder: str, world: str, first: str, last: str) -> None:
     if saved := load_checkpoint(Path(folder)):
         restore_state(saved[0], student, optimizers)
     for seed in range(int(first), int(last)):
-        step(student, student, optimizers, seed)  # the same pictures on all: the mean gradient is that of one
+        step(student, student, optimizers, seed)  # the same images on all: the mean gradient is that of one
     save_checkpoint(
         Path(folder),
         int(last),

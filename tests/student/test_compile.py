@@ -16,14 +16,14 @@ from llm2clip.student import train
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
 
-from .banks import log, picture_samples, small_run, write_test_bank
+from .banks import image_samples, log, small_run, write_test_bank
 from .forks import side_by_side
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("banks")
-    bank = write_test_bank(folder / "bank", picture_samples(folder / "pictures", 24)).folder
+    bank = write_test_bank(folder / "bank", image_samples(folder / "images", 24)).folder
     return small_run(bank, tiny_tower)
 
 

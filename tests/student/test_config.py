@@ -23,7 +23,7 @@ from llm2clip.student.config import SPEED_FIELDS, StudentConfig
         ({"patch_dropout": 1.0}, "^patch_dropout is 1.0"),
         ({"min_crop": 0.0}, "^min_crop is 0.0"),
         ({"lora_rank": 4, "unlocked_blocks": 1}, "leave out unlocked_blocks"),
-        ({"captions_per_picture": 0}, "^captions_per_picture is 0"),
+        ({"captions_per_image": 0}, "^captions_per_image is 0"),
         ({"patience": 2}, "add val_bank='DIR'"),
         ({"label_smoothing": 0.1, "loss": "sigmoid"}, "softmax"),
         ({"max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0"),

@@ -14,14 +14,14 @@ from PIL import Image
 
 from llm2clip.bank.reader import Bank
 from llm2clip.data.images import load_image
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student import data as data_module
 from llm2clip.student import mix as mix_module
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.transform import ImageTransform
 
-from .banks import colour, picture_samples, vector_of, write_test_bank
+from .banks import colour, image_samples, vector_of, write_test_bank
 
 TRANSFORM = ImageTransform(image_size=(16, 16), resize=16)
 
@@ -29,13 +29,13 @@ TRANSFORM = ImageTransform(image_size=(16, 16), resize=16)
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     folder = tmp_path_factory.mktemp("data")
-    return write_test_bank(folder / "bank", picture_samples(folder / "pictures", 48))
+    return write_test_bank(folder / "bank", image_samples(folder / "images", 48))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     folder = tmp_path_factory.mktemp("other")
-    return write_test_bank(folder / "bank", picture_samples(folder / "pictures", 12, name="q"))
+    return write_test_bank(folder / "bank", image_samples(folder / "images", 12, name="q"))
 
 
 def load(dataset: BankDataset, number: int, first: int = 0, last: int | None = None) -> Batch:
@@ -48,7 +48,7 @@ def equal(one: Batch, another: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.tensors(), another.tensors(), strict=True))
 
 
-def test_a_batch_holds_pictures_and_vectors_of_their_captions(bank: Bank) -> None:
+def test_a_batch_holds_images_and_vectors_of_their_captions(bank: Bank) -> None:
     batch = load(BankDataset([bank], transform=TRANSFORM, batch_size=8), 0)
     assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (8, 3, 16, 16)
     assert batch.text_embeds.dtype == torch.float16 and len(batch) == 8 and batch.bad == []
@@ -75,10 +75,10 @@ def test_no_memory_map_travels_to_a_worker(bank: Bank) -> None:
 
 
 def test_crops_and_captions_change_from_epoch_to_epoch(tmp_path: Path) -> None:
-    pictures = picture_samples(tmp_path / "pictures", 3)
+    images = image_samples(tmp_path / "images", 3)
     gradient = np.linspace(0, 255, 80 * 60 * 3).reshape(80, 60, 3).astype(np.uint8)
-    Image.fromarray(gradient).save(pictures[0].picture.path)
-    one = write_test_bank(tmp_path / "bank", [Sample("x", pictures[0].picture, {"a": ("1", "2", "3")})])
+    Image.fromarray(gradient).save(images[0].image.path)
+    one = write_test_bank(tmp_path / "bank", [Sample("x", images[0].image, {"a": ("1", "2", "3")})])
     dataset = BankDataset([one], transform=TRANSFORM, batch_size=1)
     batches = [load(dataset, epoch) for epoch in range(30)]
     assert {int(batch.rows) for batch in batches} == {0, 1, 2}
@@ -88,7 +88,7 @@ def test_crops_and_captions_change_from_epoch_to_epoch(tmp_path: Path) -> None:
 def test_without_random_crops_pixels_are_the_towers_own(bank: Bank) -> None:
     batch = load(BankDataset([bank], transform=TRANSFORM, batch_size=8, min_crop=1.0), 3)
     for pixels, sample in zip(batch.pixels, batch.samples.tolist(), strict=True):
-        assert torch.equal(pixels, TRANSFORM(load_image(bank.picture(sample))))
+        assert torch.equal(pixels, TRANSFORM(load_image(bank.image(sample))))
 
 
 def test_kinds_are_drawn_by_weight_among_those_a_sample_has(bank: Bank) -> None:
@@ -106,8 +106,8 @@ def test_kinds_are_drawn_by_weight_among_those_a_sample_has(bank: Bank) -> None:
     assert drawn["long"] / drawn.total() == pytest.approx(0.25, abs=0.07)  # 4 standard errors of 640 draws
 
 
-def test_several_captions_a_picture_are_different_ones(bank: Bank) -> None:
-    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=48, captions_per_picture=2)
+def test_several_captions_a_image_are_different_ones(bank: Bank) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=48, captions_per_image=2)
     batch = load(dataset, 3)
     assert batch.text_embeds.shape == (96, 8) and batch.rows.shape == (96,) and len(batch) == 48
     for sample, pair, vectors in zip(
@@ -126,20 +126,20 @@ def test_a_sample_without_a_wanted_kind_is_replaced_and_counted(bank: Bank) -> N
     assert {cause for _, cause, _ in batch.bad} == {"no wanted caption"} and batch.bad[0][2].endswith("zh")
 
 
-def damaged(bank_folder: Path, pictures: Path, missing: set[int]) -> Bank:
-    samples = picture_samples(pictures, 30)
+def damaged(bank_folder: Path, images: Path, missing: set[int]) -> Bank:
+    samples = image_samples(images, 30)
     for i in missing:
-        Path(samples[i].picture.path).write_bytes(b"" if i % 2 else b"no picture")
+        Path(samples[i].image.path).write_bytes(b"" if i % 2 else b"no image")
     return write_test_bank(bank_folder, samples)
 
 
-def test_bad_pictures_are_replaced_the_same_way_each_time(tmp_path: Path) -> None:
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {3, 8, 20})
+def test_bad_images_are_replaced_the_same_way_each_time(tmp_path: Path) -> None:
+    bank = damaged(tmp_path / "bank", tmp_path / "images", {3, 8, 20})
     dataset = BankDataset([bank], transform=TRANSFORM, batch_size=30)
     batch = load(dataset, 0)
     assert len(batch) == 30 and {3, 8, 20}.isdisjoint(batch.samples.tolist())
     assert {sample_id for sample_id, _, _ in batch.bad} >= {"p3", "p8", "p20"}
-    assert {cause for _, cause, _ in batch.bad} == {"empty picture", "not a picture"}
+    assert {cause for _, cause, _ in batch.bad} == {"empty image", "not an image"}
     assert all(
         tuple(p[:, 3, 3].tolist()) == colour(s) for p, s in zip(batch.pixels, batch.samples.tolist(), strict=True)
     )
@@ -147,16 +147,16 @@ def test_bad_pictures_are_replaced_the_same_way_each_time(tmp_path: Path) -> Non
     assert equal(batch, again) and batch.bad == again.bad
 
 
-def test_a_replacement_is_no_picture_of_the_same_part(tmp_path: Path) -> None:
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {3, 8, 20})
+def test_a_replacement_is_no_image_of_the_same_part(tmp_path: Path) -> None:
+    bank = damaged(tmp_path / "bank", tmp_path / "images", {3, 8, 20})
     dataset = BankDataset([bank], transform=TRANSFORM, batch_size=10)
     for number in range(30):
         batch = load(dataset, number)
         assert len(set(batch.samples.tolist())) >= 9  # two bad ones may meet in one good sample
 
 
-def test_nothing_but_bad_pictures_is_one_clear_line(bank: Bank, tmp_path: Path) -> None:
-    samples = [replace(bank.sample(i), picture=PictureRef(str(tmp_path / f"{i}.jpg"))) for i in range(20)]
+def test_nothing_but_bad_images_is_one_clear_line(bank: Bank, tmp_path: Path) -> None:
+    samples = [replace(bank.sample(i), image=ImageRef(str(tmp_path / f"{i}.jpg"))) for i in range(20)]
     moved = write_test_bank(tmp_path / "bank", samples)
     error = BankDataset([moved], transform=TRANSFORM, batch_size=4)[0, 0, 4]
     assert isinstance(error, SourceError) and "missing file" in str(error) and "\n" not in str(error)
@@ -178,10 +178,10 @@ def test_a_bank_of_weight_0_is_left_out(bank: Bank, other: Bank) -> None:
 
 
 def test_what_does_not_go_together_is_refused(bank: Bank, other: Bank, tmp_path: Path) -> None:
-    foreign = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 4), teacher="u" * 16)
+    foreign = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "p", 4), teacher="u" * 16)
     with pytest.raises(UsageError, match=r"uuuu.*tttt.*build both with one teacher"):
         BankDataset([bank, foreign], transform=TRANSFORM, batch_size=4)
-    with pytest.raises(UsageError, match="batch_size 49 is above the 48 pictures"):
+    with pytest.raises(UsageError, match="batch_size 49 is above the 48 images"):
         BankDataset([bank], transform=TRANSFORM, batch_size=49)
     with pytest.raises(UsageError, match="does not divide among 3 processes; take 6"):
         BankDataset([bank], transform=TRANSFORM, batch_size=8, num_processes=3)
@@ -192,7 +192,7 @@ def test_what_does_not_go_together_is_refused(bank: Bank, other: Bank, tmp_path:
 
 
 def test_a_bank_with_none_of_the_kinds_is_refused(bank: Bank, tmp_path: Path) -> None:
-    samples = [Sample("x", bank.picture(0), {"alt": ("a",)})]
+    samples = [Sample("x", bank.image(0), {"alt": ("a",)})]
     alone = write_test_bank(tmp_path / "bank", samples)
     with pytest.raises(UsageError, match="has captions of alt, but mix wants short"):
         BankDataset([bank, alone], transform=TRANSFORM, batch_size=8, mix={"short": 1})
@@ -200,10 +200,10 @@ def test_a_bank_with_none_of_the_kinds_is_refused(bank: Bank, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    """A bank of one picture, dark at the left and bright at the right, with many captions."""
+    """A bank of one image, dark at the left and bright at the right, with many captions."""
     folder = tmp_path_factory.mktemp("one")
     Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[:, None], (256, 1, 3))).save(folder / "x.png")
-    sample = Sample("x", PictureRef(str(folder / "x.png")), {"a": tuple(str(i) for i in range(200))})
+    sample = Sample("x", ImageRef(str(folder / "x.png")), {"a": tuple(str(i) for i in range(200))})
     return write_test_bank(folder / "bank", [sample])
 
 
@@ -223,7 +223,7 @@ def test_crops_captions_and_replacements_depend_on_the_seed(one: Bank, bank: Ban
 
 
 def test_the_smallest_crop_is_the_one_asked_for(one: Bank) -> None:
-    """Of a picture as bright as its column, the spread of a crop's values says how wide it is."""
+    """Of an image as bright as its column, the spread of a crop's values says how wide it is."""
     widths = {}
     for min_crop in (0.9, 0.04):
         dataset = BankDataset([one], transform=TRANSFORM, batch_size=1, min_crop=min_crop)
@@ -232,10 +232,10 @@ def test_the_smallest_crop_is_the_one_asked_for(one: Bank) -> None:
     assert widths[0.9] > 180 and widths[0.04] < 120
 
 
-def test_pictures_are_decoded_no_larger_than_needed(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_no_larger_than_needed(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def noted(ref: PictureRef, *, min_size: int | None = None) -> Image.Image:
+    def noted(ref: ImageRef, *, min_size: int | None = None) -> Image.Image:
         sizes.append(min_size)
         return load_image(ref, min_size=min_size)
 
@@ -253,7 +253,7 @@ def test_banks_are_drawn_by_their_weights(bank: Bank, other: Bank) -> None:
 
 
 def test_two_banks_of_equal_size_have_orders_of_their_own(bank: Bank, tmp_path: Path) -> None:
-    twin = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 48))
+    twin = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "p", 48))
     drawn = load(BankDataset([bank, twin], transform=TRANSFORM, batch_size=96), 0).samples.tolist()
     of_bank, of_twin = ([n % 48 for n in drawn if (n < 48) == first] for first in (True, False))
     assert sorted(of_bank) == sorted(of_twin) and of_bank != of_twin
@@ -269,7 +269,7 @@ def test_the_order_within_and_between_banks_depends_on_the_seed(bank: Bank, othe
 
 
 def test_banks_of_two_dtypes_come_in_the_wider(bank: Bank, tmp_path: Path) -> None:
-    exact = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "p", 6, name="e"), dtype="float32")
+    exact = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "p", 6, name="e"), dtype="float32")
     for banks in ([bank, exact], [exact, bank]):
         assert load(BankDataset(banks, transform=TRANSFORM, batch_size=8), 0).text_embeds.dtype == torch.float32
 
@@ -279,8 +279,8 @@ def test_how_many_images_are_decoded_together_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: int
 ) -> None:
     """Nor which are replaced, by what, and in which order they are named."""
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {3, 8, 20, 21, 22})
-    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=12, captions_per_picture=2)
+    bank = damaged(tmp_path / "bank", tmp_path / "images", {3, 8, 20, 21, 22})
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=12, captions_per_image=2)
     expected = [load(dataset, number) for number in range(6)]
     assert sum(len(batch.bad) for batch in expected) > 10
     monkeypatch.setattr(data_module, "GROUP_PIXELS", pixels)

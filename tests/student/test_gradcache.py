@@ -186,7 +186,7 @@ class ShardingRunner:
 
 
 def _process(folder: str) -> None:
-    """What each of two processes does with five pictures, in micro-batches; under DDP in other numbers of them."""
+    """What each of two processes does with five images, in micro-batches; under DDP in other numbers of them."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.distributed.fsdp import fully_shard
 

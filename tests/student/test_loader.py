@@ -18,14 +18,14 @@ from llm2clip.student import loader as loader_module
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.loader import BankLoader
 
-from .banks import picture_samples, write_test_bank
+from .banks import image_samples, write_test_bank
 from .test_data import TRANSFORM, damaged, equal
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     folder = tmp_path_factory.mktemp("loader")
-    return write_test_bank(folder / "bank", picture_samples(folder / "pictures", 40))
+    return write_test_bank(folder / "bank", image_samples(folder / "images", 40))
 
 
 def dataset_of(bank: Bank, batch_size: int = 8, num_processes: int = 1) -> BankDataset:
@@ -62,8 +62,8 @@ def test_a_spawned_worker_reads_the_same(bank: Bank, monkeypatch: pytest.MonkeyP
     assert same(list(BankLoader(dataset_of(bank), workers=1).batches(0, 2)), alone)
 
 
-def test_chunks_change_nothing_with_several_captions_a_picture(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=8, captions_per_picture=3)
+def test_chunks_change_nothing_with_several_captions_a_image(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = BankDataset([bank], transform=TRANSFORM, batch_size=8, captions_per_image=3)
     whole = list(BankLoader(dataset).batches(0, 3))
     assert whole[0].rows.shape == (24,)
     monkeypatch.setattr(loader_module, "CHUNK", 3)
@@ -113,24 +113,24 @@ def test_torchs_random_numbers_are_left_alone(bank: Bank) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_counted_by_cause(tmp_path: Path, workers: int) -> None:
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {4, 9})
+def test_bad_images_are_counted_by_cause(tmp_path: Path, workers: int) -> None:
+    bank = damaged(tmp_path / "bank", tmp_path / "images", {4, 9})
     loader = BankLoader(dataset_of(bank, 10), workers=workers, max_bad_fraction=0.5)
     for batch in loader.batches(0, 3):
         assert len(batch) == 10
-    assert loader.bad.counts["empty picture"] >= 1 and loader.bad.counts["not a picture"] >= 1
+    assert loader.bad.counts["empty image"] >= 1 and loader.bad.counts["not an image"] >= 1
     assert loader.seen == 30 + loader.bad.num_bad
 
 
-def test_too_many_bad_pictures_stop_the_run_at_its_end(tmp_path: Path) -> None:
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {4, 9})
+def test_too_many_bad_images_stop_the_run_at_its_end(tmp_path: Path) -> None:
+    bank = damaged(tmp_path / "bank", tmp_path / "images", {4, 9})
     batches = BankLoader(dataset_of(bank, 10), max_bad_fraction=0.01).batches(0, 3)
     with pytest.raises(TooManyBadSamples, match=r"above max_bad_fraction 0\.01"):
         list(batches)
 
 
 def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", {4, 9, 11})
+    bank = damaged(tmp_path / "bank", tmp_path / "images", {4, 9, 11})
     whole, first, second = (BankLoader(dataset_of(bank, 10), max_bad_fraction=1.0) for _ in range(3))
     list(whole.batches(0, 6))
     list(first.batches(0, 4))
@@ -141,7 +141,7 @@ def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_a_worker_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
-    bank = damaged(tmp_path / "bank", tmp_path / "pictures", set(range(30)))
+    bank = damaged(tmp_path / "bank", tmp_path / "images", set(range(30)))
     with pytest.raises(SourceError, match=r"tried for one place cannot be used") as caught:
         list(BankLoader(dataset_of(bank, 10), workers=workers).batches(0, 1))
     assert "\n" not in str(caught.value)
@@ -159,6 +159,6 @@ class DyingDataset(BankDataset):
 @pytest.mark.ci
 def test_a_killed_worker_is_one_clear_line(bank: Bank) -> None:
     dying = DyingDataset([bank], transform=TRANSFORM, batch_size=8)
-    with pytest.raises(LLM2CLIPError, match=r"a process that reads pictures died.*fewer workers") as caught:
+    with pytest.raises(LLM2CLIPError, match=r"a process that reads images died.*fewer workers") as caught:
         list(BankLoader(dying, workers=1).batches(0, 4))
     assert "\n" not in str(caught.value)

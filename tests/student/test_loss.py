@@ -50,7 +50,7 @@ def dense_loss(
 
 
 def batch(b: int, m: int = 1, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Vectors of b pictures and b * m captions, and bank rows with repetitions."""
+    """Vectors of b images and b * m captions, and bank rows with repetitions."""
     torch.manual_seed(seed)
     return {
         "image": normalize(torch.randn(b, DIM, dtype=dtype), dim=1),
@@ -208,7 +208,7 @@ def test_wrong_options_are_named(change: dict[str, Any], message: str) -> None:
 
 # --- several processes -------------------------------------------------------------------------------------------
 
-NUM_PICTURES = 12
+NUM_IMAGES = 12
 """On all processes together."""
 
 
@@ -226,11 +226,11 @@ def _process(folder: str, rank: int) -> None:
         dist.init_process_group("gloo", f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size)
         for name, options in OPTIONS.items():
             for m in (1, 2):
-                mine = _shard(batch(NUM_PICTURES, m), world_size, rank)
+                mine = _shard(batch(NUM_IMAGES, m), world_size, rank)
                 results[world_size, name, m] = gradients(contrastive_loss, mine, {**options, "tile": 5})
-        for pictures, captions in ((4, 4 + 4 * rank), (4 + rank, 4 + rank), (4 * rank, 4 * rank)):
+        for images, captions in ((4, 4 + 4 * rank), (4 + rank, 4 + rank), (4 * rank, 4 * rank)):
             with pytest.raises(UsageError, match=r"\(by process\); every process needs the same number"):
-                contrastive_loss(torch.ones(pictures, DIM), torch.ones(captions, DIM), torch.tensor(1.0))
+                contrastive_loss(torch.ones(images, DIM), torch.ones(captions, DIM), torch.tensor(1.0))
         dist.destroy_process_group()
     torch.save(results, f"{folder}/{rank}.pt")
 
@@ -250,7 +250,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_together_equal_one(results: list[dict[Any, Any]], world_size: int, name: str, m: int) -> None:
     """The loss is equal on all; gradients by rows are W times, scale's and bias's average to, those of one process."""
-    wanted, (image, text, *scalars) = gradients(dense_loss, batch(NUM_PICTURES, m), OPTIONS[name])
+    wanted, (image, text, *scalars) = gradients(dense_loss, batch(NUM_IMAGES, m), OPTIONS[name])
     values, parts = zip(*(results[rank][world_size, name, m] for rank in range(world_size)), strict=True)
     for value in values:
         assert_close(value, wanted)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import UsageError
 from llm2clip.student.mix import (
     check_banks,
@@ -54,7 +54,7 @@ def test_none_twice_before_all_were_taken() -> None:
 
 def bank_of(folder: Path, *kinds: str, teacher: str = "t" * 16):
     """A bank of one sample with a caption of each kind."""
-    sample = Sample("x", PictureRef("x.jpg"), {kind: (f"a {kind} caption",) for kind in kinds})
+    sample = Sample("x", ImageRef("x.jpg"), {kind: (f"a {kind} caption",) for kind in kinds})
     return write_test_bank(folder, [sample], teacher=teacher)
 
 
@@ -109,7 +109,7 @@ def test_rounding_at_the_end_of_the_weights_takes_the_last() -> None:
 
 
 def test_the_order_of_banks_is_handed_what_decides_it(tmp_path: Path) -> None:
-    samples = [Sample(str(i), PictureRef(f"{i}"), {"short": (str(i),)}) for i in range(9)]
+    samples = [Sample(str(i), ImageRef(f"{i}"), {"short": (str(i),)}) for i in range(9)]
     banks = [write_test_bank(tmp_path / str(size), samples[:size]) for size in (9, 6)]
     places = np.arange(5)
     for weights in (None, [1.0, 2.0]):

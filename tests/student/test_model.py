@@ -1,4 +1,4 @@
-"""The student: every family round trip, uint8 pictures, loading without llm2clip, the temperature."""
+"""The student: every family round trip, uint8 images, loading without llm2clip, the temperature."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_fsdp_shards_blocks_that_are_there(towers, family) -> None:
     assert student.get_input_embeddings() is None
 
 
-def test_uint8_pictures_are_normalised_as_the_processor_does(tiny_tower) -> None:
+def test_uint8_images_are_normalised_as_the_processor_does(tiny_tower) -> None:
     from PIL import Image
     from transformers import CLIPImageProcessor
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.bank.reader import Bank
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.student import train
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset
@@ -50,14 +50,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"adaptor_blocks": 1},
     {"mix": {"long": 1.0}},
     {"mix": {"short": 0.2, "long": 0.8}, "seed": 3},
-    {"captions_per_picture": 2},
-    {"captions_per_picture": 2, "loss": "sigmoid", "micro_batch_size": 3},
+    {"captions_per_image": 2},
+    {"captions_per_image": 2, "loss": "sigmoid", "micro_batch_size": 3},
     {"bank_weights": (1.0, 3.0)},
-    {"bank_weights": (0.0, 1.0), "captions_per_picture": 3, "batch_size": 6},
+    {"bank_weights": (0.0, 1.0), "captions_per_image": 3, "batch_size": 6},
     {"min_crop": 1.0},
     {"min_crop": 0.3},
     {"label_smoothing": 0.3},
-    {"label_smoothing": 0.3, "captions_per_picture": 2},
+    {"label_smoothing": 0.3, "captions_per_image": 2},
     {"steps": None, "epochs": 1.5, "accumulate": 2, "batch_size": 4},
     {"steps": None, "batch_size": 16},
     {"batch_size": 5},
@@ -112,7 +112,7 @@ def banks(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
             path = folder / f"{name}{i}.png"
             Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
             captions = {"short": (f"{name} {i // 2}",), "long": (f"{name} {i} long", f"{name} {i} longer")}
-            samples.append(Sample(f"{name}{i}", PictureRef(str(path)), captions))
+            samples.append(Sample(f"{name}{i}", ImageRef(str(path)), captions))
         folders.append(str(write_test_bank(folder / name, samples).folder))
     return folders[0], folders[1]
 
@@ -229,7 +229,7 @@ def test_a_run_learns_what_the_oracle_does(watch, settings) -> None:
         batch_size=config.batch_size,
         seed=config.seed,
         mix=config.mix,
-        captions_per_picture=config.captions_per_picture,
+        captions_per_image=config.captions_per_image,
         bank_weights=config.bank_weights,
         min_crop=config.min_crop,
     )

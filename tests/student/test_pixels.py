@@ -33,9 +33,9 @@ def photo(width: int, height: int, *, seed: int = 0) -> Image.Image:
     return Image.fromarray((smooth + rng.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
-def jpeg(picture: Image.Image) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95)
+    image.save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
@@ -55,7 +55,7 @@ def test_a_box_is_torchvisions_for_the_same_random_numbers(
     size: tuple[int, int], min_crop: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2")
-    crop, picture = v2.RandomResizedCrop(8, scale=(min_crop, 1.0)), torch.zeros(3, *size[::-1], dtype=torch.uint8)
+    crop, image = v2.RandomResizedCrop(8, scale=(min_crop, 1.0)), torch.zeros(3, *size[::-1], dtype=torch.uint8)
     for draws in np.random.default_rng(0).random((50, NUM_DRAWS)).tolist():
         shapes, places = iter(draws[:-2]), iter((draws[-1], draws[-2]))  # area and ratio of each try; then top and left
 
@@ -68,7 +68,7 @@ def test_a_box_is_torchvisions_for_the_same_random_numbers(
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "uniform_", uniform)
             patch.setattr(torch, "randint", whole)
-            theirs = crop.make_params([picture])
+            theirs = crop.make_params([image])
         left, top = theirs["left"], theirs["top"]
         expected = (left, top, left + theirs["width"], top + theirs["height"])
         assert random_box(*size, draws, min_crop=min_crop) == expected
@@ -82,26 +82,24 @@ def test_a_box_reaches_every_edge() -> None:
     assert random_box(100, 100, [*shape, 0.0, 0.999], min_crop=0.5) == (0, 29, 71, 100)
 
 
-def test_a_picture_too_wide_for_any_box_gives_its_middle() -> None:
+def test_a_image_too_wide_for_any_box_gives_its_middle() -> None:
     assert random_box(400, 100, [0.5] * NUM_DRAWS) == (133, 0, 266, 100)
     assert random_box(100, 400, [0.5] * NUM_DRAWS) == (0, 133, 100, 266)
 
 
 @pytest.mark.parametrize("mode", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS])
 def test_resizing_equals_pillow(mode: Image.Resampling) -> None:
-    picture = photo(200, 150)
+    image = photo(200, 150)
     for shape in ((64, 80), (224, 224)):
-        ours = resize_pixels(to_tensor(picture), shape, resample=mode)[:3].permute(1, 2, 0).numpy().astype(int)
-        difference = np.abs(ours - np.asarray(picture.resize(shape[::-1], mode)).astype(int))
+        ours = resize_pixels(to_tensor(image), shape, resample=mode)[:3].permute(1, 2, 0).numpy().astype(int)
+        difference = np.abs(ours - np.asarray(image.resize(shape[::-1], mode)).astype(int))
         assert difference.max() <= 2 and difference.mean() < 0.1
 
 
 def test_a_box_resized_equals_pillows_crop_and_resize() -> None:
-    picture, (left, top, right, bottom) = photo(200, 150), (7, 11, 190, 141)
-    ours = (
-        resize_pixels(to_tensor(picture)[:, top:bottom, left:right], (96, 96))[:3].permute(1, 2, 0).numpy().astype(int)
-    )
-    theirs = np.asarray(picture.crop((left, top, right, bottom)).resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
+    image, (left, top, right, bottom) = photo(200, 150), (7, 11, 190, 141)
+    ours = resize_pixels(to_tensor(image)[:, top:bottom, left:right], (96, 96))[:3].permute(1, 2, 0).numpy().astype(int)
+    theirs = np.asarray(image.crop((left, top, right, bottom)).resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(ours - theirs).max() <= 2
 
 
@@ -127,13 +125,13 @@ def test_a_scaled_jpeg_stays_close_to_the_full_one_though_its_size_does_not_divi
     assert (fitted <= 2).float().mean() > 0.98 and fitted.mean() < naive.mean()
 
 
-def test_full_shape_of_a_turned_picture() -> None:
+def test_full_shape_of_a_turned_image() -> None:
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(801, 403).save(buffer, "JPEG", exif=exif)
-    picture = load_image(buffer.getvalue(), min_size=200)
-    assert picture.size == (202, 401) and full_shape(picture) == (801, 403)
+    image = load_image(buffer.getvalue(), min_size=200)
+    assert image.size == (202, 401) and full_shape(image) == (801, 403)
 
 
 def test_scale_factors_always_end_at_the_wanted_size() -> None:
@@ -148,11 +146,11 @@ def test_scale_factors_always_end_at_the_wanted_size() -> None:
             assert tuple(int(size * factor) for size, factor in zip(present, scale, strict=True)) == wanted
 
 
-@pytest.mark.parametrize("picture", [photo(200, 150), photo(64, 48)], ids=["resized", "of-the-size"])
+@pytest.mark.parametrize("image", [photo(200, 150), photo(64, 48)], ids=["resized", "of-the-size"])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_what_is_resized_into_given_memory_is_the_same(picture: Image.Image, channels: int) -> None:
-    pixels, out = to_tensor(picture)[:channels], torch.zeros(48, 64, 4, dtype=torch.uint8)
+def test_what_is_resized_into_given_memory_is_the_same(image: Image.Image, channels: int) -> None:
+    pixels, out = to_tensor(image)[:channels], torch.zeros(48, 64, 4, dtype=torch.uint8)
     found = resize_pixels(pixels, (48, 64), out=out)
     assert torch.equal(found, resize_pixels(pixels, (48, 64)))
-    assert (found.data_ptr() == out.data_ptr()) == (len(pixels) == 4 and picture.width == 200)
+    assert (found.data_ptr() == out.data_ptr()) == (len(pixels) == 4 and image.width == 200)
     assert out.any() == (found.data_ptr() == out.data_ptr())

@@ -1,4 +1,4 @@
-"""Remote shards are drawn a window at a time, fetched once, kept within bounds, and read like local pictures."""
+"""Remote shards are drawn a window at a time, fetched once, kept within bounds, and read like local images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from filelock import FileLock
 from PIL import Image
 
 from llm2clip.bank.reader import Bank
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student import remote as remote_module
 from llm2clip.student.data import BankDataset, Batch
@@ -30,7 +30,7 @@ from llm2clip.student.mix import open_order
 from llm2clip.student.order import Mixture
 from llm2clip.student.remote import RemoteOrder, ShardCache, ShardOrder, shard_starts
 
-from .banks import colour, picture_samples, write_test_bank
+from .banks import colour, image_samples, write_test_bank
 from .test_data import TRANSFORM, equal
 
 STARTS = np.array([0, 4, 9, 12, 20, 23, 30, 31, 40])
@@ -123,7 +123,7 @@ def remote_samples(folder: Path, counts: list[int]) -> list[Sample]:
                 entry.size = len(buffer.getvalue())
                 offset = tar.fileobj.tell() + 512  # type: ignore[union-attr]
                 tar.addfile(entry, io.BytesIO(buffer.getvalue()))
-                ref = PictureRef(path.as_uri(), offset, entry.size)
+                ref = ImageRef(path.as_uri(), offset, entry.size)
                 samples.append(Sample(entry.name, ref, {"short": (f"caption {len(samples)}",)}))
     return samples
 
@@ -167,7 +167,7 @@ def test_each_process_fetches_its_own_shards_only(bank: Bank, tmp_path: Path) ->
 
 
 def test_shards_beside_a_local_bank(bank: Bank, tmp_path: Path) -> None:
-    local = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 12))
+    local = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "images", 12))
     dataset = dataset_of(bank, local, cache=tmp_path / "cache", batch_size=6)
     drawn = [sample for batch in BankLoader(dataset).batches(0, 6) for sample in batch.samples.tolist()]
     assert sorted(drawn) == list(range(36))
@@ -176,7 +176,7 @@ def test_shards_beside_a_local_bank(bank: Bank, tmp_path: Path) -> None:
 def test_a_local_bank_beside_shards_is_shared_out_among_processes(tmp_path: Path) -> None:
     """Each process draws its own half of it, in another order each epoch, and both banks at their rates."""
     bank = write_test_bank(tmp_path / "remote", remote_samples(tmp_path, [6, 6, 6, 6]))
-    local = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 24))
+    local = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "images", 24))
     drawn = []
     for process in range(2):
         dataset = dataset_of(bank, local, cache=tmp_path / "cache", batch_size=8, num_processes=2)
@@ -202,19 +202,19 @@ def test_a_shard_is_asked_for_batches_before_it_is_read(
         for place in range(3):
             batch = datasets[(number + place) % workers][number, place, place + 1]
             assert isinstance(batch, Batch)
-            url = bank.picture(int(batch.samples)).path
+            url = bank.image(int(batch.samples)).path
             assert number < 2 or url in known[number - 2]
         known.append(set(asked))
         asked.clear()
 
 
-def test_local_pictures_and_single_urls_are_shuffled_freely(bank: Bank, tmp_path: Path) -> None:
+def test_local_images_and_single_urls_are_shuffled_freely(bank: Bank, tmp_path: Path) -> None:
     order_of = functools.partial(open_order, weights=None, batch_size=4, seed=0, num_processes=1)
     assert isinstance(order_of([bank])[0], RemoteOrder)
-    singles = [Sample(str(i), PictureRef(f"memory://{i}.png"), {"short": (str(i),)}) for i in range(5)]
+    singles = [Sample(str(i), ImageRef(f"memory://{i}.png"), {"short": (str(i),)}) for i in range(5)]
     single = write_test_bank(tmp_path / "single", singles)
     assert shard_starts(single) is None and isinstance(order_of([single])[0], Mixture)
-    ref = single.picture(0)
+    ref = single.image(0)
     assert ShardCache(tmp_path).local(ref) is ref
 
 
@@ -230,7 +230,7 @@ def test_a_shard_is_fetched_once(tmp_path: Path) -> None:
     assert path.read_bytes() == bytes(100) and path.suffix == ".tar"
     fsspec.filesystem("memory").rm("once.tar")
     assert cache.fetch(url) == path
-    assert ShardCache(tmp_path / "cache").local(PictureRef(url, 5, 10)) == PictureRef(str(path), 5, 10)
+    assert ShardCache(tmp_path / "cache").local(ImageRef(url, 5, 10)) == ImageRef(str(path), 5, 10)
 
 
 def test_two_at_once_fetch_a_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_shards_are_fetched_ahead(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path)
     urls = [put(f"ahead{i}.tar", 10) for i in range(3)]
     for url in ("memory://not-there.tar", *urls):
-        cache.fetch_ahead(PictureRef(url, 0, 5))
+        cache.fetch_ahead(ImageRef(url, 0, 5))
     deadline = time.monotonic() + 20
     while not all(cache.path(url).exists() for url in urls):
         assert time.monotonic() < deadline
@@ -374,11 +374,11 @@ def test_a_shard_that_disappears_stops_the_run_in_one_line(tmp_path: Path) -> No
         list(BankLoader(dataset_of(bank, cache=tmp_path / "cache"), workers=1).batches(0, 2))
 
 
-def test_a_damaged_picture_in_a_shard_is_replaced_from_that_shard(tmp_path: Path) -> None:
+def test_a_damaged_image_in_a_shard_is_replaced_from_that_shard(tmp_path: Path) -> None:
     samples = remote_samples(tmp_path, [5, 5])
     with (tmp_path / "00000.tar").open("r+b") as file:
-        file.seek(samples[2].picture.offset)
-        file.write(bytes(samples[2].picture.length))
+        file.seek(samples[2].image.offset)
+        file.write(bytes(samples[2].image.length))
     dataset = dataset_of(write_test_bank(tmp_path / "bank", samples), cache=tmp_path / "cache", batch_size=5)
     batches = [dataset[number, 0, 5] for number in range(2)]
     bad = [problem for batch in batches if isinstance(batch, Batch) for problem in batch.bad]

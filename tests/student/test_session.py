@@ -25,7 +25,7 @@ from llm2clip.student.model import Student
 from llm2clip.student.session import Session
 from llm2clip.student.train import train_student
 
-from .banks import log, picture_samples, small_run, write_test_bank
+from .banks import image_samples, log, small_run, write_test_bank
 
 Make = Callable[..., StudentConfig]
 
@@ -33,7 +33,7 @@ Make = Callable[..., StudentConfig]
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("banks")
-    return write_test_bank(folder / "bank", picture_samples(folder / "pictures", 24)).folder
+    return write_test_bank(folder / "bank", image_samples(folder / "images", 24)).folder
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def goes_on(run: StudentConfig, *, died_at: int, monkeypatch: pytest.MonkeyPatch
 
 def told(folder: Path) -> list[dict[str, Any]]:
     """The log but for speeds."""
-    return [{name: value for name, value in line.items() if name != "pictures_per_second"} for line in log(folder)]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in log(folder)]
 
 
 def scored_by_step(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> list[dict[str, Any]]:
@@ -138,20 +138,20 @@ def test_a_run_that_goes_on_knows_its_best_score_and_how_long_it_waits(config, b
     assert told(again) == told(whole)
 
 
-def test_bad_pictures_are_counted_on_in_a_run_that_goes_on(config, tmp_path, monkeypatch) -> None:
-    samples = picture_samples(tmp_path / "pictures", 24)
+def test_bad_images_are_counted_on_in_a_run_that_goes_on(config, tmp_path, monkeypatch) -> None:
+    samples = image_samples(tmp_path / "images", 24)
     for i in (3, 7, 11, 15):
-        Path(samples[i].picture.path).write_bytes(b"")
+        Path(samples[i].image.path).write_bytes(b"")
     folder = str(write_test_bank(tmp_path / "bank", samples).folder)
     settings = {"bank": (folder,), "max_bad_fraction": 0.5, "save_every": 2}
     whole = read_manifest(train_student(config(**settings, out=tmp_path / "whole")), "student")
     again = read_manifest(goes_on(config(**settings), died_at=5, monkeypatch=monkeypatch), "student")
-    assert again == whole and whole["bad_pictures"]["num_bad"] > 4
+    assert again == whole and whole["bad_images"]["num_bad"] > 4
 
 
 @pytest.mark.parametrize("changed", ["bank", "tower"])
 def test_other_contents_in_the_same_place_are_noticed(config, tiny_tower, tmp_path, monkeypatch, changed) -> None:
-    samples = picture_samples(tmp_path / "pictures", 24)
+    samples = image_samples(tmp_path / "images", 24)
     bank, tower = tmp_path / "bank", tmp_path / "tower"
     write_test_bank(bank, samples)
     tower.mkdir()
@@ -163,7 +163,7 @@ def test_other_contents_in_the_same_place_are_noticed(config, tiny_tower, tmp_pa
         train_student(run)
     if changed == "bank":
         bank.rename(tmp_path / "old")
-        write_test_bank(bank, picture_samples(tmp_path / "others", 24, name="q"))
+        write_test_bank(bank, image_samples(tmp_path / "others", 24, name="q"))
     else:
         weights = load_file(tower / "model.safetensors")
         save_file({k: v + 1 for k, v in weights.items()}, tower / "model.safetensors", metadata={"format": "pt"})
@@ -172,7 +172,7 @@ def test_other_contents_in_the_same_place_are_noticed(config, tiny_tower, tmp_pa
 
 
 def test_a_val_bank_of_another_teacher_is_refused(config, tmp_path) -> None:
-    other = write_test_bank(tmp_path / "other", picture_samples(tmp_path / "pictures", 4), teacher="u" * 16)
+    other = write_test_bank(tmp_path / "other", image_samples(tmp_path / "images", 4), teacher="u" * 16)
     with pytest.raises(UsageError, match="of teacher u"):
         train_student(config(val_bank=str(other.folder)))
 
@@ -193,11 +193,11 @@ def test_a_step_s_randomness_is_of_its_seed_number_and_process(config, monkeypat
     assert len({usual, seed_of(step=1), seed_of(process=1), seed_of(seed=1)}) == 4
 
 
-def test_pictures_per_second_count_all_accumulated_batches(config, monkeypatch) -> None:
+def test_images_per_second_count_all_accumulated_batches(config, monkeypatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr(journal, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
     out = train_student(config(steps=3, accumulate=2))
-    assert [line["pictures_per_second"] for line in log(out)] == [2 * 8] * 3, "a step a second"
+    assert [line["images_per_second"] for line in log(out)] == [2 * 8] * 3, "a step a second"
 
 
 def test_no_checkpoint_has_weights_after_a_loss_that_is_no_number(config, monkeypatch) -> None:

@@ -77,7 +77,7 @@ def test_pickled_weights_run_no_code(tiny_tower, tmp_path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_pictures_are_prepared_as_the_tower_says_or_as_clip(tiny_tower, tmp_path) -> None:
+def test_images_are_prepared_as_the_tower_says_or_as_clip(tiny_tower, tmp_path) -> None:
     import shutil
 
     tower = tmp_path / "tower"

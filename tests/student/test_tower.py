@@ -32,7 +32,7 @@ def test_positions_of_a_plane_stay_a_plane() -> None:
     torch.testing.assert_close(smaller, torch.tensor([0.5, 2.5, 4.5, 6.5])[:, None].expand(4, 4), atol=0.2, rtol=0)
 
 
-def test_resized_tower_gives_nearly_the_same_on_a_flat_picture(tiny_tower) -> None:
+def test_resized_tower_gives_nearly_the_same_on_a_flat_image(tiny_tower) -> None:
     from transformers import CLIPVisionModel
 
     tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
@@ -56,10 +56,10 @@ def test_the_pooled_vector_is_the_family_s_own_but_where_its_pooler_is_untrained
     student = start_student(str(towers[family]), teacher_dim=8, projection_dim=4).eval()
     assert student.config.pooling == pooling
     assert family != "vit" or student.tower.pooler is None
-    picture = torch.rand(2, 3, 32, 32)
-    outputs = whole(picture)
+    image = torch.rand(2, 3, 32, 32)
+    outputs = whole(image)
     pooled = outputs.last_hidden_state[:, 0] if pooling == "cls" else outputs.pooler_output
-    torch.testing.assert_close(student.get_image_features(picture), student.visual_projection(pooled))
+    torch.testing.assert_close(student.get_image_features(image), student.visual_projection(pooled))
 
 
 def test_blocks_are_found_in_order(towers) -> None:
@@ -78,7 +78,7 @@ def test_patch_dropout_keeps_prefix_and_order() -> None:
     assert kept.shape == (5, 6, 1)
     assert (kept[:, 0] == 0).all()
     assert (kept.diff(dim=1) > 0).all()
-    assert len({tuple(row) for row in kept.squeeze(-1).tolist()}) > 1, "every picture loses other patches"
+    assert len({tuple(row) for row in kept.squeeze(-1).tolist()}) > 1, "every image loses other patches"
     assert drop.eval()(tokens) is tokens
 
 
@@ -87,11 +87,11 @@ def test_patch_dropout_shortens_training_only(towers, family) -> None:
     from transformers import AutoModel
 
     tower = AutoModel.from_pretrained(towers[family])
-    picture = torch.rand(2, 3, 32, 32)
-    before = tower.eval()(picture).last_hidden_state
+    image = torch.rand(2, 3, 32, 32)
+    before = tower.eval()(image).last_hidden_state
     add_patch_dropout(tower, rate=0.5, image_size=32)
-    torch.testing.assert_close(tower.eval()(picture).last_hidden_state, before)
-    assert tower.train()(picture).last_hidden_state.shape[1] == before.shape[1] - 8
+    torch.testing.assert_close(tower.eval()(image).last_hidden_state, before)
+    assert tower.train()(image).last_hidden_state.shape[1] == before.shape[1] - 8
 
 
 def test_patch_dropout_of_timms_eva_takes_rotary_positions_along(towers) -> None:
@@ -99,13 +99,13 @@ def test_patch_dropout_of_timms_eva_takes_rotary_positions_along(towers) -> None
     from transformers import AutoModel
 
     tower = AutoModel.from_pretrained(towers["timm-eva02"])
-    picture = torch.rand(2, 3, 28, 28)
-    before = tower.eval()(picture).last_hidden_state
+    image = torch.rand(2, 3, 28, 28)
+    before = tower.eval()(image).last_hidden_state
     add_patch_dropout(tower, rate=0.5, image_size=28)
-    torch.testing.assert_close(tower.eval()(picture).last_hidden_state, before)
-    assert tower.train()(picture).last_hidden_state.shape[1] == before.shape[1] - 2
+    torch.testing.assert_close(tower.eval()(image).last_hidden_state, before)
+    assert tower.train()(image).last_hidden_state.shape[1] == before.shape[1] - 2
     tower.timm_model.patch_drop.rate = 0.0
-    torch.testing.assert_close(tower(picture).last_hidden_state, before)
+    torch.testing.assert_close(tower(image).last_hidden_state, before)
 
 
 def test_patch_dropout_is_refused_where_positions_are_rotary(towers) -> None:
@@ -129,7 +129,7 @@ def test_a_tower_that_sees_nothing_is_told_with_the_first_line_of_its_reason() -
         def forward(self, **inputs) -> None:
             raise ValueError("\n no eyes \nat all")
 
-    with pytest.raises(ValueError, match=r"no pooled vector for a 8 px picture \(no eyes\)$"):
+    with pytest.raises(ValueError, match=r"no pooled vector for a 8 px image \(no eyes\)$"):
         tower_width(Blind(), image_size=8, pooling="pooler")
 
 

@@ -16,7 +16,7 @@ import pytest
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
 
-from .banks import log, picture_samples, small_run, write_test_bank
+from .banks import image_samples, log, small_run, write_test_bank
 
 
 class Notes:
@@ -50,7 +50,7 @@ def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_setting_and_curve_is_told(tracker: tuple[str, Notes], tiny_tower: Path, tmp_path: Path) -> None:
     name, notes = tracker
-    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 12))
+    bank = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "images", 12))
     run = small_run(bank.folder, tiny_tower, steps=2, tracker=name, mix={"short": 0.5, "long": 0.5})
     config = StudentConfig(**run, out=tmp_path / "student")
     out = train_student(config)

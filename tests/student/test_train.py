@@ -1,4 +1,4 @@
-"""The whole stage on 24 pictures: it learns, and a killed run ends in the same bytes (`test_oracle.py`: in which)."""
+"""The whole stage on 24 images: it learns, and a killed run ends in the same bytes (`test_oracle.py`: in which)."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ from .forks import counting, die_within, in_child
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_llm, pictures_csv, tmp_path_factory) -> Path:
+def bank(tiny_llm, images_csv, tmp_path_factory) -> Path:
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
     out = tmp_path_factory.mktemp("banks") / "bank"
-    return build_bank(BankConfig(data=(str(pictures_csv),), teacher=str(tiny_llm), out=out))
+    return build_bank(BankConfig(data=(str(images_csv),), teacher=str(tiny_llm), out=out))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def without_speed(lines: list[dict]) -> list[dict]:
-    return [{name: value for name, value in line.items() if name != "pictures_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 def artifact(folder: Path) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def test_it_learns_and_leaves_a_whole_folder(config) -> None:
     losses = [line["loss"] for line in log(out)]
     assert len(losses) == 60 and sum(losses[-5:]) < 0.6 * sum(losses[:5])
     manifest = read_manifest(out, "student")
-    assert manifest["steps"] == 60 and manifest["bad_pictures"]["num_bad"] == 0
+    assert manifest["steps"] == 60 and manifest["bad_images"]["num_bad"] == 0
     assert manifest["teacher_dim"] == 32 and manifest["projection_dim"] == 16
     assert not (out / "checkpoints").exists() and not (out / ".lock").exists()
     student = Student.from_pretrained(out)
@@ -87,7 +87,7 @@ def test_a_complete_run_is_left_alone(config) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"micro_batch_size": 3, "captions_per_picture": 2},
+        {"micro_batch_size": 3, "captions_per_image": 2},
         {"accumulate": 2},
         {"loss": "sigmoid"},
         {"label_smoothing": 0.1},
@@ -237,11 +237,11 @@ def test_fsdp2_adds_gradients_up_in_fp32_and_others_are_refused(config, monkeypa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_a_bank_of_every_dtype_trains(config, tiny_llm, pictures_csv, tmp_path, dtype) -> None:
+def test_a_bank_of_every_dtype_trains(config, tiny_llm, images_csv, tmp_path, dtype) -> None:
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
-    settings = {"data": (str(pictures_csv),), "teacher": str(tiny_llm), "precision": "fp32"}
+    settings = {"data": (str(images_csv),), "teacher": str(tiny_llm), "precision": "fp32"}
     stored = build_bank(BankConfig(out=tmp_path / dtype, dtype=dtype, **settings))
     losses = [
         [line["loss"] for line in log(train_student(config(bank=(str(folder),), steps=3, out=tmp_path / f"{i}")))]
@@ -337,17 +337,17 @@ def train_and_die(run: StudentConfig, place: str, entry: int, call: int) -> None
     train_student(run)
 
 
-def test_bad_pictures_are_replaced_counted_and_named(config, tiny_llm, pictures_csv, tmp_path) -> None:
+def test_bad_images_are_replaced_counted_and_named(config, tiny_llm, images_csv, tmp_path) -> None:
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures_csv.parent, folder)
+    folder = tmp_path / "images"
+    shutil.copytree(images_csv.parent, folder)
     bank = build_bank(BankConfig(data=(str(folder / "captions.csv"),), teacher=str(tiny_llm), out=tmp_path / "bank"))
     (folder / "003.jpg").write_bytes(b"")
     (folder / "007.jpg").write_bytes((folder / "007.jpg").read_bytes()[:200])
     manifest = read_manifest(train_student(config(bank=(str(bank),), max_bad_fraction=0.5)), "student")
-    bad = manifest["bad_pictures"]
+    bad = manifest["bad_images"]
     assert bad["num_bad"] == sum(bad["counts"].values()) > 0 and len(bad["counts"]) == 2
     assert any("003.jpg" in example for examples in bad["examples"].values() for example in examples)
     with pytest.raises(TooManyBadSamples, match=r"above max_bad_fraction 0\.01"):
@@ -382,7 +382,7 @@ def test_accuracy_by_hand() -> None:
     image = torch.eye(4)
     assert accuracy(image, image) == 1
     assert accuracy(image, image[[0, 1, 3, 2]]) == 0.5
-    assert accuracy(image, image.repeat_interleave(2, 0), tile=3) == 1, "two captions a picture"
+    assert accuracy(image, image.repeat_interleave(2, 0), tile=3) == 1, "two captions an image"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two data-parallel processes, as forks without torchrun: 64 pictures each follow 128 in one, step by step."""
+"""Two data-parallel processes, as forks without torchrun: 64 images each follow 128 in one, step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm2clip.student import train as train_module
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.train import train_student
 
-from .banks import picture_samples, small_run, write_test_bank
+from .banks import image_samples, small_run, write_test_bank
 from .forks import die_within, side_by_side
 
 pytestmark = pytest.mark.own_process
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.own_process
 def settings(tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run on a bank of two batches an epoch."""
     folder = tmp_path_factory.mktemp("banks")
-    bank = write_test_bank(folder / "bank", picture_samples(folder / "pictures", 256)).folder
+    bank = write_test_bank(folder / "bank", image_samples(folder / "images", 256)).folder
     return small_run(bank, tiny_tower, steps=20, batch_size=128)
 
 

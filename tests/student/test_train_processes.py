@@ -12,12 +12,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_llm, pictures_csv, tmp_path_factory) -> Path:
+def bank(tiny_llm, images_csv, tmp_path_factory) -> Path:
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
     out = tmp_path_factory.mktemp("banks") / "bank"
-    return build_bank(BankConfig(data=(str(pictures_csv),), teacher=str(tiny_llm), out=out))
+    return build_bank(BankConfig(data=(str(images_csv),), teacher=str(tiny_llm), out=out))
 
 
 def launch(
@@ -53,7 +53,7 @@ def test_two_processes_follow_one(bank, tiny_tower, tmp_path, flags) -> None:
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 20 and all(abs(a - b) < 1e-5 * max(1, a) for a, b in zip(one, two, strict=True))
     manifests = [json.loads((tmp_path / str(n) / "manifest.json").read_text()) for n in (1, 2)]
-    assert manifests[0]["bad_pictures"] == manifests[1]["bad_pictures"]
+    assert manifests[0]["bad_images"] == manifests[1]["bad_images"]
 
 
 def test_wrong_use_ends_all_processes(bank, tiny_tower, tmp_path) -> None:
@@ -63,7 +63,7 @@ def test_wrong_use_ends_all_processes(bank, tiny_tower, tmp_path) -> None:
     assert not (tmp_path / "out").exists(), "in the way of the corrected command"
 
 
-def test_a_tower_with_a_parameter_that_no_picture_reaches(bank, towers, tmp_path) -> None:
+def test_a_tower_with_a_parameter_that_no_image_reaches(bank, towers, tmp_path) -> None:
     """DINOv2's mask token: a data-parallel run would stop at its second step."""
     done = launch(2, bank, towers["dinov2"], tmp_path / "out", "--steps", "3")
     assert done.returncode == 0, done.stderr[-3000:]

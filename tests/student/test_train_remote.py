@@ -23,7 +23,7 @@ from .banks import colour
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.slow
-SHARDS, PICTURES = 20, 6  # so many that the last ones are fetched after the first checkpoint
+SHARDS, IMAGES = 20, 6  # so many that the last ones are fetched after the first checkpoint
 
 
 class Server(ThreadingHTTPServer):
@@ -57,10 +57,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
     folder.mkdir()
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(shard * PICTURES, (shard + 1) * PICTURES):
+            for number in range(shard * IMAGES, (shard + 1) * IMAGES):
                 buffer = io.BytesIO()
                 Image.new("RGB", (40, 30), colour(number)).save(buffer, "PNG")
-                for ending, content in (("png", buffer.getvalue()), ("txt", f"picture {number}".encode())):
+                for ending, content in (("png", buffer.getvalue()), ("txt", f"image {number}".encode())):
                     entry = tarfile.TarInfo(f"{number:05d}.{ending}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))

@@ -23,7 +23,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("SiglipImageProcessor", {"size": {"height": 112, "width": 112}}),
     "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 73}, "crop_size": {"height": 64, "width": 64}}),
     "vit": ("ViTImageProcessor", {"size": {"height": 64, "width": 64}}),
-    "larger-than-the-picture": (
+    "larger-than-the-image": (
         "CLIPImageProcessor",
         {"size": {"shortest_edge": 40}, "crop_size": {"height": 64, "width": 65}},
     ),
@@ -38,9 +38,9 @@ def processor_of(name: str, backend: str) -> Any:
     return processor_class(**options)
 
 
-def pixels_of(processor: Any, transform: ImageTransform, picture: Image.Image) -> torch.Tensor:
+def pixels_of(processor: Any, transform: ImageTransform, image: Image.Image) -> torch.Tensor:
     """What the processor gives, before normalisation: 0..255."""
-    values = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    values = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (transform.mean, transform.std))
     return 255 * (values * std + mean)
 
@@ -54,7 +54,7 @@ def test_pixels_equal_those_of_the_image_processor(name: str, backend: str) -> N
         ours = transform(photo(*size))
         theirs = pixels_of(processor, transform, photo(*size))
         assert ours.dtype == torch.uint8 and ours.shape == theirs.shape
-        if backend == "Pil" and name == "larger-than-the-picture":
+        if backend == "Pil" and name == "larger-than-the-image":
             continue  # numpy's rule puts the odd row of black on the other side
         difference = (ours - theirs).abs()
         assert difference.max() < 2.01 and difference.mean() < (0.3 if backend else 1e-4)  # of 255
@@ -130,13 +130,13 @@ def test_another_size_keeps_the_margins_in_proportion() -> None:
     assert siglip.resize == siglip.image_size == (384, 384)
 
 
-def test_a_crop_of_the_whole_picture_is_the_squashed_picture() -> None:
+def test_a_crop_of_the_whole_image_is_the_squashed_image() -> None:
     transform = ImageTransform(image_size=(32, 32), resize=(32, 32))
-    picture = photo(90, 90)
-    assert torch.equal(transform.augmented(picture, [0.999] * NUM_DRAWS)[:3], transform(picture))
+    image = photo(90, 90)
+    assert torch.equal(transform.augmented(image, [0.999] * NUM_DRAWS)[:3], transform(image))
 
 
-def test_another_size_of_a_picture_that_is_no_square() -> None:
+def test_another_size_of_a_image_that_is_no_square() -> None:
     tall = ImageTransform(image_size=(32, 24), resize=(40, 30))
     assert tall.at_size(64) == ImageTransform(image_size=(64, 64), resize=(80, 80))
     assert ImageTransform(image_size=(32, 24), resize=40).at_size(48).resize == 80  # 40 to 24 as 80 to 48
@@ -154,14 +154,14 @@ def test_augmentation_is_pillows_crop_and_bicubic_resize_whatever_the_towers_fil
     resample: Image.Resampling, min_crop: float
 ) -> None:
     transform = ImageTransform(image_size=(64, 48), resize=64, resample=resample)
-    picture, others = photo(45, 40), 0.0
+    image, others = photo(45, 40), 0.0
     for draws in np.random.default_rng(0).random((5, NUM_DRAWS)).tolist():
-        part = picture.crop(random_box(45, 40, draws, min_crop=min_crop))
-        ours = transform.augmented(picture, draws, min_crop=min_crop)[:3].permute(1, 2, 0).numpy().astype(int)
+        part = image.crop(random_box(45, 40, draws, min_crop=min_crop))
+        ours = transform.augmented(image, draws, min_crop=min_crop)[:3].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(ours - np.asarray(part.resize((48, 64), Image.Resampling.BICUBIC))).max() <= 2
         bilinear = np.asarray(part.resize((48, 64), Image.Resampling.BILINEAR)).astype(int)
         others = max(others, np.abs(ours - bilinear).max())
-    assert others > 10, "the picture does not tell the filters apart"
+    assert others > 10, "the image does not tell the filters apart"
 
 
 OWN_RULES: list[tuple[str, dict[str, Any]]] = [
@@ -184,11 +184,11 @@ OWN_RULES: list[tuple[str, dict[str, Any]]] = [
 def test_processors_with_rules_of_their_own(name: str, settings: dict[str, Any]) -> None:
     processor = getattr(transformers, name)(**settings)
     rng = np.random.default_rng(5)
-    picture = Image.fromarray(np.kron(rng.integers(0, 255, (10, 13, 3)), np.ones((24, 20, 1))).astype(np.uint8))
-    wanted = processor(images=picture, return_tensors="pt")["pixel_values"][0].float()
+    image = Image.fromarray(np.kron(rng.integers(0, 255, (10, 13, 3)), np.ones((24, 20, 1))).astype(np.uint8))
+    wanted = processor(images=image, return_tensors="pt")["pixel_values"][0].float()
     transform = ImageTransform.from_processor(processor)
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
-    got = (transform(picture).float() - mean) / std
+    got = (transform(image).float() - mean) / std
     assert got.shape == wanted.shape
     assert ((got - wanted) * std).abs().mean() < 2.5
 

@@ -1,4 +1,4 @@
-"""The validation score: by hand, and on a bank with a picture that cannot be read."""
+"""The validation score: by hand, and on a bank with an image that cannot be read."""
 
 import contextlib
 import shutil
@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.student import validate as validate_module
-from llm2clip.student.validate import encode_pictures, retrieval_scores, validate
+from llm2clip.student.validate import encode_images, retrieval_scores, validate
 
-from .banks import picture_samples, write_test_bank
+from .banks import image_samples, write_test_bank
 from .test_data import TRANSFORM
 
 
@@ -23,7 +23,7 @@ def test_scores_by_hand() -> None:
     images = torch.eye(3)
     captions = {
         "short": (torch.eye(3)[[0, 1, 2]], [0, 1, 2]),
-        "long": (torch.eye(3)[[0, 2, 1, 2]], [0, 1, 2, 1]),  # sample 1 has its second caption near picture 2, too
+        "long": (torch.eye(3)[[0, 2, 1, 2]], [0, 1, 2, 1]),  # sample 1 has its second caption near image 2, too
     }
     scores = retrieval_scores(images, [0, 1, 2], captions)
     assert scores["val/short/i2t_r@1"] == scores["val/short/t2i_r@1"] == 1
@@ -32,13 +32,13 @@ def test_scores_by_hand() -> None:
     assert scores["val/r@1"] == pytest.approx((1 + 1 + 1 / 3 + 1 / 4) / 4)
 
 
-def test_a_kind_that_some_pictures_lack() -> None:
+def test_a_kind_that_some_images_lack() -> None:
     scores = retrieval_scores(torch.eye(3), [0, 1, 2], {"zh": (torch.eye(3)[[2]], [2])})
     assert scores == {"val/zh/i2t_r@1": 1, "val/zh/t2i_r@1": 1, "val/r@1": 1}
 
 
-def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path, caplog) -> None:
-    """Against ranks counted in numpy; a picture that cannot be read is left out, and the captions of it."""
+def test_on_a_bank(tiny_llm, tiny_tower, images_csv, tmp_path, caplog) -> None:
+    """Against ranks counted in numpy; an image that cannot be read is left out, and the captions of it."""
     from accelerate import Accelerator
 
     from llm2clip.bank.build import build_bank
@@ -46,8 +46,8 @@ def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path, caplog) -> None
     from llm2clip.bank.reader import Bank
     from llm2clip.student.start import open_transform, start_student
 
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures_csv.parent, folder)
+    folder = tmp_path / "images"
+    shutil.copytree(images_csv.parent, folder)
     config = BankConfig(data=(str(folder / "captions.csv"),), teacher=str(tiny_llm), out=tmp_path / "bank")
     bank = Bank.open(build_bank(config))
     (folder / "003.jpg").write_bytes(b"")
@@ -58,7 +58,7 @@ def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path, caplog) -> None
     )
     with caplog.at_level("WARNING", logger="llm2clip"):
         scores = validate(student.train(), Accelerator(cpu=True), bank, transform)
-    assert student.training and "1 of 24 pictures cannot be read" in caplog.text
+    assert student.training and "1 of 24 images cannot be read" in caplog.text
     validate(student.eval(), Accelerator(cpu=True), bank, transform)
     assert not student.training
     good = [i for i in range(24) if i != 3]
@@ -79,7 +79,7 @@ def test_on_a_bank(tiny_llm, tiny_tower, pictures_csv, tmp_path, caplog) -> None
 
 
 def test_the_model_is_in_evaluation_mode_and_in_its_precision(tmp_path, monkeypatch) -> None:
-    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 3))
+    bank = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "images", 3))
     modes, sizes, inside = [], [], []
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ def test_the_model_is_in_evaluation_mode_and_in_its_precision(tmp_path, monkeypa
 
 
 def test_more_captions_than_are_encoded_at_once() -> None:
-    """9,000 captions of 3,000 pictures: three parts."""
+    """9,000 captions of 3,000 images: three parts."""
     vectors = np.random.default_rng(0).normal(size=(9000, 4)).astype(np.float32)
     bank = SimpleNamespace(
         num_samples=3000, rows=lambda sample, kind: np.arange(3 * sample, 3 * sample + 3), vectors=vectors.__getitem__
@@ -120,9 +120,9 @@ def test_more_captions_than_are_encoded_at_once() -> None:
 
 
 def test_all_processes_call_the_model_equally_often(tmp_path, monkeypatch) -> None:
-    """Or those that share shards would wait for each other for ever: 9 pictures, one unreadable, on 4 processes."""
-    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 9))
-    (tmp_path / "pictures" / "p008.png").write_bytes(b"")
+    """Or those that share shards would wait for each other for ever: 9 images, one unreadable, on 4 processes."""
+    bank = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "images", 9))
+    (tmp_path / "images" / "p008.png").write_bytes(b"")
     monkeypatch.setattr(validate_module, "BATCH_SIZE", 2)
     monkeypatch.setattr(validate_module, "_all_parts", lambda parts, world: parts)
     calls, seen = [], []
@@ -137,18 +137,18 @@ def test_all_processes_call_the_model_equally_often(tmp_path, monkeypatch) -> No
         accelerator = SimpleNamespace(device="cpu", process_index=rank, num_processes=4, autocast=torch.no_grad)
         validate(student, accelerator, bank, TRANSFORM)
         own = range(rank, 12, 4)
-        parts = encode_pictures(lambda pixels: pixels.flatten(1)[:, :4].float(), bank, own, TRANSFORM)
+        parts = encode_images(lambda pixels: pixels.flatten(1)[:, :4].float(), bank, own, TRANSFORM)
         seen += [sample for numbers, vectors in parts for sample in numbers if len(numbers) == len(vectors)]
     assert [calls.count(rank) for rank in range(4)] == [2, 2, 2, 2]
     assert sorted(seen) == list(range(8))
 
 
-def test_a_bank_whose_pictures_are_gone(tmp_path) -> None:
-    bank = write_test_bank(tmp_path / "bank", picture_samples(tmp_path / "pictures", 3))
-    shutil.rmtree(tmp_path / "pictures")
+def test_a_bank_whose_images_are_gone(tmp_path) -> None:
+    bank = write_test_bank(tmp_path / "bank", image_samples(tmp_path / "images", 3))
+    shutil.rmtree(tmp_path / "images")
     student = torch.nn.Module()
     student.get_image_features = lambda pixels: pixels.flatten(1)[:, :4].float()
     student.get_text_features = lambda vectors: vectors[:, :4]
     accelerator = SimpleNamespace(device="cpu", process_index=0, num_processes=1, autocast=torch.no_grad)
-    with pytest.raises(LLM2CLIPError, match="none of its 3 pictures"):
+    with pytest.raises(LLM2CLIPError, match="none of its 3 images"):
         validate(student, accelerator, bank, TRANSFORM)

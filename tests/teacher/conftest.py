@@ -74,7 +74,7 @@ SPECIAL = (
 ).split()
 CHAT_TEXTS = [
     "a red disc",
-    "This picture shows a large, blue square on a dark background. It's near the top.",
+    "This image shows a large, blue square on a dark background. It's near the top.",
     "一只红色的猫 🐈",
 ]
 

@@ -100,17 +100,17 @@ class Oracle:
         return vectors
 
     def pair_loss(self, batch: Batch) -> Tensor:
-        """The loss of pairs: `instruction`, `query`, `positive`, `negative` or None, and `pictures`, whose they are."""
+        """The loss of pairs: `instruction`, `query`, `positive`, `negative` or None, and `images`, whose they are."""
         columns = ["positive", "negative"] if batch[0]["negative"] is not None else ["positive"]
         texts = [row[column] for column in columns for row in batch]
-        owners = [row["pictures"][column] for column in columns for row in batch]
+        owners = [row["images"][column] for column in columns for row in batch]
         queries = self.vectors([row["query"] for row in batch], batch[0]["instruction"])
         found = torch.cat([self.vectors([row[column] for row in batch], "") for column in columns])
         losses = []
         for i, row in enumerate(batch):
             scores = self.config.scale * torch.cosine_similarity(queries[i], found, dim=-1)
             own = {_plain(row["query"]), _plain(row["positive"])}
-            same = [_plain(t) in own or o == row["pictures"]["query"] for t, o in zip(texts, owners, strict=True)]
+            same = [_plain(t) in own or o == row["images"]["query"] for t, o in zip(texts, owners, strict=True)]
             keep = [j == i or not (self.config.mask_duplicates and same[j]) for j in range(len(texts))]
             losses.append(scores[keep].logsumexp(0) - scores[i])
         return torch.stack(losses).mean()

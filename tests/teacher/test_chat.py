@@ -98,4 +98,4 @@ def test_an_instruction_is_left_out_of_the_pooling(chat_llm):
         vector = encoder(features)["sentence_embedding"][0]
         torch.testing.assert_close(vector, states[-pooled:].mean(0), rtol=1e-4, atol=1e-6)
     with pytest.raises(Exception, match="melts into"):
-        check_prompt(llm_as_encoder(chat_llm), "picture ")
+        check_prompt(llm_as_encoder(chat_llm), "image ")

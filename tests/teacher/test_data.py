@@ -47,8 +47,8 @@ def test_each_task_has_its_instruction_and_negatives(config, tmp_path, caplog) -
 
 def test_held_out_captions_are_scored_if_given_else_some_of_the_training(config, tmp_path) -> None:
     tasks, _ = prepare_tasks(config(), tmp_path)
-    taken = prepare_probe(config(eval_pictures=3), tasks)
+    taken = prepare_probe(config(eval_images=3), tasks)
     assert len(taken) == 3 and all(short.startswith("short") and long.startswith("long") for short, long in taken)
     assert prepare_probe(config(eval_data=(str(tmp_path / "held-out.csv"),)), tasks) == [("x", "y"), ("z", "w")]
-    assert prepare_probe(config(eval_data=(str(tmp_path / "held-out.csv"),), eval_pictures=2), tasks[1:]) != []
+    assert prepare_probe(config(eval_data=(str(tmp_path / "held-out.csv"),), eval_images=2), tasks[1:]) != []
     assert prepare_probe(config(data=()), tasks[1:]) == []

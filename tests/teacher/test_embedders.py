@@ -48,7 +48,7 @@ def embedder(kind: str, bert: Path, tiny_llm: Path) -> SentenceTransformer:
 
     torch.manual_seed(6)
     build: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
-        "asked": lambda: (qwen3(), {"prompts": {"query": "find the picture : ", "document": ""}}),
+        "asked": lambda: (qwen3(), {"prompts": {"query": "find the image : ", "document": ""}}),
         "prompted": lambda: (bge(), {"prompts": {"document": "a shape : "}, "default_prompt_name": "document"}),
         "static": lambda: (static(), {}),
         "cut": lambda: ([*bge()[:2], Dense(32, 16)], {"truncate_dim": 8}),

@@ -55,13 +55,13 @@ def make_two_towers(folder: Path, kind: str, *, tokenizer_of: Path) -> Path:
     from tokenizers.processors import TemplateProcessing
 
     text = {**LAYERS, "vocab_size": 128, "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2}
-    picture, projected = {**LAYERS, "image_size": 32, "patch_size": 8}, {**text, "projection_size": 20}
+    image, projected = {**LAYERS, "image_size": 32, "patch_size": 8}, {**text, "projection_size": 20}
     torch.manual_seed(5)
     if kind == "clip":
-        model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=picture, projection_dim=24))
+        model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=image, projection_dim=24))
         processor = t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SIDE)
     elif kind == "siglip":
-        model = t.SiglipModel(t.SiglipConfig(text_config=projected, vision_config=picture))
+        model = t.SiglipModel(t.SiglipConfig(text_config=projected, vision_config=image))
         processor = t.SiglipImageProcessor(size=SIDE)
     else:
         patches = {**LAYERS, "num_patches": 16, "patch_size": 8}
@@ -187,7 +187,7 @@ def test_the_fingerprint_is_that_of_the_members_wherever_they_lie(
 
 def test_a_members_own_prompt_stays_and_another_takes_its_place(tiny_llm: Path, two_towers, tmp_path: Path) -> None:
     with_prompt = load_teacher(tiny_llm, device="cpu")
-    with_prompt.prompts, with_prompt.default_prompt_name = {"caption": "this picture shows "}, "caption"
+    with_prompt.prompts, with_prompt.default_prompt_name = {"caption": "this image shows "}, "caption"
     clip = joining.text_half(find_model(two_towers["clip"]))
     joined = joining.join([with_prompt, clip], [1.0, 1.0])
     for prompt in (None, "there "):
@@ -219,8 +219,8 @@ def test_it_can_be_copied_and_sent_to_another_process(joined: Path) -> None:
 
 
 @pytest.mark.ci
-def test_from_captions_to_a_bundle(joined: Path, tiny_tower: Path, pictures_csv: Path, tmp_path: Path) -> None:
-    teacher, data = str(joined), (str(pictures_csv),)
+def test_from_captions_to_a_bundle(joined: Path, tiny_tower: Path, images_csv: Path, tmp_path: Path) -> None:
+    teacher, data = str(joined), (str(images_csv),)
     build_bank(BankConfig(data=data, teacher=teacher, out=tmp_path / "bank", precision="fp32", device="cpu"))
     bank = Bank.open(tmp_path / "bank")
     assert bank.dim == 56 and bank.tokens(np.arange(4)).min() > 4

@@ -89,14 +89,14 @@ def test_cached_backward_replays_the_dropout_of_its_forward(llm_of):
 def test_mask_by_hand():
     a, b, c = map(text_key, ("A red disc.", "a blue square", "a red disc"))
     other = text_key("something else")
-    # query key, positive key, negative key, then the pictures they are of
+    # query key, positive key, negative key, then the images they are of
     labels = torch.tensor([[a, b, other, 0, 0, 1], [other, c, b, 1, 1, -1]])
     mask = false_negatives(labels, labels, torch.tensor([0, 1]))
     # columns: positives of 0 and 1, negatives of 0 and 1
     expected = [
-        # own positive kept; "a red disc" is query 0 again; picture 1 is another; "a blue square" is positive 0 again
+        # own positive kept; "a red disc" is query 0 again; image 1 is another; "a blue square" is positive 0 again
         [False, True, False, True],
-        # positive 0 is another text of another picture; own positive; text and picture of query 1; neither
+        # positive 0 is another text of another image; own positive; text and image of query 1; neither
         [False, False, True, False],
     ]
     assert mask.tolist() == expected
@@ -129,7 +129,7 @@ def test_two_processes_with_half_a_batch_each_equal_one_with_the_whole(masked: b
     """Loss and gradients, averaged over the processes as data parallelism does."""
     torch.manual_seed(0)
     whole = [torch.randn(4, 6, requires_grad=True) for _ in range(3)]
-    # query 0 and the positive of 3 are one text, the negative of 1 is of picture 2: pairs of different processes
+    # query 0 and the positive of 3 are one text, the negative of 1 is of image 2: pairs of different processes
     labels = torch.tensor([[5, 1, 2, 0, 0, 9], [6, 3, 4, 1, 1, 2], [7, 8, 10, 2, 2, 9], [11, 5, 12, 3, 3, -1]])
 
     def half(rank: int) -> None:

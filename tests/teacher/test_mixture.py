@@ -18,7 +18,7 @@ from llm2clip.teacher.mixture import (
     text_key,
 )
 
-PICTURES = [{"kinds": ["short", "long", "long"], "texts": [f"s{i}", f"l{i}", f"m{i}"]} for i in range(12)]
+IMAGES = [{"kinds": ["short", "long", "long"], "texts": [f"s{i}", f"l{i}", f"m{i}"]} for i in range(12)]
 TRIPLETS = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}" if i % 2 else None} for i in range(8)]
 
 
@@ -58,8 +58,8 @@ def test_weights_set_how_often_a_task_comes():
     assert by_size == {0: 600, 1: 400}
 
 
-def test_a_pair_is_two_captions_of_one_picture_and_changes_by_pass():
-    task = Task(name="captions", rows=PICTURES, negatives=True)
+def test_a_pair_is_two_captions_of_one_image_and_changes_by_pass():
+    task = Task(name="captions", rows=IMAGES, negatives=True)
     rows = [task.draw(5, seed=0, epoch=epoch) for epoch in range(20)]
     assert all({row["query"][1:], row["positive"][1:]} == {"5"} and row["query"] != row["positive"] for row in rows)
     assert len({(row["query"], row["positive"]) for row in rows}) > 3
@@ -75,14 +75,14 @@ def test_a_pair_is_two_captions_of_one_picture_and_changes_by_pass():
 
 
 def test_pair_weights_choose_the_kinds():
-    task = Task(name="captions", rows=PICTURES, negatives=False, kinds=parse_kinds({"long+short": 1.0}))
+    task = Task(name="captions", rows=IMAGES, negatives=False, kinds=parse_kinds({"long+short": 1.0}))
     rows = [task.draw(3, seed=0, epoch=epoch) for epoch in range(20)]
     assert all("s3" in (row["query"], row["positive"]) and "negative" not in row for row in rows)
     assert {row["query"] for row in rows} == {"s3", "l3", "m3"}  # which of the two is the query is random
 
 
 def test_the_same_caption_twice():
-    task = Task(name="captions", rows=PICTURES, negatives=False, same=True)
+    task = Task(name="captions", rows=IMAGES, negatives=False, same=True)
     rows = [task.draw(0, seed=0, epoch=epoch) for epoch in range(20)]
     assert all(row["query"] == row["positive"] and "negative" not in row for row in rows)
     assert {row["query"] for row in rows} == {"s0", "l0", "m0"}  # another caption in each pass
@@ -98,7 +98,7 @@ def test_given_negatives_are_used_and_others_drawn():
 
 
 def test_negatives_are_drawn_from_all_other_rows_and_from_the_seed():
-    task = Task(name="captions", rows=PICTURES)
+    task = Task(name="captions", rows=IMAGES)
     for index in (0, 5, 11):
         drawn = [task.draw(index, seed=0, epoch=epoch)["label"][5] for epoch in range(200)]
         assert set(drawn) == set(range(12)) - {index}
@@ -113,7 +113,7 @@ def test_tasks_of_one_size_have_orders_of_their_own():
 
 
 def test_rows_carry_their_tasks_name():
-    mixture = Mixture([Task(name="captions", rows=PICTURES), Task(name="nli", rows=TRIPLETS)], seed=0)
+    mixture = Mixture([Task(name="captions", rows=IMAGES), Task(name="nli", rows=TRIPLETS)], seed=0)
     assert mixture[1, 0, 3]["dataset_name"] == "nli"
     assert list(mixture[0, 0, 3]) == ["dataset_name", "query", "positive", "negative", "label"]
 
@@ -132,7 +132,7 @@ def test_steps_of_a_pass():
 
 
 def test_wrong_weights_and_sizes_are_named():
-    tasks = [Task(name="captions", rows=PICTURES), Task(name="nli", rows=TRIPLETS)]
+    tasks = [Task(name="captions", rows=IMAGES), Task(name="nli", rows=TRIPLETS)]
     names = [task.name for task in tasks]
     assert task_weights(names, {"nli": 1.0, "captions": 3.0}) == [3.0, 1.0]
     with pytest.raises(UsageError, match="no such task; there are captions, nli"):

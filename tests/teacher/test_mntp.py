@@ -107,7 +107,7 @@ def test_what_is_hidden_is_another_part_in_each_pass_and_with_each_seed(tokenize
     assert len(hidden) == 3  # nor is it the same part of each text
 
 
-def test_a_caption_of_each_picture_is_drawn_in_each_pass(tokenizer):
+def test_a_caption_of_each_image_is_drawn_in_each_pass(tokenizer):
     rows = [{"texts": ["a red disc", "there is a large disc on the left"]}]
     texts = mntp.MaskedTexts(rows, [], tokenizer, share=0.3, mask_id=4, seed=0)
     assert {len(texts[0, epoch, 0]["labels"]) for epoch in range(20)} == {4, 9}
@@ -133,10 +133,10 @@ def test_the_mask_token_must_be_one(tokenizer):
 
 
 @pytest.fixture
-def config(tmp_path, tiny_llm, pictures_csv):
+def config(tmp_path, tiny_llm, images_csv):
     def make(name: str, **changes: object) -> TeacherConfig:
         settings = {
-            "data": (str(pictures_csv),),
+            "data": (str(images_csv),),
             "model": str(tiny_llm),
             "out": tmp_path / name,
             "steps": 2,

@@ -32,8 +32,8 @@ USUAL: dict[str, Any] = {
     "lora_dropout": 0.0,
     "weight_decay": 4.0,
     "max_grad_norm": 13.0,  # some steps are above it: AdamW hardly sees one factor for all
-    "caption_instruction": "this picture shows",
-    "eval_pictures": 2,
+    "caption_instruction": "this image shows",
+    "eval_images": 2,
     "seed": 3,
 }
 MNTP: dict[str, Any] = {"mntp": True, "mntp_steps": 3, "mntp_batch_size": 5, "mntp_mask": 0.4}
@@ -111,7 +111,7 @@ NOT_LEARNING = {
     "workers": "speed",
     "save_every": "what is written",
     "eval_data": "what is measured",
-    "eval_pictures": "what is measured",
+    "eval_images": "what is measured",
     "eval_every": "what is measured",
 }
 
@@ -122,12 +122,12 @@ def test_every_setting_is_held_against_the_oracle_or_said_not_to_learn() -> None
     values = [{**USUAL, **case} for case in CASES.values()]
     held = {name for name in fields for case in values if name in case and case[name] != getattr(bare, name)}
     assert fields == held | ELSEWHERE | {"data", "model"} | set(NOT_LEARNING)
-    assert held & set(NOT_LEARNING) == {"eval_pictures"}
+    assert held & set(NOT_LEARNING) == {"eval_images"}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Captions, text pairs and plain text; of two pictures each, one caption differs by case and dot only."""
+    """Captions, text pairs and plain text; of two images each, one caption differs by case and dot only."""
     folder = tmp_path_factory.mktemp("sources")
     with (folder / "captions.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -177,13 +177,13 @@ def config(tmp_path: Path, sources: Path, llm_of: Any, chat_llm: Path) -> Callab
 
 
 def table(sources: Path) -> list[dict[str, str]]:
-    """The captions of each picture, by their column."""
+    """The captions of each image, by their column."""
     with (sources / "captions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def owners_of(sources: Path) -> dict[str, dict[str, int]]:
-    """For each task, which picture (or row) a text is of; a negative that was given is of none."""
+    """For each task, which image (or row) a text is of; a negative that was given is of none."""
     owners = {"captions": {text: i for i, row in enumerate(table(sources)) for text in row.values()}}
     for task in ("nli", "qa"):
         rows = map(json.loads, (sources / f"{task}.jsonl").read_text().splitlines())
@@ -199,10 +199,8 @@ def pairs_of(seen: Seen, sources: Path, config: TeacherConfig) -> list[list[dict
     for row in (row for batch in batches for row in batch):
         row.setdefault("negative", None)
         row["instruction"] = instructions[row["dataset_name"]]
-        row["pictures"] = {
-            name: owners[row["dataset_name"]].get(row[name]) for name in ("query", "positive", "negative")
-        }
-        assert row["pictures"]["query"] == row["pictures"]["positive"] is not None
+        row["images"] = {name: owners[row["dataset_name"]].get(row[name]) for name in ("query", "positive", "negative")}
+        assert row["images"]["query"] == row["images"]["positive"] is not None
     return batches
 
 
@@ -276,12 +274,12 @@ def check_drawn(name: str, batches: list[list[dict[str, Any]]], sources: Path) -
     if name == "text pairs":
         assert sorted(map(str, tasks)) == ["{'nli'}", "{'nli'}", "{'qa'}", "{'qa'}"]
         assert all("that is drawn" in row["negative"] for row in rows if row["dataset_name"] == "nli")
-        assert all(row["pictures"]["negative"] is not None for row in rows if row["dataset_name"] == "qa")
+        assert all(row["images"]["negative"] is not None for row in rows if row["dataset_name"] == "qa")
         return
     assert tasks == [{"qa" if name == "source weights" else "captions"}] * len(batches)
     assert all((row["query"] == row["positive"]) == (name == "same") for row in rows)
     assert all((row["negative"] is None) == (name in ("no random negative", "warm-up")) for row in rows)
-    assert all(row["pictures"]["negative"] != row["pictures"]["query"] for row in rows)
+    assert all(row["images"]["negative"] != row["images"]["query"] for row in rows)
     if name == "pair weights":
         assert pairs == {frozenset(("short_caption", "long_caption"))}
     if name == "usual":
@@ -364,7 +362,7 @@ def test_the_seed(config, monkeypatch, tmp_path) -> None:
             train_teacher(config(out=tmp_path / str(i), **MNTP, seed=seed))
     same, again, other = runs
     assert same.rows == again.rows and same.losses == again.losses
-    # In the first pass, whatever the order: the pair that a picture gives.
+    # In the first pass, whatever the order: the pair that an image gives.
     pairs = [{row["label"][3]: (row["query"], row["positive"]) for row in run.rows["PairTrainer"][:12]} for run in runs]
     assert len(pairs[0]) == 12 and pairs[0] != pairs[2] and list(pairs[0]) != list(pairs[2])
     for kind in ("PairTrainer", "MaskedTrainer"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.teacher.probe import first_captions, probe_captions, sampled_captions
 
 ANGLES = {"a": 0, "b": 10, "c": 45, "d": 50, "e": 25, "f": 200}
@@ -16,22 +16,22 @@ def encode(texts):
 
 
 def test_scores_by_hand() -> None:
-    """Of the second picture both find each other, of the others none does."""
+    """Of the second image both find each other, of the others none does."""
     scores = probe_captions(encode, [("a", "e"), ("c", "d"), ("f", "b")])
-    assert scores["pictures"] == 3
+    assert scores["images"] == 3
     assert scores["cra_second"] == pytest.approx(1 / 3)  # of e, d, b: a finds b, c finds d, f finds d
     assert scores["cra_all"] == pytest.approx(2 / 6)  # a-b, e-b, c-d, d-c, f-d, b-a
     swapped = probe_captions(encode, [("e", "a"), ("c", "d"), ("b", "f")])
     assert swapped["cra_second"] == pytest.approx(1 / 3) and swapped["cra_all"] == scores["cra_all"]
     three = probe_captions(encode, [("a", "b", "e"), ("c", "d")])
-    assert three["pictures"] == 2 and three["cra_all"] == 1
+    assert three["images"] == 2 and three["cra_all"] == 1
 
 
 def sample(i: int, **captions: tuple[str, ...]) -> Sample:
-    return Sample(id=str(i), picture=PictureRef(f"/{i}.jpg"), captions=captions)
+    return Sample(id=str(i), image=ImageRef(f"/{i}.jpg"), captions=captions)
 
 
-def test_the_first_pictures_with_two_different_captions_are_taken() -> None:
+def test_the_first_images_with_two_different_captions_are_taken() -> None:
     samples = [sample(0, short=("a",), long=("b", "a")), sample(1, short=("c", "c")), sample(2, short=("d", "e", "f"))]
     assert first_captions(samples, limit=5) == [("a", "b"), ("d", "e", "f")]
     more = iter([*samples, sample(3, short=("g", "h")), sample(4, short=("i", "j"))])

@@ -19,7 +19,7 @@ from llm2clip.teacher.model import llm_as_encoder, load_teacher, save, teacher_f
 
 CAPTIONS = [
     "a red disc",
-    "This picture shows a large, blue square on a dark background. It's near the top.",
+    "This image shows a large, blue square on a dark background. It's near the top.",
     "一只红色的猫 🐈",
 ]
 MARK = "!@#$%^&*()"

@@ -79,7 +79,7 @@ SETTINGS = {
     ],
     ids=["lora", "full", "mntp"],
 )
-def test_a_sharded_run_equals_a_whole_one(changes, tmp_path, tiny_llm, pictures_csv):
+def test_a_sharded_run_equals_a_whole_one(changes, tmp_path, tiny_llm, images_csv):
     from llm2clip.teacher.config import TeacherConfig
     from llm2clip.teacher.train import train_teacher
 
@@ -89,7 +89,7 @@ def test_a_sharded_run_equals_a_whole_one(changes, tmp_path, tiny_llm, pictures_
 
     def sharded(name: str, **more: object) -> Path:
         out = tmp_path / name
-        settings = {"data": [str(pictures_csv)], "model": str(tiny_llm), "out": str(out), **SETTINGS, **changes, **more}
+        settings = {"data": [str(images_csv)], "model": str(tiny_llm), "out": str(out), **SETTINGS, **changes, **more}
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
         command = [sys.executable, *launcher, str(script), json.dumps(settings)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -97,7 +97,7 @@ def test_a_sharded_run_equals_a_whole_one(changes, tmp_path, tiny_llm, pictures_
         return out
 
     whole = TeacherConfig(
-        data=(str(pictures_csv),), model=str(tiny_llm), out=tmp_path / "whole", **{**SETTINGS, **changes}
+        data=(str(images_csv),), model=str(tiny_llm), out=tmp_path / "whole", **{**SETTINGS, **changes}
     )
     expected, found = (load_file(out / "model.safetensors") for out in (train_teacher(whole), sharded("sharded")))
     assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-4

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from llm2clip.data.bad import BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError
 from llm2clip.teacher.data import share_of_negatives, store_captions, store_triplets
 
 
 def sample(i: int, **captions: tuple[str, ...]) -> Sample:
-    return Sample(id=str(i), picture=PictureRef(f"/{i}.jpg"), captions=captions)
+    return Sample(id=str(i), image=ImageRef(f"/{i}.jpg"), captions=captions)
 
 
 class Samples(list):
@@ -35,7 +35,7 @@ def triplets(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def test_pictures_with_two_captions_are_kept_in_order(tmp_path):
+def test_images_with_two_captions_are_kept_in_order(tmp_path):
     samples = [
         sample(0, short=("a",), long=("b", "c")),
         sample(1, short=("alone",)),
@@ -135,8 +135,8 @@ def test_captions_that_are_all_too_long_are_said_to_be(tmp_path):
 
 
 def test_file_names_for_captions_mean_mixed_up_columns(tmp_path):
-    samples = [sample(i, short=(f"pictures/{i}.JPG",), long=(f"a red disc {i}",)) for i in range(30)]
-    with pytest.raises(TooManyBadSamples, match=r"30 of 30 .*30 caption is a file name.*pictures/0.JPG"):
+    samples = [sample(i, short=(f"images/{i}.JPG",), long=(f"a red disc {i}",)) for i in range(30)]
+    with pytest.raises(TooManyBadSamples, match=r"30 of 30 .*30 caption is a file name.*images/0.JPG"):
         kept(tmp_path / "a", samples, kinds=None, same=False, bad=BadSamples(0.05))
     assert not (tmp_path / "a").exists()
     bad = BadSamples(0.05)

@@ -30,10 +30,10 @@ SETTINGS: dict[str, Any] = {"steps": 10, "batch_size": 6, "precision": "fp32", "
 
 
 @pytest.fixture
-def config(tmp_path, tiny_llm, pictures_csv):
+def config(tmp_path, tiny_llm, images_csv):
     def make(name: str = "teacher", **changes: Any) -> TeacherConfig:
         return TeacherConfig(
-            **{"data": (str(pictures_csv),), "model": str(tiny_llm), "out": tmp_path / name, **SETTINGS, **changes}
+            **{"data": (str(images_csv),), "model": str(tiny_llm), "out": tmp_path / name, **SETTINGS, **changes}
         )
 
     return make
@@ -71,7 +71,7 @@ def test_a_teacher_learns_to_tell_captions_apart(config):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["format"] == "llm2clip/teacher" and manifest["dim"] == 32
     before, after = manifest["before"], manifest["after"]
-    assert before["pictures"] == after["pictures"] == 24
+    assert before["images"] == after["images"] == 24
     assert after["cra_all"] > before["cra_all"] + 0.3
     assert after["alignment"] < before["alignment"] * 2 and after["uniformity"] < before["uniformity"]
     assert manifest["probed_on"] == "a sample of the training captions"
@@ -240,10 +240,10 @@ def test_scores_on_the_way_are_noted_and_change_nothing(config):
     assert [line["step"] for line in lines if "cra_all" in line] == [4, 8]
 
 
-def test_held_out_captions_are_probed_when_given(config, pictures_csv):
-    out = train_teacher(config(steps=2, eval_data=(str(pictures_csv),), eval_pictures=10))
+def test_held_out_captions_are_probed_when_given(config, images_csv):
+    out = train_teacher(config(steps=2, eval_data=(str(images_csv),), eval_images=10))
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["probed_on"] == "held-out captions" and manifest["after"]["pictures"] == 10
+    assert manifest["probed_on"] == "held-out captions" and manifest["after"]["images"] == 10
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_held_out_captions_are_probed_when_given(config, pictures_csv):
         ({"pair_weights": {"short+short": 1.0}}, SourceError, "short"),
         ({"pair_weights": {"short+raw": 1.0}}, SourceError, r"raw\+short; the kinds are long, short"),
         ({"seed": -1}, UsageError, "^seed is -1"),
-        ({"eval_pictures": 1}, UsageError, "^eval_pictures is 1"),
+        ({"eval_images": 1}, UsageError, "^eval_images is 1"),
         ({"eval_data": ("nothing.csv",)}, UsageError, "^eval_data nothing.csv"),
         ({"instructions": {"nli": "x"}}, UsageError, "no such task"),
         ({"source_weights": {"nli": 1.0}}, UsageError, "no such task"),

@@ -1,1 +1,1 @@
-"""The bank: for every sample where its picture lies, and the teacher's vector of each distinct caption."""
+"""The bank: for every sample where its image lies, and the teacher's vector of each distinct caption."""

@@ -24,7 +24,7 @@ from llm2clip.artifacts import file_digest, to_disk, write_json
 from llm2clip.bank.hashes import HASH_BYTES, HashIndex, as_hashes, digest, text_bytes
 from llm2clip.bank.reader import FACTS, SCHEMAS, TABLE, Table
 from llm2clip.data.bad import BadSamples
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.progress import track
 
@@ -41,10 +41,10 @@ NUMBERS = {
     "row": "int64",
     "hash": "uint8",
 }
-"""Columns of numbers: of each sample the entry in the table of paths and the other facts of its picture's place, and
+"""Columns of numbers: of each sample the entry in the table of paths and the other facts of its image's place, and
 where its captions start; of each caption kind and row; of each row the hash."""
 MAX_KNOWN_PATHS = 65536
-"""Picture paths remembered, so that samples of one tar share an entry of the path table."""
+"""Image paths remembered, so that samples of one tar share an entry of the path table."""
 
 
 @dataclass
@@ -167,7 +167,7 @@ class TableWriter:
         self._start_chunk()
 
     def _start_chunk(self) -> None:
-        self._chunk_samples: list[tuple[int, PictureRef, bytes, int]] = []  # path entry, picture, id, captions
+        self._chunk_samples: list[tuple[int, ImageRef, bytes, int]] = []  # path entry, image, id, captions
         self._chunk_paths: list[bytes] = []
         self._chunk_captions: list[tuple[int, int]] = []  # kind, place in _chunk_texts
         self._chunk_texts: dict[bytes, tuple[int, bytes]] = {}  # hash -> place, text
@@ -196,8 +196,8 @@ class TableWriter:
                 place, _ = self._chunk_texts.setdefault(digest(data), (len(self._chunk_texts), data))
                 self._chunk_captions.append((code, place))
             num_captions += len(texts)
-        entry = self._path_entry(sample.picture.path)
-        self._chunk_samples.append((entry, sample.picture, text_bytes(sample.id), num_captions))
+        entry = self._path_entry(sample.image.path)
+        self._chunk_samples.append((entry, sample.image, text_bytes(sample.id), num_captions))
         self.num_samples += 1
         if len(self._chunk_captions) >= CHUNK_CAPTIONS:
             self._flush()
@@ -214,14 +214,12 @@ class TableWriter:
     def _flush(self) -> None:
         if not self._chunk_samples:
             return
-        entries, pictures, ids, counts = zip(*self._chunk_samples, strict=True)
+        entries, images, ids, counts = zip(*self._chunk_samples, strict=True)
         self._paths.append(self._chunk_paths)
         self._numbers["path"].append(entries)
-        self._numbers["offset"].append([picture.offset for picture in pictures])
-        self._numbers["length"].append([picture.length for picture in pictures])
-        self._numbers["column"].append(
-            [self._columns.setdefault(picture.column, len(self._columns)) for picture in pictures]
-        )
+        self._numbers["offset"].append([image.offset for image in images])
+        self._numbers["length"].append([image.length for image in images])
+        self._numbers["column"].append([self._columns.setdefault(image.column, len(self._columns)) for image in images])
         self._ids.append(list(ids))
         self._numbers["start"].append(self._numbers["row"].length + np.cumsum(counts, dtype=np.int64))
         kinds, places = zip(*self._chunk_captions, strict=True)

@@ -101,8 +101,8 @@ class BankConfig(EncodeConfig, SourceConfig):
 class BankAddConfig(EncodeConfig, SourceConfig):
     """A new bank: an existing one plus the captions of further sources; only captions it does not hold are encoded.
 
-    Captions of a picture the bank knows (same file and place) join its sample, so a new kind of caption is added by
-    giving the same pictures with another `--captions`. Vectors that are there are copied.
+    Captions of an image the bank knows (same file and place) join its sample, so a new kind of caption is added by
+    giving the same images with another `--captions`. Vectors that are there are copied.
     """
 
     bank: Positional[Path]
@@ -121,7 +121,7 @@ class BankAddConfig(EncodeConfig, SourceConfig):
 class BankMergeConfig:
     """One bank out of several by the same teacher: their samples one after another, equal captions stored once.
 
-    Captions of the same picture (same file and place) become one sample. Nothing is encoded.
+    Captions of the same image (same file and place) become one sample. Nothing is encoded.
     """
 
     banks: Positional[tuple[Path, ...]]

@@ -1,4 +1,4 @@
-"""`bank export`: captions, pictures' places and vectors for other programs, one row a caption."""
+"""`bank export`: captions, images' places and vectors for other programs, one row a caption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm2clip.progress import Progress
 def export_bank(config: BankExportConfig) -> Path:
     """Write the captions and vectors of a bank to a new folder, and return it; goes on where it stopped.
 
-    Columns: `id`, `path`, `offset`, `length`, `column` (of the picture), `kind`, `caption`, `vector`.
+    Columns: `id`, `path`, `offset`, `length`, `column` (of the image), `kind`, `caption`, `vector`.
 
     Raises:
         UsageError: if the folder is in use, or a kind is unknown.
@@ -67,14 +67,14 @@ def rows_of(bank: Bank, captions: range, kinds: tuple[str, ...]) -> pa.Table:
         numbers, codes = numbers[wanted], codes[wanted]
     samples = np.searchsorted(bank.caption_start, numbers, side="right") - 1
     rows = bank.caption_row[numbers]
-    pictures = [bank.picture(int(sample)) for sample in samples]
+    images = [bank.image(int(sample)) for sample in samples]
     return pa.table(
         {
             "id": pa.array([bank.sample_id(int(sample)) for sample in samples], pa.string()),
-            "path": pa.array([_as_utf8(picture.path) for picture in pictures], pa.string()),
-            "offset": pa.array([picture.offset for picture in pictures], pa.int64()),
-            "length": pa.array([picture.length for picture in pictures], pa.int64()),
-            "column": pa.array([picture.column for picture in pictures], pa.string()),
+            "path": pa.array([_as_utf8(image.path) for image in images], pa.string()),
+            "offset": pa.array([image.offset for image in images], pa.int64()),
+            "length": pa.array([image.length for image in images], pa.int64()),
+            "column": pa.array([image.column for image in images], pa.string()),
             "kind": pa.array([bank.kinds[code] for code in codes], pa.string()),
             "caption": pa.array(bank.texts(rows), pa.string()),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(bank.vectors(rows).reshape(-1)), bank.dim),

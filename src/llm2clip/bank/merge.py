@@ -98,9 +98,9 @@ def add_to_bank(config: BankAddConfig) -> Path:
 
 
 def samples_with(bank: Bank, source: Source, folder: Path, bad: BadSamples) -> Iterator[Sample]:
-    """The samples of `bank` with the captions that `source` has for their pictures, then its other samples.
+    """The samples of `bank` with the captions that `source` has for their images, then its other samples.
 
-    The source is laid down as a table of its own in `folder` first: it may name pictures in another order.
+    The source is laid down as a table of its own in `folder` first: it may name images in another order.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     folder.mkdir()
@@ -133,12 +133,12 @@ def bad_of(banks: list[Bank]) -> BadSamples:
 
 
 def joined(tables: Sequence[Table]) -> Iterator[Sample]:
-    """The samples of several tables one after another; captions of one picture are gathered in its first sample."""
-    indexes = [picture_index(table) for table in tables[1:]]
+    """The samples of several tables one after another; captions of one image are gathered in its first sample."""
+    indexes = [image_index(table) for table in tables[1:]]
     taken = [np.zeros(table.num_samples, bool) for table in tables]
     for number, table in enumerate(tables):
         for block in blocks(table.num_samples):
-            hashes = picture_hashes(table, block)
+            hashes = image_hashes(table, block)
             matches = {later: indexes[later - 1].lookup(hashes) for later in range(number + 1, len(tables))}
             for place, i in enumerate(block):
                 if taken[number][i]:
@@ -154,9 +154,9 @@ def joined(tables: Sequence[Table]) -> Iterator[Sample]:
 def with_captions(sample: Sample, other: Sample) -> Sample:
     """`sample` with the captions of `other` that it does not have already.
 
-    >>> from llm2clip.data.sample import PictureRef
-    >>> a = Sample("a", PictureRef("a.jpg"), {"short": ("a disc",)})
-    >>> b = Sample("b", PictureRef("a.jpg"), {"short": ("a disc", "one disc"), "zh": ("圆",)})
+    >>> from llm2clip.data.sample import ImageRef
+    >>> a = Sample("a", ImageRef("a.jpg"), {"short": ("a disc",)})
+    >>> b = Sample("b", ImageRef("a.jpg"), {"short": ("a disc", "one disc"), "zh": ("圆",)})
     >>> dict(with_captions(a, b).captions)
     {'short': ('a disc', 'one disc'), 'zh': ('圆',)}
     """
@@ -164,20 +164,20 @@ def with_captions(sample: Sample, other: Sample) -> Sample:
     for kind, texts in other.captions.items():
         have = captions.get(kind, ())
         captions[kind] = (*have, *(text for text in texts if text not in have))
-    return Sample(sample.id, sample.picture, captions)
+    return Sample(sample.id, sample.image, captions)
 
 
-def picture_index(table: Table) -> HashIndex:
-    """From the hash of where a picture lies to its (first) sample."""
+def image_index(table: Table) -> HashIndex:
+    """From the hash of where an image lies to its (first) sample."""
     index = HashIndex()
     for block in blocks(table.num_samples):
-        hashes, first = np.unique(picture_hashes(table, block), axis=0, return_index=True)
+        hashes, first = np.unique(image_hashes(table, block), axis=0, return_index=True)
         new = index.lookup(hashes) < 0
         index.insert(hashes[new], first[new] + block.start)
     return index
 
 
-def picture_hashes(table: Table, samples: range) -> Hashes:
-    """The hash of where each sample's picture lies."""
-    pictures = (table.picture(i) for i in samples)
-    return as_hashes([digest(os.fsencode(f"{p.path}\0{p.offset}\0{p.length}\0{p.column}")) for p in pictures])
+def image_hashes(table: Table, samples: range) -> Hashes:
+    """The hash of where each sample's image lies."""
+    images = (table.image(i) for i in samples)
+    return as_hashes([digest(os.fsencode(f"{p.path}\0{p.offset}\0{p.length}\0{p.column}")) for p in images])

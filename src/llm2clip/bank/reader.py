@@ -16,7 +16,7 @@ from llm2clip.bank.dtypes import read_dtype, unpack
 from llm2clip.bank.hashes import HASH_BYTES, Hashes
 from llm2clip.bank.vectors import Layout
 from llm2clip.config import check_choice
-from llm2clip.data.sample import PictureRef, Sample
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import ArtifactError
 
 TABLE = "table"
@@ -66,7 +66,7 @@ def read_arrow(folder: Path, name: str) -> pa.RecordBatch:
 
 
 class Table:
-    """Samples, where their pictures lie, and their captions: reads `folder/table`; all is numbered from 0.
+    """Samples, where their images lie, and their captions: reads `folder/table`; all is numbered from 0.
 
     It may be sent to other processes, which map the files for themselves.
 
@@ -75,7 +75,7 @@ class Table:
         caption_start: `[num_samples + 1]`; captions of sample i are `caption_start[i] : caption_start[i + 1]`.
         caption_kind: `[num_captions]`, index into `kinds`.
         caption_row: `[num_captions]`, the row of the caption's text and vector.
-        picture_path: `[num_samples]`, a number for the file that a picture lies in; those in one file have the same.
+        image_path: `[num_samples]`, a number for the file that an image lies in; those in one file have the same.
         hashes: `[num_rows, 16]`, of the texts.
     """
 
@@ -89,7 +89,7 @@ class Table:
         self.caption_start = samples["captions"].offsets.to_numpy()
         self.caption_kind = captions.field("kind").indices.to_numpy()
         self.caption_row = captions.field("row").to_numpy()
-        self.picture_path = samples["path"].indices.to_numpy()
+        self.image_path = samples["path"].indices.to_numpy()
         self._column = samples["column"].indices.to_numpy()
         self._offset, self._length = samples["offset"].to_numpy(), samples["length"].to_numpy()
         self._paths, self._ids, self._texts = samples["path"].dictionary, samples["id"], texts["text"]
@@ -101,10 +101,10 @@ class Table:
     def __setstate__(self, folder: Path) -> None:
         self.__init__(folder)  # type: ignore[misc]
 
-    def picture(self, sample: int) -> PictureRef:
-        """Where the picture of a sample lies."""
-        return PictureRef(
-            path=os.fsdecode(self._paths[self.picture_path[sample]].as_py()),
+    def image(self, sample: int) -> ImageRef:
+        """Where the image of a sample lies."""
+        return ImageRef(
+            path=os.fsdecode(self._paths[self.image_path[sample]].as_py()),
             offset=int(self._offset[sample]),
             length=int(self._length[sample]),
             column=self._columns[self._column[sample]],
@@ -147,7 +147,7 @@ class Table:
         for code, row in zip(self.caption_kind[start:end], self.caption_row[start:end], strict=True):
             kind = self.kinds[code]
             captions[kind] = (*captions.get(kind, ()), self.text(row))
-        return Sample(self.sample_id(index), self.picture(index), captions)
+        return Sample(self.sample_id(index), self.image(index), captions)
 
     def iter_texts(self) -> Iterator[tuple[list[bytes], Hashes]]:
         """All texts, encoded, and their hashes, block by block."""

@@ -1,4 +1,4 @@
-"""What was wrong with single pictures and samples: skipped, counted by cause, and too many stop the run."""
+"""What was wrong with single images and samples: skipped, counted by cause, and too many stop the run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EARLY_SAMPLES = 1000
 """Samples to have seen before a run is stopped halfway: the first few may be bad by chance."""
 
 
-class BadPicture(LLM2CLIPError):
-    """One picture that cannot be used.
+class BadImage(LLM2CLIPError):
+    """One image that cannot be used.
 
-    Its `cause` is a short class of defects, for counting ("truncated picture"), its `detail` the file and what the
+    Its `cause` is a short class of defects, for counting ("truncated image"), its `detail` the file and what the
     decoder said.
     """
 
@@ -39,15 +39,15 @@ def _cut(text: str, most: int) -> str:
 class BadSamples:
     """Counts defects by cause and keeps the first few of each as examples.
 
-    A sample without a usable picture or caption is bad; one that only lost a caption is not, but is counted too.
+    A sample without a usable image or caption is bad; one that only lost a caption is not, but is counted too.
 
     The first of each cause is warned of, unless `quiet`.
 
     Example:
         >>> bad = BadSamples(0.5)
-        >>> bad.add("0001", "empty picture", "0001.jpg has 0 bytes")
+        >>> bad.add("0001", "empty image", "0001.jpg has 0 bytes")
         >>> bad.num_bad, bad.counts
-        (1, {'empty picture': 1})
+        (1, {'empty image': 1})
         >>> bad.check(total=10)
     """
 

@@ -1,4 +1,4 @@
-"""Bytes of one picture from where it lies: a file, a range of a file, a table cell, or the same behind a URL.
+"""Bytes of one image from where it lies: a file, a range of a file, a table cell, or the same behind a URL.
 
 Open files are kept by process, so that a loader's workers read a member of a tar with one system call.
 """
@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.bad import BadPicture
-from llm2clip.data.sample import PictureRef
+from llm2clip.data.bad import BadImage
+from llm2clip.data.sample import ImageRef
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
 
 MAX_OPEN_FILES = 64
@@ -28,53 +28,53 @@ MAX_OPEN_FILES = 64
 MAX_OPEN_TABLES = 16
 """Tables kept open in each thread."""
 MAX_ROW_GROUPS = 2
-"""Decoded row groups kept for each Parquet file; `datasets` writes groups of 100 rows where there are pictures."""
-MAX_PICTURE_BYTES = 1 << 29
-"""Longer encoded pictures (512 MiB) are refused before they are read."""
+"""Decoded row groups kept for each Parquet file; `datasets` writes groups of 100 rows where there are images."""
+MAX_IMAGE_BYTES = 1 << 29
+"""Longer encoded images (512 MiB) are refused before they are read."""
 TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, IndexError)
 """What pyarrow raises for a damaged or missing file."""
 K = TypeVar("K")
 T = TypeVar("T")
 
 
-def read_bytes(ref: PictureRef, *, limit: int | None = None) -> bytes:
-    """The encoded bytes of a picture; with a `limit` only so many of a local one.
+def read_bytes(ref: ImageRef, *, limit: int | None = None) -> bytes:
+    """The encoded bytes of an image; with a `limit` only so many of a local one.
 
     Raises:
-        BadPicture: if it is missing, cut off or no file; the cause says which.
+        BadImage: if it is missing, cut off or no file; the cause says which.
     """
     if ref.column:
         return _read_cell(ref)
     if ref.length == 0:
-        raise BadPicture("empty picture", f"{ref.path} has 0 bytes" + (f" at {ref.offset}" if ref.offset else ""))
-    if ref.length > MAX_PICTURE_BYTES:
-        raise BadPicture("picture too large", f"{ref.path} at {ref.offset}: {ref.length} bytes")
+        raise BadImage("empty image", f"{ref.path} has 0 bytes" + (f" at {ref.offset}" if ref.offset else ""))
+    if ref.length > MAX_IMAGE_BYTES:
+        raise BadImage("image too large", f"{ref.path} at {ref.offset}: {ref.length} bytes")
     try:
         data = _read_url(ref) if is_url(ref.path) else _read_local(ref, limit)
     except FileNotFoundError:
-        raise BadPicture("missing file", ref.path) from None
+        raise BadImage("missing file", ref.path) from None
     except url_errors() as error:
-        raise BadPicture("unreadable file", f"{ref.path}: {getattr(error, 'strerror', None) or error}") from None
+        raise BadImage("unreadable file", f"{ref.path}: {getattr(error, 'strerror', None) or error}") from None
     if 0 <= ref.length < len(data):
-        raise BadPicture("unreadable file", f"{ref.path}: the server gives whole files only; fetch it to a local disk")
+        raise BadImage("unreadable file", f"{ref.path}: the server gives whole files only; fetch it to a local disk")
     if len(data) < (ref.length if limit is None else min(ref.length, limit)):
         missing = ref.length - len(data)
-        raise BadPicture("truncated file", f"{ref.path} ends {missing} bytes before the picture at {ref.offset} does")
+        raise BadImage("truncated file", f"{ref.path} ends {missing} bytes before the image at {ref.offset} does")
     if not data:
-        raise BadPicture("empty picture", f"{ref.path} has 0 bytes")
+        raise BadImage("empty image", f"{ref.path} has 0 bytes")
     return data
 
 
-def _read_local(ref: PictureRef, limit: int | None) -> bytes:
+def _read_local(ref: ImageRef, limit: int | None) -> bytes:
     # held while it is read, as another thread may put it out of those kept
     file = _open_files.get(ref.path) if ref.length >= 0 else OpenFile(ref.path)
     length = ref.length if ref.length >= 0 else os.fstat(file.descriptor).st_size
-    if length > MAX_PICTURE_BYTES:
-        raise BadPicture("picture too large", f"{ref.path} has {length} bytes")
+    if length > MAX_IMAGE_BYTES:
+        raise BadImage("image too large", f"{ref.path} has {length} bytes")
     return read_at(file.descriptor, length if limit is None else min(length, limit), ref.offset)
 
 
-def _read_url(ref: PictureRef) -> bytes:
+def _read_url(ref: ImageRef) -> bytes:
     filesystem, path = filesystem_of(ref.path)
     end = None if ref.length < 0 else ref.offset + ref.length
     return bytes(filesystem.cat_file(path, start=ref.offset or None, end=end))
@@ -188,29 +188,29 @@ _open_files = Kept(OpenFile, MAX_OPEN_FILES)
 _open_tables = KeptByThread(open_cells, MAX_OPEN_TABLES)
 
 
-def _read_cell(ref: PictureRef) -> bytes:
+def _read_cell(ref: ImageRef) -> bytes:
     if not is_url(ref.path) and not Path(ref.path).is_file():
-        raise BadPicture("missing file", ref.path)
+        raise BadImage("missing file", ref.path)
     try:
         table = _open_tables.get(ref.path)
         if ref.offset >= table.num_rows:
-            raise BadPicture("truncated file", f"{ref.path} has {table.num_rows} rows, row {ref.offset} is asked for")
+            raise BadImage("truncated file", f"{ref.path} has {table.num_rows} rows, row {ref.offset} is asked for")
         if isinstance(table, ParquetCells):
             value = table.cell(ref.offset, ref.column)
         else:
             value = table.column(ref.column)[ref.offset].as_py()
     except TABLE_ERRORS as error:
-        raise BadPicture("unreadable file", f"{ref.path}: {error}") from None
+        raise BadImage("unreadable file", f"{ref.path}: {error}") from None
     return cell_bytes(value, where=f"{ref.path} row {ref.offset}, column {ref.column}")
 
 
 def cell_bytes(value: Any, *, where: str) -> bytes:
-    """The picture's bytes in a cell: a binary one, or the `bytes` of a `datasets` Image; BadPicture if it has none."""
+    """The image's bytes in a cell: a binary one, or the `bytes` of a `datasets` Image; BadImage if it has none."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise BadPicture("no picture", f"{where} holds {type(data).__name__}, no bytes")
+        raise BadImage("no image", f"{where} holds {type(data).__name__}, no bytes")
     if not data:
-        raise BadPicture("empty picture", f"{where} has 0 bytes")
-    if len(data) > MAX_PICTURE_BYTES:
-        raise BadPicture("picture too large", f"{where}: {len(data)} bytes")
+        raise BadImage("empty image", f"{where} has 0 bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImage("image too large", f"{where}: {len(data)} bytes")
     return data

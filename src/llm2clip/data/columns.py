@@ -1,4 +1,4 @@
-"""Which column is the picture, which hold captions of which kind, and the captions in a row's values."""
+"""Which column is the image, which hold captions of which kind, and the captions in a row's values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from llm2clip.data.bad import BadSamples
 from llm2clip.errors import UsageError, setting, shown
 
-PICTURE_COLUMNS = (
+IMAGE_COLUMNS = (
     "image jpg jpeg png webp img picture photo pic image_path img_path picture_path photo_path image_filepath "
     "image_file img_file image_filename image_name filepath file_path file_name filename file path"
 ).split()
-"""Usual names of the picture's column, the likeliest first."""
+"""Usual names of the image's column, the likeliest first."""
 RAW_COLUMNS = "caption captions text texts raw title titles description descriptions sentence sentences alt alt_text"
 RAW_RANKS = {name: rank for rank, name in enumerate(RAW_COLUMNS.split())} | {"txt": 99}
 """Usual names of a plain caption; the first present counts, and beside it always a tar's `.txt`."""
@@ -44,18 +44,18 @@ STEM = "captions?|texts?|descriptions?"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns of a table that matter: the picture's, if there is one, and those of each kind of caption."""
+    """The columns of a table that matter: the image's, if there is one, and those of each kind of caption."""
 
-    picture: str | None
+    image: str | None
     captions: Mapping[str, tuple[str, ...]]
     folder: str | None = None
-    """The column of the folder that the picture's name is relative to, as in Karpathy's tables."""
+    """The column of the folder that the image's name is relative to, as in Karpathy's tables."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All of them, the captions' first."""
         texts = [column for columns in self.captions.values() for column in columns]
-        return tuple(dict.fromkeys([*texts, *filter(None, [self.picture, self.folder])]))
+        return tuple(dict.fromkeys([*texts, *filter(None, [self.image, self.folder])]))
 
     def told(self, columns: Collection[str]) -> str:
         """What is read of a table with these columns, and what is not, for a log.
@@ -63,7 +63,7 @@ class Layout:
         >>> Layout("file", {"raw": ("caption",), "zh": ("a", "b")}).told(["file", "caption", "a", "b", "url"])
         'image from file; captions raw from caption, zh from a and b; not read: url'
         """
-        place = " in ".join(filter(None, [self.picture, self.folder]))
+        place = " in ".join(filter(None, [self.image, self.folder]))
         kinds = ", ".join(f"{kind} from {' and '.join(names)}" for kind, names in self.captions.items())
         unread = [column for column in columns if column not in self.columns]
         more = f" and {len(unread) - MOST_TOLD} more" if len(unread) > MOST_TOLD else ""
@@ -73,8 +73,8 @@ class Layout:
         return "; ".join(parts)
 
     def name_in(self, row: Mapping[str, Any]) -> str:
-        """The picture that a row names, with its folder; empty if it holds the picture itself, or nothing."""
-        name = name_in(row.get(self.picture)) if self.picture else ""
+        """The image that a row names, with its folder; empty if it holds the image itself, or nothing."""
+        name = name_in(row.get(self.image)) if self.image else ""
         folder = name_in(row.get(self.folder)) if self.folder and name else ""
         return f"{folder.rstrip('/')}/{name}" if folder else name
 
@@ -82,41 +82,41 @@ class Layout:
 def find_layout(
     columns: Collection[str], *, captions: Mapping[str, str], image: str | None, images: Collection[str] = ()
 ) -> Layout:
-    """The picture's and the captions' columns: as the user named them, otherwise by their usual names.
+    """The image's and the captions' columns: as the user named them, otherwise by their usual names.
 
     Named columns that are absent are left out; `require` complains about them.
 
     Args:
         columns: all columns there are.
         captions, image: as the user named them, or empty.
-        images: columns whose type says that they hold pictures; taken before any name.
+        images: columns whose type says that they hold images; taken before any name.
 
     Example:
         >>> find_layout(["Image Path", "raw_caption", "shortSV_captions"], captions={}, image=None)
-        Layout(picture='Image Path', captions={'raw': ('raw_caption',), 'short': ('shortSV_captions',)}, folder=None)
+        Layout(image='Image Path', captions={'raw': ('raw_caption',), 'short': ('shortSV_captions',)}, folder=None)
     """
     if image is not None:
-        picture = image if image in columns else None
+        column = image if image in columns else None
     else:
         usual = image_columns(columns)
-        picture = next(iter([*(c for c in usual if c in images), *images, *usual]), None)
+        column = next(iter([*(c for c in usual if c in images), *images, *usual]), None)
     if captions:
         named = {
             kind: tuple(c for c in split_columns(value, columns) if c in columns) for kind, value in captions.items()
         }
     else:
-        named = _usual_captions([column for column in columns if column != picture])
-    return Layout(picture, {kind: found for kind, found in named.items() if found})
+        named = _usual_captions([name for name in columns if name != column])
+    return Layout(column, {kind: found for kind, found in named.items() if found})
 
 
 def image_columns(columns: Collection[str]) -> list[str]:
-    """Those with a usual name of the picture's column, the likeliest first."""
+    """Those with a usual name of the image's column, the likeliest first."""
     by_name = {_plain(column): column for column in reversed(list(columns))}
-    return [by_name[name] for name in PICTURE_COLUMNS if name in by_name]
+    return [by_name[name] for name in IMAGE_COLUMNS if name in by_name]
 
 
 def name_in(value: Any) -> str:
-    """The path in a picture's cell; empty if it holds bytes, or nothing; of several cells, the first that has one."""
+    """The path in an image's cell; empty if it holds bytes, or nothing; of several cells, the first that has one."""
     if isinstance(value, list):
         return next(filter(None, map(name_in, value)), "")
     if isinstance(value, Mapping) and not value.get("bytes"):
@@ -131,9 +131,9 @@ def require(
     *,
     captions: Mapping[str, str],
     image: str | None,
-    picture: bool,
+    needs_image: bool,
 ) -> None:
-    """Check that the layout has what the user named, a picture if asked for, and captions.
+    """Check that the layout has what the user named, an image if asked for, and captions.
 
     Raises:
         UsageError: naming the missing column and those there are.
@@ -148,8 +148,8 @@ def require(
                 )
     if image is not None and image not in columns:
         raise UsageError(f"{where} has no column {image!r} ({setting('image', image)}){_near(image, columns)}; {there}")
-    if picture and layout.picture is None:
-        raise UsageError(f"{where} has no column that looks like pictures; give {setting('image', 'COLUMN')}; {there}")
+    if needs_image and layout.image is None:
+        raise UsageError(f"{where} has no column that looks like images; give {setting('image', 'COLUMN')}; {there}")
     if not layout.captions:
         raise UsageError(
             f"{where} has no column that looks like captions; give {setting('captions', {'KIND': 'COLUMN'})}; {there}"

@@ -1,4 +1,4 @@
-"""The flags that every stage reading pictures and captions shares."""
+"""The flags that every stage reading images and captions shares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT_LINES = ("auto", "one")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where pictures and captions come from.
+    """Where images and captions come from.
 
     Example:
         >>> SourceConfig(data=("shards/{00000..00012}.tar",), captions={"long": "dense_caption"}).max_bad_fraction
@@ -22,7 +22,7 @@ class SourceConfig:
 
     data: tuple[str, ...]
     """Sources, one or several: a path, glob or brace range ({00000..00012}) ending in .tar .csv .tsv .jsonl .json or
-    .parquet; a folder (of such tars, of pictures with metadata.csv or .txt files, saved by datasets);
+    .parquet; a folder (of such tars, of images with metadata.csv or .txt files, saved by datasets);
     hf:org/name[:split]; or a URL of such files (hf:// s3:// https://)."""
 
     captions: Columns = field(default_factory=dict)
@@ -30,7 +30,7 @@ class SourceConfig:
     (raw=caption_0,caption_1). Columns of JSON files inside tars count too. Usual names are recognised without it."""
 
     image: str | None = None
-    """Column that holds the picture (a path, or embedded bytes); in a tar, its extension. Usual names are known."""
+    """Column that holds the image (a path, or embedded bytes); in a tar, its extension. Usual names are known."""
 
     split: str | None = None
     """Of a source with several splits the one to read: rows of a table whose column "split" says so, the folder of that
@@ -42,10 +42,10 @@ class SourceConfig:
     one in all if an empty line parts paragraphs)."""
 
     allow_outside: bool = False
-    """Let a table name pictures outside its own folder."""
+    """Let a table name images outside its own folder."""
 
     max_bad_fraction: float = 0.05
-    """Share (0..1) of bad samples (unreadable picture, no caption) skipped and counted; more stop the run."""
+    """Share (0..1) of bad samples (unreadable image, no caption) skipped and counted; more stop the run."""
 
     revision: str | None = None
     """Commit, branch or tag of a Hub id (hf:org/name)."""

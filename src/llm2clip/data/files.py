@@ -1,6 +1,6 @@
 """A sample from files that share a key (`00012.jpg`, `00012.txt`, `00012.json`), in a tar or a folder; and folders.
 
-Only texts, JSON objects and pictures among the files are ever read.
+Only texts, JSON objects and images among the files are ever read.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from llm2clip.artifacts import fingerprint, is_output, read_json
-from llm2clip.data.bad import BadPicture, BadSamples, logger
+from llm2clip.data.bad import BadImage, BadSamples, logger
 from llm2clip.data.bytes import read_bytes
 from llm2clip.data.columns import Layout, find_layout, merge_columns, read_captions, require
 from llm2clip.data.images import check_file
-from llm2clip.data.sample import PictureRef, Reading, Sample
+from llm2clip.data.sample import ImageRef, Reading, Sample
 from llm2clip.data.spec import choose_split
 from llm2clip.errors import SourceError, UsageError, setting, shown
 
-PICTURE_ENDINGS = frozenset(
+IMAGE_ENDINGS = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif heic heif jp2 j2k jpx ppm pgm pbm pnm ico qoi img".split()
 )
 TEXT_ENDINGS = frozenset({"txt", "text", "caption"})
@@ -44,13 +44,13 @@ class Store(Protocol[Member]):
     """Where members lie: a tar or a folder."""
 
     def text(self, member: Member) -> bytes:
-        """The content of a text member; BadPicture if it cannot be read."""
+        """The content of a text member; BadImage if it cannot be read."""
 
-    def locate(self, member: Member) -> PictureRef:
-        """Where a picture member lies."""
+    def locate(self, member: Member) -> ImageRef:
+        """Where an image member lies."""
 
-    def check_picture(self, member: Member) -> None:
-        """BadPicture if its first bytes are no picture's."""
+    def check_image(self, member: Member) -> None:
+        """BadImage if its first bytes are no image's."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -91,7 +91,7 @@ def group_members(members: Iterable[tuple[str, T]]) -> tuple[dict[str, dict[str,
 
 def _by_image(endings: dict[str, T]) -> dict[str, dict[str, T]]:
     """A group as several, by what its images have before their last dot, if texts have the same; else as it is ("")."""
-    stems = [stem for stem, _, last in map(_split_last, endings) if last in PICTURE_ENDINGS]
+    stems = [stem for stem, _, last in map(_split_last, endings) if last in IMAGE_ENDINGS]
     owner = {
         ending: next((s for s in sorted(stems, key=len, reverse=True) if s and f"{ending}.".startswith(f"{s}.")), None)
         for ending in endings
@@ -103,7 +103,7 @@ def _by_image(endings: dict[str, T]) -> dict[str, dict[str, T]]:
     shared: dict[str, T] = {}
     for ending, member in endings.items():
         stem, _, last = _split_last(ending)
-        if last in PICTURE_ENDINGS:
+        if last in IMAGE_ENDINGS:
             found[stem][last] = member
         elif place := owner.get(ending):
             found[place][ending[len(place) + 1 :]] = member
@@ -122,22 +122,22 @@ def is_text(ending: str) -> bool:
     return last == "json" or last in TEXT_ENDINGS
 
 
-def may_be_picture(ending: str) -> bool:
-    """Whether a member with this ending is taken for a picture; an unknown ending is, its content decides."""
+def may_be_image(ending: str) -> bool:
+    """Whether a member with this ending is taken for an image; an unknown ending is, its content decides."""
     return not is_text(ending) and ending.rpartition(".")[2] not in IGNORED_ENDINGS
 
 
-def choose_picture(endings: Mapping[str, Any], image: str | None) -> str | None:
-    """The ending of a sample's picture: the one named, else the first known one, else the first that may be one.
+def choose_image(endings: Mapping[str, Any], image: str | None) -> str | None:
+    """The ending of a sample's image: the one named, else the first known one, else the first that may be one.
 
-    >>> choose_picture({"bin": 0, "JPG".lower(): 1, "txt": 2}, None)
+    >>> choose_image({"bin": 0, "JPG".lower(): 1, "txt": 2}, None)
     'jpg'
     """
     if image is not None:
         wanted = image.lower().lstrip(".")
         return wanted if wanted in endings else None
-    known = [ending for ending in endings if ending.rpartition(".")[2] in PICTURE_ENDINGS]
-    return next(iter([*known, *filter(may_be_picture, endings)]), None)
+    known = [ending for ending in endings if ending.rpartition(".")[2] in IMAGE_ENDINGS]
+    return next(iter([*known, *filter(may_be_image, endings)]), None)
 
 
 class Assembler:
@@ -151,8 +151,8 @@ class Assembler:
     def assemble(self, key: str, endings: Mapping[str, Any]) -> Sample | None:
         """The sample called `key` of its members by ending, or None if it is bad (counted)."""
         try:
-            picture = self._picture(key, endings)
-        except BadPicture as error:
+            image = self._image(key, endings)
+        except BadImage as error:
             self.bad.add(key, error.cause, error.detail)
             return None
         values = read_values(key, endings, self.store, self.bad, lines=self.reading.text_lines)
@@ -171,24 +171,21 @@ class Assembler:
         if not captions:
             self.bad.add(key, "no caption", f"it has {', '.join([*endings, *values])}")
             return None
-        return Sample(key, picture, captions)
+        return Sample(key, image, captions)
 
-    def _picture(self, key: str, endings: Mapping[str, Any]) -> PictureRef:
-        ending = choose_picture(endings, self.reading.image)
+    def _image(self, key: str, endings: Mapping[str, Any]) -> ImageRef:
+        ending = choose_image(endings, self.reading.image)
         if ending is None:
-            if not self.reading.pictures:
-                return PictureRef("")
-            raise BadPicture("no picture", f"it has only {', '.join(endings)}")
-        if (
-            self.reading.image is None
-            and len(others := [e for e in endings if _split_last(e)[2] in PICTURE_ENDINGS]) > 1
-        ):
+            if not self.reading.images:
+                return ImageRef("")
+            raise BadImage("no image", f"it has only {', '.join(endings)}")
+        if self.reading.image is None and len(others := [e for e in endings if _split_last(e)[2] in IMAGE_ENDINGS]) > 1:
             self.bad.note(key, "image not used", f"of {', '.join(others)} only {ending} is read; name another by image")
         ref = self.store.locate(endings[ending])
-        if self.reading.pictures:
+        if self.reading.images:
             if ref.length == 0:
-                raise BadPicture("empty picture", f"{ref.path}: the {ending} has 0 bytes")
-            self.store.check_picture(endings[ending])
+                raise BadImage("empty image", f"{ref.path}: the {ending} has 0 bytes")
+            self.store.check_image(endings[ending])
         return ref
 
 
@@ -214,7 +211,7 @@ def read_values(
     for ending in filter(is_text, endings):
         try:
             text = store.text(endings[ending]).decode("utf-8-sig", "surrogateescape")
-        except BadPicture as error:
+        except BadImage as error:
             bad.note(key, error.cause, error.detail)
             continue
         name, _, last = ending.rpartition(".")
@@ -246,10 +243,10 @@ def check_columns(path: str, samples: Sequence[Mapping[str, Any]], reading: Read
         columns |= dict.fromkeys(read_values("", endings, store, unheard))
     if not columns:
         return ""
-    picture = next(filter(None, (choose_picture(endings, reading.image) for endings in samples)), None)
-    texts = find_layout([c for c in columns if c != picture], captions=reading.captions, image="")
-    layout = Layout(picture, texts.captions)
-    require(layout, columns, path, captions=reading.captions, image=None, picture=reading.pictures)
+    image = next(filter(None, (choose_image(endings, reading.image) for endings in samples)), None)
+    texts = find_layout([c for c in columns if c != image], captions=reading.captions, image="")
+    layout = Layout(image, texts.captions)
+    require(layout, columns, path, captions=reading.captions, image=None, needs_image=reading.images)
     return layout.told(columns)
 
 
@@ -270,7 +267,7 @@ def split_folder(folder: str, *, word: str = "data", split: str | None = None) -
 
 
 def files_in(folder: str, *, word: str = "data") -> list[str]:
-    """The files that a folder stands for: tars, tables, or the Arrow files of a saved dataset; none: its pictures.
+    """The files that a folder stands for: tars, tables, or the Arrow files of a saved dataset; none: its images.
 
     Raises:
         UsageError: if the folder is empty, ambiguous or something else.
@@ -279,7 +276,7 @@ def files_in(folder: str, *, word: str = "data") -> list[str]:
     if not names:
         raise UsageError(f"{word} {folder} is an empty folder")
     if "manifest.json" in names and "run.json" in names:
-        raise UsageError(f"{word} {folder} was made by llm2clip; {word} takes pictures and captions")
+        raise UsageError(f"{word} {folder} was made by llm2clip; {word} takes images and captions")
     if "state.json" in names and "dataset_info.json" in names:
         return _saved_dataset(folder)
     if tars := _by_ending(folder, names, ".tar"):
@@ -319,7 +316,7 @@ def _by_ending(folder: str, names: Sequence[str], ending: str) -> list[str]:
 
 
 class FolderPart:
-    """Pictures in a folder and its subfolders; `a.jpg` has its captions in `a.txt`, `a.short.txt` or `a.json`."""
+    """Images in a folder and its subfolders; `a.jpg` has its captions in `a.txt`, `a.short.txt` or `a.json`."""
 
     def __init__(self, path: str, reading: Reading) -> None:
         self.path = self.name = path
@@ -332,19 +329,17 @@ class FolderPart:
         self.size = fingerprint(files)
 
     def check(self) -> str:
-        """Check that there are pictures with captions."""
+        """Check that there are images with captions."""
         where = f"{self.reading.word} {self.path}"
         if not self._groups:
-            raise UsageError(
-                f"{where} holds no pictures, tars or tables; give a folder of one of them, or a file in it"
-            )
-        with_images = [own for own in self._groups.values() if any(_split_last(e)[2] in PICTURE_ENDINGS for e in own)]
+            raise UsageError(f"{where} holds no images, tars or tables; give a folder of one of them, or a file in it")
+        with_images = [own for own in self._groups.values() if any(_split_last(e)[2] in IMAGE_ENDINGS for e in own)]
         if not with_images:
-            raise UsageError(f"{where} holds texts and no pictures beside them; give the folder that holds both")
+            raise UsageError(f"{where} holds texts and no images beside them; give the folder that holds both")
         with_text = [endings for endings in with_images if any(map(is_text, endings))]
         if not with_text:
             raise UsageError(
-                f"{where} holds {len(with_images)} pictures and no captions; put a .txt or .json of the same "
+                f"{where} holds {len(with_images)} images and no captions; put a .txt or .json of the same "
                 "name beside each, or a metadata.csv with the columns file_name and caption"
             )
         return check_columns(self.path, with_text[:NUM_SAMPLES_CHECKED], self.reading, self)
@@ -355,40 +350,40 @@ class FolderPart:
             bad.note(name, "file twice in folder", f"{self.path}: another has the same name but for capital letters")
         assembler = Assembler(self.reading, bad, self)
         for key, endings in self._groups.items():
-            if not any(_split_last(ending)[2] in PICTURE_ENDINGS for ending in endings):
-                bad.note(key, "text without a picture", f"{self.path}: {', '.join(endings)}")
+            if not any(_split_last(ending)[2] in IMAGE_ENDINGS for ending in endings):
+                bad.note(key, "text without an image", f"{self.path}: {', '.join(endings)}")
             elif sample := assembler.assemble(key, endings):
                 yield sample
 
-    def locate(self, member: str) -> PictureRef:
+    def locate(self, member: str) -> ImageRef:
         """Where a file lies."""
-        return PictureRef(os.path.join(self.path, member))
+        return ImageRef(os.path.join(self.path, member))
 
     def text(self, member: str) -> bytes:
         """The content of a text file."""
         ref = self.locate(member)
         try:
             data = read_bytes(ref)
-        except BadPicture as error:
-            if error.cause == "empty picture":
+        except BadImage as error:
+            if error.cause == "empty image":
                 return b""
             raise
         if len(data) > MAX_TEXT_BYTES:
-            raise BadPicture("text too large", f"{ref.path} has {len(data)} bytes")
+            raise BadImage("text too large", f"{ref.path} has {len(data)} bytes")
         return data
 
-    def check_picture(self, member: str) -> None:
-        """Look at a picture's header."""
+    def check_image(self, member: str) -> None:
+        """Look at an image's header."""
         check_file(os.path.join(self.path, member))
 
 
 def _files_below(folder: str) -> Iterator[tuple[str, int]]:
-    """Pictures and texts below a folder, by path relative to it, with their sizes; hidden ones left out."""
+    """Images and texts below a folder, by path relative to it, with their sizes; hidden ones left out."""
     for place, folders, names in os.walk(folder):
         hidden_or_ours = (name for name in folders if name.startswith(".") or is_output(os.path.join(place, name)))
         folders[:] = sorted(set(folders) - set(hidden_or_ours))
         for name in sorted(names):
             ending = os.path.splitext(name)[1][1:].lower()
-            if not name.startswith(".") and (ending in PICTURE_ENDINGS or is_text(ending)):
+            if not name.startswith(".") and (ending in IMAGE_ENDINGS or is_text(ending)):
                 path = os.path.join(place, name)
                 yield os.path.relpath(path, folder), os.stat(path, follow_symlinks=False).st_size

@@ -1,6 +1,6 @@
-"""Any encoded picture as 8-bit RGB, upright, on white; and a quick look at its header alone.
+"""Any encoded image as 8-bit RGB, upright, on white; and a quick look at its header alone.
 
-Greyscale, CMYK, palette, 16-bit, alpha, animated and EXIF-turned pictures are ordinary; file extensions are ignored.
+Greyscale, CMYK, palette, 16-bit, alpha, animated and EXIF-turned images are ordinary; file extensions are ignored.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.bytes import read_bytes
-from llm2clip.data.sample import PictureRef
+from llm2clip.data.sample import ImageRef
 
-Picture = PictureRef | str | Path | bytes | Image.Image
+ImageSource = ImageRef | str | Path | bytes | Image.Image
 MAX_PIXELS = 2 * 89_478_485
-"""Larger pictures are taken for decompression bombs; where Pillow itself stops by default."""
+"""Larger images are taken for decompression bombs; where Pillow itself stops by default."""
 MAX_RATIO = 100
-"""Pictures with a longer side than so many shorter ones show nothing that a model would see."""
+"""Images with a longer side than so many shorter ones show nothing that a model would see."""
 FORMATS = tuple("JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO QOI HEIF".split())
 """Tried by content. Formats without a signature, and those that call another program to decode, stay out."""
 DECODE_ERRORS = (
@@ -33,61 +33,61 @@ DECODE_ERRORS = (
 )
 """What decoders raise on damaged bytes."""
 HEAD_BYTES = 1 << 14
-"""What nearly every picture has its size in."""
+"""What nearly every image has its size in."""
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is to be turned."""
+"""The EXIF tag that says how an image is to be turned."""
 HAS_TURBO = features.check("libjpeg_turbo")
 """Whether Pillow's JPEG library knows pixels of four bytes."""
 
 
-def load_image(picture: Picture, *, min_size: int | None = None) -> Image.Image:
-    """The picture decoded: mode RGB, first frame, upright, transparency on white, 16-bit values scaled to 8.
+def load_image(image: ImageSource, *, min_size: int | None = None) -> Image.Image:
+    """The image decoded: mode RGB, first frame, upright, transparency on white, 16-bit values scaled to 8.
 
     Args:
-        picture: where it lies, a path, its encoded bytes, or an opened Pillow picture (left as it is).
+        image: where it lies, a path, its encoded bytes, or an opened Pillow image (left as it is).
         min_size: the shorter side needed, in pixels. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size where that
             still gives as much, several times faster; `info["full_size"]` is its stored width and height. None: full
             size.
 
     Raises:
-        BadPicture: with the cause: missing file, empty picture, not a picture, truncated picture, damaged picture,
-            decompression bomb, thin picture.
+        BadImage: with the cause: missing file, empty image, not an image, truncated image, damaged image,
+            decompression bomb, thin image.
 
     Example:
         >>> load_image(Image.new("LA", (4, 2), (0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
-    if isinstance(picture, Image.Image):
-        _check_size(picture, "picture")
-        return _decode(picture, name="picture", min_size=None)
-    if isinstance(picture, bytes):
-        data, name = picture, f"{len(picture)} bytes"
+    if isinstance(image, Image.Image):
+        _check_size(image, "image")
+        return _decode(image, name="image", min_size=None)
+    if isinstance(image, bytes):
+        data, name = image, f"{len(image)} bytes"
     else:
-        ref = picture if isinstance(picture, PictureRef) else PictureRef(str(picture))
+        ref = image if isinstance(image, ImageRef) else ImageRef(str(image))
         data, name = read_bytes(ref), _name(ref)
     return _decode(_open(io.BytesIO(data), name), name=name, min_size=min_size)
 
 
 def check_header(file: IO[bytes], name: str) -> tuple[int, int]:
-    """Width and height of a picture, called `name` in errors, from its first bytes, nothing decoded.
+    """Width and height of an image, called `name` in errors, from its first bytes, nothing decoded.
 
     Raises:
-        BadPicture: if it is no picture or too large; a picture damaged further on is not noticed.
+        BadImage: if it is no image or too large; an image damaged further on is not noticed.
     """
     return _open(file, name).size
 
 
 def check_file(path: str) -> tuple[int, int]:
-    """Width and height of a picture file from its header; BadPicture if it is missing, empty or no picture."""
-    return check_place(PictureRef(path), path)
+    """Width and height of an image file from its header; BadImage if it is missing, empty or no image."""
+    return check_place(ImageRef(path), path)
 
 
-def check_place(ref: PictureRef, name: str) -> tuple[int, int]:
-    """Width and height of a picture, called `name` in errors, from its first bytes; if they do not do, from all."""
+def check_place(ref: ImageRef, name: str) -> tuple[int, int]:
+    """Width and height of an image, called `name` in errors, from its first bytes; if they do not do, from all."""
     head = read_bytes(ref, limit=HEAD_BYTES)
     try:
         return check_header(io.BytesIO(head), name)
-    except BadPicture:
+    except BadImage:
         if len(head) < HEAD_BYTES:
             raise
     return check_header(io.BytesIO(read_bytes(ref)), name)
@@ -105,9 +105,9 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=known_formats())
     except UnidentifiedImageError:
-        raise BadPicture("not a picture", f"{name} is in no known format") from None
+        raise BadImage("not an image", f"{name} is in no known format") from None
     except Image.DecompressionBombError as error:
-        raise BadPicture("decompression bomb", f"{name}: {error}") from None
+        raise BadImage("decompression bomb", f"{name}: {error}") from None
     except DECODE_ERRORS as error:
         raise _damage(error, name) from None
     _check_size(image, name)
@@ -117,11 +117,11 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
 def _check_size(image: Image.Image, name: str) -> None:
     what = f"{name} has {image.width} x {image.height} pixels"
     if not image.width * image.height:
-        raise BadPicture("damaged picture", what)
+        raise BadImage("damaged image", what)
     if image.width * image.height > MAX_PIXELS:
-        raise BadPicture("decompression bomb", what)
+        raise BadImage("decompression bomb", what)
     if max(image.size) > MAX_RATIO * min(image.size):  # its shorter side resized for a model, it would fill the memory
-        raise BadPicture("thin picture", f"{what}: one side is more than {MAX_RATIO} times the other")
+        raise BadImage("thin image", f"{what}: one side is more than {MAX_RATIO} times the other")
 
 
 def _decode(image: Image.Image, *, name: str, min_size: int | None) -> Image.Image:
@@ -144,16 +144,16 @@ def _decode_to_four_bytes(image: Any) -> None:
         image.tile = [(*image.tile[0][:3], ("RGBX", ""))]
 
 
-def _damage(error: BaseException, name: str) -> BadPicture:
+def _damage(error: BaseException, name: str) -> BadImage:
     cut_off = "truncated" in str(error).lower() or isinstance(error, EOFError)
     detail = " ".join(str(error).split()) or type(error).__name__
-    return BadPicture("truncated picture" if cut_off else "damaged picture", f"{name}: {detail}")
+    return BadImage("truncated image" if cut_off else "damaged image", f"{name}: {detail}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except DECODE_ERRORS:  # damaged EXIF says nothing about the pixels: the picture stands as it is
+    except DECODE_ERRORS:  # damaged EXIF says nothing about the pixels: the image stands as it is
         return image
     if orientation == 1:
         return image
@@ -194,7 +194,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, colours).convert("RGB")
 
 
-def _name(ref: PictureRef) -> str:
+def _name(ref: ImageRef) -> str:
     if ref.column:
         return f"{ref.path} row {ref.offset}"
     return f"{ref.path} at {ref.offset}" if ref.length >= 0 else ref.path

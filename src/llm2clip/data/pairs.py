@@ -1,4 +1,4 @@
-"""Pairs of captions of one picture: what the teacher learns to bring together, and what CRA asks for."""
+"""Pairs of captions of one image: what the teacher learns to bring together, and what CRA asks for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw_pair(
     epoch: int = 0,
     weights: Mapping[Kinds, float] | None = None,
 ) -> tuple[str, str] | None:
-    """One pair of different captions of a picture, drawn anew each epoch; None if it has no two (of allowed kinds).
+    """One pair of different captions of an image, drawn anew each epoch; None if it has no two (of allowed kinds).
 
     The draw is a pure function of `seed`, `epoch` and `sample_id`. Which of the two comes first (the query) is random,
     as in the official training code.

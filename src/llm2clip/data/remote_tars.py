@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import fingerprint
-from llm2clip.data.bad import BadPicture, logger
-from llm2clip.data.bytes import MAX_PICTURE_BYTES
-from llm2clip.data.files import MAX_TEXT_BYTES, is_text, may_be_picture, split_name
+from llm2clip.data.bad import BadImage, logger
+from llm2clip.data.bytes import MAX_IMAGE_BYTES
+from llm2clip.data.files import MAX_TEXT_BYTES, is_text, may_be_image, split_name
 from llm2clip.data.images import check_header
 from llm2clip.data.sample import Reading
 from llm2clip.data.spec import File
@@ -54,7 +54,7 @@ class RemoteTarPart(TarPart):
 
 
 class RemoteTar(Tar):
-    """A tar behind a URL; texts are kept and pictures looked at as they go by."""
+    """A tar behind a URL; texts are kept and images looked at as they go by."""
 
     def __init__(self, url: str, reading: Reading) -> None:
         self.path, self.reading = url, reading
@@ -62,12 +62,12 @@ class RemoteTar(Tar):
         info = self._filesystem.info(self._inner)
         self._knows_size = info.get("size") is not None  # some servers do not tell
         self.size = info["size"] if self._knows_size else 1 << 62
-        self._index = TarIndex(url, info, pictures=reading.pictures)
+        self._index = TarIndex(url, info, images=reading.images)
         self._stream: Any = None
         self._position = 0
 
     def members(self) -> Iterator[Member]:
-        """Its regular files, with the content of texts and, if pictures matter, what is wrong with pictures."""
+        """Its regular files, with the content of texts and, if images matter, what is wrong with images."""
         members = self._index.load()
         if members is not None:
             yield from members
@@ -86,8 +86,8 @@ class RemoteTar(Tar):
         """The content of a text member, kept while the tar went by."""
         return super().text(member) if member.content is None else member.content
 
-    def check_picture(self, member: Member) -> None:
-        """What the picture's header showed while the tar went by."""
+    def check_image(self, member: Member) -> None:
+        """What the image's header showed while the tar went by."""
         if member.defect is not None:
             raise member.defect
 
@@ -95,10 +95,10 @@ class RemoteTar(Tar):
         ending, end = (split_name(member.name) or ("", "pyd"))[1], member.offset + member.size
         if is_text(ending) and member.size <= MAX_TEXT_BYTES:
             member = replace(member, content=self.read(member.size, member.offset))
-        elif self.reading.pictures and may_be_picture(ending) and 0 < member.size <= MAX_PICTURE_BYTES:
+        elif self.reading.images and may_be_image(ending) and 0 < member.size <= MAX_IMAGE_BYTES:
             try:
                 check_header(io.BytesIO(self.read(member.size, member.offset)), f"{self.path}: {member.name}")
-            except BadPicture as error:
+            except BadImage as error:
                 member = replace(member, defect=error)
         self.read(0, end)
         if self._position < end:
@@ -137,12 +137,12 @@ class RemoteTar(Tar):
 class TarIndex:
     """The index of one tar, if there is one; `info` is what its file system says of it.
 
-    Whether `pictures` were looked at matters: what they showed is part of the index.
+    Whether `images` were looked at matters: what they showed is part of the index.
     """
 
-    def __init__(self, url: str, info: Mapping[str, Any], *, pictures: bool) -> None:
+    def __init__(self, url: str, info: Mapping[str, Any], *, images: bool) -> None:
         state = {name: str(info[name]) for name in STATE if info.get(name) is not None}
-        self.path = index_folder() / f"{fingerprint([url, state, pictures])}.json" if state else None
+        self.path = index_folder() / f"{fingerprint([url, state, images])}.json" if state else None
 
     def load(self) -> list[Member] | None:
         """The tar's members; None if there is no index, or it is damaged."""
@@ -180,4 +180,4 @@ def _row(member: Member) -> list[Any]:
 
 def _member(name: str, offset: int, size: int, text: str | None, defect: list[str] | None) -> Member:
     content = None if text is None else text.encode("utf-8", "surrogateescape")
-    return Member(name, offset, size, content, BadPicture(*defect) if defect else None)
+    return Member(name, offset, size, content, BadImage(*defect) if defect else None)

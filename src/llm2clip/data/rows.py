@@ -24,7 +24,7 @@ SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 NUM_ROWS_PEEKED = 100
 """Rows of a JSON table whose keys are taken for its columns."""
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-TEXT_BATCH_ROWS, PICTURE_BATCH_ROWS = 4096, 64
+TEXT_BATCH_ROWS, IMAGE_BATCH_ROWS = 4096, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Table(Protocol):
 
     columns: list[str]
     images: Collection[str]
-    """Columns whose type says that they hold pictures."""
+    """Columns whose type says that they hold images."""
     embedded: Collection[str]
     """Columns that hold bytes."""
 
@@ -176,7 +176,7 @@ class ColumnTable:
     def rows(self, wanted: Collection[str]) -> Iterator[dict[str, Any] | BadRow]:
         """Every row, with the `wanted` columns."""
         columns = [name for name in self.columns if name in wanted]
-        num_rows = PICTURE_BATCH_ROWS if any(name in self.embedded for name in columns) else TEXT_BATCH_ROWS
+        num_rows = IMAGE_BATCH_ROWS if any(name in self.embedded for name in columns) else TEXT_BATCH_ROWS
         try:
             if self._is_parquet:
                 batches = open_parquet(self.path).iter_batches(batch_size=num_rows, columns=columns)

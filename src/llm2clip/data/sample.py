@@ -1,4 +1,4 @@
-"""A sample: where one picture lies, and its captions by kind; and the parts of a source that give samples."""
+"""A sample: where one image lies, and its captions by kind; and the parts of a source that give samples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from llm2clip.data.bad import BadSamples
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRef:
-    """Where the bytes of one encoded picture lie; small and plain enough for a bank's table.
+class ImageRef:
+    """Where the bytes of one encoded image lie; small and plain enough for a bank's table.
 
     Three forms: a whole file (`path`), a byte range of a file such as a tar (`path`, `offset`, `length`), a cell of
     a Parquet or Arrow table (`path`, `column`, `offset` = row number).
@@ -28,11 +28,11 @@ class PictureRef:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture and its captions."""
+    """One image and its captions."""
 
     id: str
-    """Unique within its source: the tar member key, the picture path in a table, the row number."""
-    picture: PictureRef
+    """Unique within its source: the tar member key, the image path in a table, the row number."""
+    image: ImageRef
     captions: Mapping[str, tuple[str, ...]]
     """Kind ("short", "long", "raw", "zh", ...) -> captions of that kind, each stripped and not empty."""
 
@@ -48,8 +48,8 @@ class Reading:
     """Rows of a table whose column `split` says so, or the folder of this name; None for all rows."""
     text_lines: str = "auto"
     """What the lines of a text file are, see `SourceConfig`."""
-    pictures: bool = True
-    """Whether pictures are needed; if not, they are neither looked for nor checked."""
+    images: bool = True
+    """Whether images are needed; if not, they are neither looked for nor checked."""
     word: str = "data"
     """What errors call the source: its setting, as the user writes it."""
 

@@ -30,24 +30,24 @@ NUM_PARTS_CHECKED = 64
 """Files whose beginnings are looked at before a run; all of ten thousand would take minutes on a network disk."""
 
 
-def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "data") -> Source:
+def open_source(config: SourceConfig, *, images: bool = True, setting: str = "data") -> Source:
     r"""The source that `config.data` names; its files are found and their beginnings checked, nothing more is read.
 
     Args:
         config: the shared flags of every stage.
-        pictures: whether pictures are needed. Without, a table needs no picture column, no picture is looked for, and
-            a sample's `picture` may be empty: enough for training a teacher.
+        images: whether images are needed. Without, a table needs no image column, no image is looked for, and
+            a sample's `image` may be empty: enough for training a teacher.
         setting: the name of the setting that the user gave as `config.data`, for errors.
 
     Raises:
-        UsageError: if nothing is there, a column is missing, or all pictures lie outside their table's folder.
+        UsageError: if nothing is there, a column is missing, or all images lie outside their table's folder.
         SourceError: if a file cannot be read.
 
     Example:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = pathlib.Path(folder, "captions.csv").write_text("image,short_caption\ndog.jpg,a dog\n")
-        ...     next(iter(open_source(SourceConfig(data=(f"{folder}/captions.csv",)), pictures=False))).captions
+        ...     next(iter(open_source(SourceConfig(data=(f"{folder}/captions.csv",)), images=False))).captions
         {'short': ('a dog',)}
     """
     word = written(setting)
@@ -59,7 +59,7 @@ def open_source(config: SourceConfig, *, pictures: bool = True, setting: str = "
         allow_outside=config.allow_outside,
         split=config.split,
         text_lines=config.text_lines,
-        pictures=pictures,
+        images=images,
         word=word,
     )
     options: dict[str, Any] = {"word": word, "revision": config.revision, "split": config.split}
@@ -99,7 +99,7 @@ def look_at_sources(config: SourceConfig) -> None:
     if tables:
         names = [field.name for field in dataclasses.fields(SourceConfig)]
         own = {name: getattr(config, name) for name in names}
-        open_source(SourceConfig(**{**own, "data": tables}), pictures=config.needs_images)
+        open_source(SourceConfig(**{**own, "data": tables}), images=config.needs_images)
 
 
 def _parts_of(file: File, reading: Reading) -> list[Part]:
@@ -120,7 +120,7 @@ def _parts_of(file: File, reading: Reading) -> list[Part]:
         return [READERS[file.kind](file, reading)]
     what = f"{reading.word} {file.path}"
     if file.kind in COMPRESSED:
-        raise UsageError(f"{what} is compressed; unpack it first, pictures are read by random access")
+        raise UsageError(f"{what} is compressed; unpack it first, images are read by random access")
     other = "URL/*.tar" if is_url(file.path) else "a folder, hf:org/name"
     known = ", ".join([other, *(f".{kind}" for kind in READERS)])
     raise UsageError(f"{what}: unknown ending {suffix(file.path)!r}; give {known}")

@@ -1,6 +1,6 @@
 """The source grammar: paths, globs, brace ranges, folders, Hub ids and URLs -> a list of files.
 
-captions.csv   shards/{00000..00012}.tar   "data/**/*.parquet"   pictures/   hf:org/name:train
+captions.csv   shards/{00000..00012}.tar   "data/**/*.parquet"   images/   hf:org/name:train
 hf://datasets/org/name/*.tar   s3://bucket/{a,b}.tar   https://host/00000.tar
 """
 

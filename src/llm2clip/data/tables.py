@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.bad import BadPicture, BadSamples, logger
+from llm2clip.data.bad import BadImage, BadSamples, logger
 from llm2clip.data.bytes import cell_bytes
 from llm2clip.data.columns import Layout, find_layout, image_columns, name_in, read_captions, require
-from llm2clip.data.files import PICTURE_ENDINGS
+from llm2clip.data.files import IMAGE_ENDINGS
 from llm2clip.data.images import check_file, check_header
 from llm2clip.data.rows import TABLES, BadRow, Table
-from llm2clip.data.sample import PictureRef, Reading, Sample
+from llm2clip.data.sample import ImageRef, Reading, Sample
 from llm2clip.data.spec import File
 from llm2clip.data.urls import is_url, suffix
 from llm2clip.errors import UsageError, setting, shown
@@ -42,7 +42,7 @@ Captions = Mapping[str, tuple[str, ...]]
 
 
 class Places:
-    """Where the pictures that a table names lie: inside the table's own folder, unless it is allowed otherwise.
+    """Where the images that a table names lie: inside the table's own folder, unless it is allowed otherwise.
 
     >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
     '/data/a/1.jpg'
@@ -52,25 +52,25 @@ class Places:
         self.table, self.allow_outside = table, allow_outside
         self.folder = posixpath.dirname(table)
         if not is_url(table):
-            # the Hub cache keeps files as links to blobs: beside the table's target lie its pictures' targets
+            # the Hub cache keeps files as links to blobs: beside the table's target lie its images' targets
             self._roots = {os.path.realpath(self.folder), os.path.dirname(os.path.realpath(table))}
             self._real_folder = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
-    def resolve(self, name: str) -> PictureRef:
-        """Where the picture called `name` in the table lies; BadPicture if outside, by name or through a link."""
+    def resolve(self, name: str) -> ImageRef:
+        """Where the image called `name` in the table lies; BadImage if outside, by name or through a link."""
         path = self.join(name)
         if len(name) > MAX_NAME or (len(name) > 64 and name.startswith(BASE64)):
-            raise BadPicture(
+            raise BadImage(
                 "image as text",
                 f"{self.table}: in the place of a path stand {len(name):,} characters {shown(name, most=24)}, "
                 "base64 as it seems; write the images to files, or as bytes into Parquet",
             )
         if not (self.allow_outside or self._is_inside(path)):
-            raise BadPicture(
+            raise BadImage(
                 OUTSIDE,
-                f"{self.table}: picture {shown(name)} lies {OUTSIDE}; move it or add {setting('allow_outside', True)}",
+                f"{self.table}: image {shown(name)} lies {OUTSIDE}; move it or add {setting('allow_outside', True)}",
             )
-        return PictureRef(path)
+        return ImageRef(path)
 
     def join(self, name: str) -> str:
         """The path or URL that `name` in the table stands for, the same however it is spelt."""
@@ -99,12 +99,12 @@ class TablePart:
         self._places = Places(file.path, allow_outside=reading.allow_outside)
 
     def check(self) -> str:
-        """Check its columns, and that not all of its pictures lie outside its folder."""
+        """Check its columns, and that not all of its images lie outside its folder."""
         table, layout = self._open()
         told = layout.told([column for column in table.columns if column != SPLIT_COLUMN])
-        if not self.reading.pictures:
+        if not self.reading.images:
             return told
-        if layout.picture in table.embedded:
+        if layout.image in table.embedded:
             if suffix(self.path) == ".parquet":
                 _tell_of_slow_parquet()
             return told
@@ -114,7 +114,7 @@ class TablePart:
                 if isinstance(row, dict) and (name := layout.name_in(row)):
                     self._places.resolve(name)
                     return told
-            except BadPicture as error:
+            except BadImage as error:
                 first = first or error.detail
         if first:
             raise UsageError(first)
@@ -139,8 +139,8 @@ class TablePart:
                 bad.add(key, "no caption", f"{self.path} row {number}")
                 continue
             try:
-                yield Sample(key, self._picture(number, row, layout), captions)
-            except BadPicture as error:
+                yield Sample(key, self._image(number, row, layout), captions)
+            except BadImage as error:
                 bad.add(key, error.cause, error.detail)
         self._tell_of_splits(splits)
 
@@ -148,15 +148,15 @@ class TablePart:
         table = TABLES[suffix(self.path)[1:]](self.path)
         named, image = self.reading.captions, self.reading.image
         layout = find_layout(table.columns, captions=named, image=image, images=table.images)
-        require(layout, table.columns, self.path, captions=named, image=image, picture=self.reading.pictures)
+        require(layout, table.columns, self.path, captions=named, image=image, needs_image=self.reading.images)
         if self.reading.split is not None and SPLIT_COLUMN not in table.columns:
             raise UsageError(
                 f"{self.path} has no column {SPLIT_COLUMN!r} ({setting('split', self.reading.split)}); its columns are "
                 f"{', '.join(table.columns[:20])}"
             )
-        if layout.picture in table.embedded:
-            # without pictures, spare the reading of what is not needed
-            return table, layout if self.reading.pictures else replace(layout, picture=None)
+        if layout.image in table.embedded:
+            # without images, spare the reading of what is not needed
+            return table, layout if self.reading.images else replace(layout, image=None)
         return table, self._with_folder(table, layout)
 
     def _with_folder(self, table: Table, layout: Layout) -> Layout:
@@ -169,9 +169,9 @@ class TablePart:
         if files is None:
             return layout
         folders = [None, *(column for column in candidates if column != files)]
-        choices = [replace(layout, picture=files, folder=folder) for folder in folders]
+        choices = [replace(layout, image=files, folder=folder) for folder in folders]
         there = (choice for choice in choices if any(self._is_there(choice.name_in(row)) for row in rows))
-        likely = replace(layout, picture=files, folder=None if files == layout.picture else layout.picture)
+        likely = replace(layout, image=files, folder=None if files == layout.image else layout.image)
         return next(there, likely)
 
     def _is_there(self, name: str) -> bool:
@@ -202,36 +202,36 @@ class TablePart:
 
     def _image_in(self, row: dict[str, Any] | BadRow, layout: Layout) -> str | bytes:
         """What is equal for rows of one image: its place, or a digest of its bytes; empty if there is none."""
-        if isinstance(row, BadRow) or layout.picture is None:
+        if isinstance(row, BadRow) or layout.image is None:
             return ""
         if name := layout.name_in(row):
             return self._places.join(name)
-        cell = row.get(layout.picture)
+        cell = row.get(layout.image)
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         return hashlib.blake2b(data, digest_size=16).digest() if isinstance(data, bytes) and data else ""
 
-    def _picture(self, number: int, row: dict[str, Any], layout: Layout) -> PictureRef:
-        """Where a row's picture lies, after a look at its header; one behind a URL is taken on trust."""
-        if not self.reading.pictures or layout.picture is None:
-            return PictureRef("")
+    def _image(self, number: int, row: dict[str, Any], layout: Layout) -> ImageRef:
+        """Where a row's image lies, after a look at its header; one behind a URL is taken on trust."""
+        if not self.reading.images or layout.image is None:
+            return ImageRef("")
         if name := layout.name_in(row):
             ref = self._places.resolve(name)
             if not is_url(ref.path):
                 check_file(ref.path)
             return ref
-        where = f"{self.path} row {number}, column {layout.picture}"
-        check_header(io.BytesIO(cell_bytes(row.get(layout.picture), where=where)), where)
-        return PictureRef(self.path, offset=number, column=layout.picture)
+        where = f"{self.path} row {number}, column {layout.image}"
+        check_header(io.BytesIO(cell_bytes(row.get(layout.image), where=where)), where)
+        return ImageRef(self.path, offset=number, column=layout.image)
 
 
 def _is_image_name(value: Any) -> bool:
-    return suffix(name_in(value))[1:].lower() in PICTURE_ENDINGS
+    return suffix(name_in(value))[1:].lower() in IMAGE_ENDINGS
 
 
 @functools.lru_cache
 def _tell_of_slow_parquet() -> None:
     logger.info(
-        "pictures inside Parquet files are slow to read in random order, a whole row group for each; "
+        "images inside Parquet files are slow to read in random order, a whole row group for each; "
         "for training, tars or a folder saved by datasets are many times faster"
     )
 

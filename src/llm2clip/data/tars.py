@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llm2clip.data.bad import BadPicture, BadSamples, logger
+from llm2clip.data.bad import BadImage, BadSamples, logger
 from llm2clip.data.bytes import OpenFile, read_at
 from llm2clip.data.files import MAX_TEXT_BYTES, Assembler, check_columns, group_members, split_name
 from llm2clip.data.images import check_place
-from llm2clip.data.sample import PictureRef, Reading, Sample
+from llm2clip.data.sample import ImageRef, Reading, Sample
 from llm2clip.data.spec import File
 from llm2clip.errors import SourceError
 
@@ -46,7 +46,7 @@ class Member:
     size: int
     content: bytes | None = None
     """Its text, kept only where the tar cannot be read twice."""
-    defect: BadPicture | None = None
+    defect: BadImage | None = None
     """What its first bytes showed, likewise."""
 
 
@@ -166,15 +166,15 @@ class Tar:
     def text(self, member: Member) -> bytes:
         """The content of a text member."""
         if member.size > MAX_TEXT_BYTES:
-            raise BadPicture("text too large", f"{self.path}: {member.name} has {member.size} bytes")
+            raise BadImage("text too large", f"{self.path}: {member.name} has {member.size} bytes")
         return self.read(member.size, member.offset)
 
-    def locate(self, member: Member) -> PictureRef:
+    def locate(self, member: Member) -> ImageRef:
         """Where a member's bytes lie."""
-        return PictureRef(self.path, member.offset, member.size)
+        return ImageRef(self.path, member.offset, member.size)
 
-    def check_picture(self, member: Member) -> None:
-        """Look at a picture's header."""
+    def check_image(self, member: Member) -> None:
+        """Look at an image's header."""
         check_place(self.locate(member), f"{self.path}: {member.name}")
 
 

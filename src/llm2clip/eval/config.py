@@ -16,7 +16,7 @@ SPEED_FIELDS = ("out", "batch_size", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SourceConfig):
-    """Score a model on pictures and captions: image to text and text to image R@1/5/10, and caption retrieval.
+    """Score a model on images and captions: image to text and text to image R@1/5/10, and caption retrieval.
 
     With --teacher alone, any text encoder's captions are scored. Each --data is a dataset of its own with its own
     name and pool, but tars of one folder are one dataset.
@@ -26,7 +26,7 @@ class EvaluateConfig(SourceConfig):
     """Folder of report.json, report.md and report.html; made if it is not there."""
     model: str | None = None
     """The model: a student, an exported folder, a CLIP or SigLIP of transformers, or a SentenceTransformer that encodes
-    pictures; a local folder or a Hub id. Without it the teacher alone is scored, on captions."""
+    images; a local folder or a Hub id. Without it the teacher alone is scored, on captions."""
     teacher: str | None = None
     """The student's teacher; or alone any text encoder: a teacher, an LLM, a SentenceTransformer; folder or Hub id."""
     model_revision: str | None = None
@@ -39,11 +39,11 @@ class EvaluateConfig(SourceConfig):
     """Arithmetic of the models: fp32, bf16, fp16, or auto: as their weights are saved, but fp32 for a half precision
     that this CPU would emulate."""
     batch_size: int = 64
-    """Pictures or texts in a model at once."""
+    """Images or texts in a model at once."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; by default a GPU if there is one."""
     seed: int = 0
-    """Which pictures' captions the similarity figures are drawn from, where there are more than 10,000 captions."""
+    """Which images' captions the similarity figures are drawn from, where there are more than 10,000 captions."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything.

@@ -37,8 +37,8 @@ def named_datasets(specs: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def dataset_name(spec: str) -> str:
     """What a source is called in a report: its file's or folder's name without ending; of a pattern, the folder's.
 
-    >>> dataset_name("shards/{00000..00012}.tar"), dataset_name("/data/flickr30k.csv"), dataset_name("pictures/")
-    ('shards', 'flickr30k', 'pictures')
+    >>> dataset_name("shards/{00000..00012}.tar"), dataset_name("/data/flickr30k.csv"), dataset_name("images/")
+    ('shards', 'flickr30k', 'images')
     """
     if spec.startswith("hf:") and "://" not in spec:
         return "-".join(spec.removeprefix("hf:").rpartition("/")[2].split(":"))

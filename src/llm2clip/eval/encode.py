@@ -1,4 +1,4 @@
-"""A dataset through an encoder: vectors of its pictures and of each distinct caption; bad pictures counted."""
+"""A dataset through an encoder: vectors of its images and of each distinct caption; bad images counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.bad import BadPicture, BadSamples
+from llm2clip.data.bad import BadImage, BadSamples
 from llm2clip.data.feeder import THREADS, batched, prepared
 from llm2clip.data.sample import Sample
 from llm2clip.errors import LLM2CLIPError, setting
@@ -53,22 +53,20 @@ class Captions:
         return np.array(rows), np.array(owners)
 
 
-def encode_pictures(
+def encode_images(
     samples: Iterable[Sample], encoder: ImageEncoder, *, batch_size: int, bad: BadSamples, threads: int = THREADS
 ) -> tuple[list[Sample], np.ndarray]:
-    """The samples whose picture could be read, and the pictures' vectors [N, D]; the others are added to `bad`.
+    """The samples whose image could be read, and the images' vectors [N, D]; the others are added to `bad`.
 
     Raises:
         TooManyBadSamples: if too many cannot be read.
     """
     good: list[Sample] = []
     parts: list[np.ndarray] = []
-    with Progress(None, description="encode pictures", unit="pictures") as progress:
+    with Progress(None, description="encode images", unit="images") as progress:
         for batch in batched(_readable(samples, encoder, bad, ahead=batch_size, threads=threads), batch_size):
             good += [sample for sample, _ in batch]
-            parts.append(
-                finite(encoder.encode_image([pixels for _, pixels in batch], batch_size=batch_size), "pictures")
-            )
+            parts.append(finite(encoder.encode_image([pixels for _, pixels in batch], batch_size=batch_size), "images"))
             progress.advance(len(batch))
     return good, np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
 
@@ -77,11 +75,11 @@ def _readable(
     samples: Iterable[Sample], encoder: ImageEncoder, bad: BadSamples, *, ahead: int, threads: int
 ) -> Iterator[tuple[Sample, Any]]:
     """The samples with their images as the encoder needs them; those that cannot be read are added to `bad`."""
-    images = prepared(samples, lambda sample: encoder.prepare_image(sample.picture), ahead=ahead, threads=threads)
+    images = prepared(samples, lambda sample: encoder.prepare_image(sample.image), ahead=ahead, threads=threads)
     for number, (sample, image) in enumerate(images, start=1):
         try:
             pixels = image.result()
-        except BadPicture as error:
+        except BadImage as error:
             bad.add(sample.id, error.cause, error.detail)
             bad.check(number, final=False)
         else:

@@ -1,4 +1,4 @@
-"""Other people's models as encoders: CLIP and SigLIP of transformers, and SentenceTransformers that take pictures."""
+"""Other people's models as encoders: CLIP and SigLIP of transformers, and SentenceTransformers that take images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ClipEncoder:
         """Load a model's folder or Hub id.
 
         Raises:
-            UsageError: if it does not encode both pictures and texts.
+            UsageError: if it does not encode both images and texts.
         """
         from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -75,19 +75,19 @@ class ClipEncoder:
             encoder.encode_text(["a"])
         return encoder
 
-    def prepare_image(self, picture: Any) -> Tensor:
-        """The normalised pixels [3, H, W] of a picture."""
-        if isinstance(picture, Tensor):
-            return picture
-        pixels: Tensor = self.processor(images=load_image(picture), return_tensors="pt")["pixel_values"]
+    def prepare_image(self, image: Any) -> Tensor:
+        """The normalised pixels [3, H, W] of an image."""
+        if isinstance(image, Tensor):
+            return image
+        pixels: Tensor = self.processor(images=load_image(image), return_tensors="pt")["pixel_values"]
         return pixels[0]
 
     @torch.inference_mode()
-    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+    def encode_image(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length."""
         parts = [np.empty((0, 1), np.float32)]
-        for start in range(0, len(pictures), batch_size):
-            pixels = torch.stack([self.prepare_image(picture) for picture in pictures[start : start + batch_size]])
+        for start in range(0, len(images), batch_size):
+            pixels = torch.stack([self.prepare_image(image) for image in images[start : start + batch_size]])
             parts.append(self._unit(self.model.get_image_features(pixels.to(self.model.device, self.model.dtype))))
         return np.concatenate(parts[1:] or parts)
 
@@ -121,7 +121,7 @@ class ClipEncoder:
 
 
 class SentenceTransformerEncoder:
-    """A SentenceTransformer that encodes texts and pictures.
+    """A SentenceTransformer that encodes texts and images.
 
     Args:
         model: loaded.
@@ -142,7 +142,7 @@ class SentenceTransformerEncoder:
         """Load a model's folder or Hub id.
 
         Raises:
-            UsageError: if it does not encode pictures.
+            UsageError: if it does not encode images.
         """
         from sentence_transformers import SentenceTransformer
 
@@ -161,13 +161,13 @@ class SentenceTransformerEncoder:
             raise UsageError(f"{setting('model')} {folder.name} encodes texts only; give it as {setting('teacher')}")
         return cls(cast(model, torch.device(device), dtype))
 
-    def prepare_image(self, picture: Any) -> Image.Image:
-        """The picture decoded, RGB."""
-        return load_image(picture)
+    def prepare_image(self, image: Any) -> Image.Image:
+        """The image decoded, RGB."""
+        return load_image(image)
 
-    def encode_image(self, pictures: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+    def encode_image(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length."""
-        return self._encode([self.prepare_image(picture) for picture in pictures], batch_size)
+        return self._encode([self.prepare_image(image) for image in images], batch_size)
 
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """float32 [N, D] of unit length."""
@@ -184,6 +184,6 @@ def _check_two_towers(model_class: Any, folder: ModelFolder) -> None:
     if model_class is not None and not all(hasattr(model_class, name) for name in needed):
         name = getattr(model_class, "__name__", str(model_class))
         raise UsageError(
-            f"{setting('model')} {folder.name} is a {name}, which does not encode pictures and texts into one space; "
+            f"{setting('model')} {folder.name} is a {name}, which does not encode images and texts into one space; "
             f"give a student, a CLIP or SigLIP (or a text encoder alone as {setting('teacher')})"
         )

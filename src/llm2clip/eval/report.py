@@ -11,10 +11,10 @@ from typing import Any
 from llm2clip.artifacts import atomic_path
 from llm2clip.eval.scores import KS
 
-DIRECTIONS = {"i2t": "picture → text", "t2i": "text → picture"}
+DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 CRA_NAMES = {
-    "cra": "a caption finds another of its picture, among all",
-    "cra_second": "a picture's first caption finds its second, among all second ones",
+    "cra": "a caption finds another of its image, among all",
+    "cra_second": "an image's first caption finds its second, among all second ones",
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; color: #1d2330; }
@@ -108,7 +108,7 @@ def dataset_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
             for way, words in DIRECTIONS.items()
         ]
         header = ["captions", "direction", *(f"R@{k}" for k in KS), "R@1 by chance"]
-        yield Table(f"Retrieval, % ({facts['pictures']:,} pictures; captions: {kinds})", header, rows, numbers=2)
+        yield Table(f"Retrieval, % ({facts['images']:,} images; captions: {kinds})", header, rows, numbers=2)
     found = {
         **{words: f"{name}/{key}" for key, words in CRA_NAMES.items()},
         **{f"the same among {kind} captions alone": f"{name}/{kind}/cra" for kind in facts["captions"]},
@@ -126,10 +126,10 @@ def _caption_rows(facts: Mapping[str, Any], profile: Mapping[str, Any]) -> Itera
     for kind, count in facts["captions"].items():
         yield [f"{kind} captions", f"{count:,}"]
     names = {
-        "alignment": "alignment (squared distance of captions of one picture)",
+        "alignment": "alignment (squared distance of captions of one image)",
         "uniformity": "uniformity (lower: more spread out)",
-        "positive_mean": "mean cosine, captions of one picture",
-        "negative_mean": "mean cosine, captions of different pictures",
+        "positive_mean": "mean cosine, captions of one image",
+        "negative_mean": "mean cosine, captions of different images",
     }
     for key, words in names.items():
         if profile[key] is not None:
@@ -148,7 +148,7 @@ def percent(fraction: float, *, digits: int = 1) -> str:
 
 
 def histogram(profile: Mapping[str, Any], *, width: int = 640, height: int = 200) -> str:
-    """Similarities of captions of one picture (above the line) and of different ones (below), as an SVG figure."""
+    """Similarities of captions of one image (above the line) and of different ones (below), as an SVG figure."""
     middle, bins = height / 2, len(profile["positive"])
     step, bars = width / bins, []
     for name, sign in (("positive", -1), ("negative", 1)):
@@ -171,8 +171,8 @@ def histogram(profile: Mapping[str, Any], *, width: int = 640, height: int = 200
     )
     return (
         f'<figure><svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="Cosines of pairs of captions">'
-        f"{''.join(bars)}{ticks}</svg><figcaption>Cosines of pairs of captions: of one picture above, of different "
-        "pictures below; each side by its own highest bar.</figcaption></figure>"
+        f"{''.join(bars)}{ticks}</svg><figcaption>Cosines of pairs of captions: of one image above, of different "
+        "images below; each side by its own highest bar.</figcaption></figure>"
     )
 
 

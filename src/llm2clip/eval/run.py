@@ -18,7 +18,7 @@ from llm2clip.data.source import open_source
 from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
-from llm2clip.eval.encode import Captions, encode_captions, encode_pictures
+from llm2clip.eval.encode import Captions, encode_captions, encode_images
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: for a model or source that cannot be.
-        TooManyBadSamples: if too many pictures cannot be read.
+        TooManyBadSamples: if too many images cannot be read.
 
     Example:
         >>> settings = EvaluateConfig(model="student", teacher="teacher", data=("test.csv",), out="report")
@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     with open_output(out, "report", config=config.settings()):
-        sources = {name: open_source(part, pictures=config.needs_images) for name, part in parts_of(config).items()}
+        sources = {name: open_source(part, images=config.needs_images) for name, part in parts_of(config).items()}
         if is_complete(out):
             done = dict(read_json(out / REPORT))
             check_current(done, config, sources)
@@ -98,14 +98,14 @@ def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> 
     bad = BadSamples(config.max_bad_fraction)
     images = None
     if isinstance(encoder, ImageEncoder):
-        samples, images = encode_pictures(source, encoder, batch_size=config.batch_size, bad=bad)
+        samples, images = encode_images(source, encoder, batch_size=config.batch_size, bad=bad)
     else:
         samples = list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad
     bad.merge(source.bad)
     bad.check(total)
     if not samples:
-        raise SourceError(f"{setting('data')} {' '.join(config.data)} holds no usable picture")
+        raise SourceError(f"{setting('data')} {' '.join(config.data)} holds no usable image")
     captions = Captions.of(samples)
     before = getattr(encoder, "num_cut", None)
     texts = torch.from_numpy(encode_captions(captions.texts, encoder, batch_size=config.batch_size))
@@ -116,7 +116,7 @@ def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> 
         metrics, chance = retrieval_scores(torch.from_numpy(images).to(texts.device), texts, captions)
     facts = {
         "fingerprint": source.fingerprint,
-        "pictures": len(samples),
+        "images": len(samples),
         "captions": {kind: len(rows) for kind, rows in captions.rows.items()},
         "bad": bad.to_json(),
     }

@@ -18,7 +18,7 @@ KS = (1, 5, 10)
 def retrieval_scores(images: Tensor, texts: Tensor, captions: Captions) -> tuple[dict[str, float], dict[str, float]]:
     """R@k both ways for each kind of caption, and what a model that knows nothing would get.
 
-    Pictures without a caption of a kind are left out of that kind's pool.
+    Images without a caption of a kind are left out of that kind's pool.
 
     Args:
         images: [N, D], a row a sample.
@@ -30,21 +30,21 @@ def retrieval_scores(images: Tensor, texts: Tensor, captions: Captions) -> tuple
     """
     scores, chance = {}, {}
     for kind, owners in captions.owners.items():
-        pictures = sorted(set(owners))
-        to_text, to_image = recall_both_ways(images[pictures], texts[captions.rows[kind]], pictures, owners, KS)
+        pool = sorted(set(owners))
+        to_text, to_image = recall_both_ways(images[pool], texts[captions.rows[kind]], pool, owners, KS)
         counts = np.unique(owners, return_counts=True)[1]
         for k in KS:
             scores[f"{kind}/i2t_r@{k}"] = to_text[k]
             scores[f"{kind}/t2i_r@{k}"] = to_image[k]
             chance[f"{kind}/i2t_r@{k}"] = chance_of_hit(counts, len(owners), k)
-            chance[f"{kind}/t2i_r@{k}"] = min(1.0, k / len(pictures))
+            chance[f"{kind}/t2i_r@{k}"] = min(1.0, k / len(pool))
     return scores, chance
 
 
 def caption_scores(texts: Tensor, captions: Captions) -> dict[str, float]:
     """Caption retrieval accuracy over all captions ("cra"), from first to second ones ("cra_second"), and by kind.
 
-    A picture's equal captions count once. Left out where no picture has two different ones.
+    An image's equal captions count once. Left out where no image has two different ones.
     """
     scores = {}
     if _has_pairs(captions, list(captions.rows)):
@@ -65,7 +65,7 @@ def similarity(texts: Tensor, captions: Captions, *, seed: int) -> dict[str, Any
 
 
 def chance_of_hit(counts: Sequence[int] | np.ndarray, total: int, k: int) -> float:
-    """How often k of `total` captions drawn at random hold one of a picture's own, averaged over pictures.
+    """How often k of `total` captions drawn at random hold one of an image's own, averaged over images.
 
     >>> round(chance_of_hit([5, 5], 10, 1), 3)
     0.5

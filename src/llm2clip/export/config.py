@@ -15,7 +15,7 @@ from llm2clip.export.format import find_format, format_names
 class ExportConfig:
     """Write a trained student as a folder that other programs load; it is loaded again and compared before it is done.
 
-    sentence-transformers: one folder that encodes texts and pictures. transformers: the student alone, for AutoModel;
+    sentence-transformers: one folder that encodes texts and images. transformers: the student alone, for AutoModel;
     texts need the teacher beside it. tower: the vision tower alone, in the format of its own family.
     """
 

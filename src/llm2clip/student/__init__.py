@@ -1,1 +1,1 @@
-"""The student: a vision tower and an adaptor, trained on pictures and the rows of a bank."""
+"""The student: a vision tower and an adaptor, trained on images and the rows of a bank."""

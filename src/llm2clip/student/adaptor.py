@@ -1,4 +1,4 @@
-"""The adaptor: teacher vectors [B, T] into the space shared with pictures [B, D]."""
+"""The adaptor: teacher vectors [B, T] into the space shared with images [B, D]."""
 
 from __future__ import annotations
 

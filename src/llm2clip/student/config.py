@@ -20,7 +20,7 @@ SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Fine-tune a vision tower, so that pictures land where the teacher's vectors of their captions are.
+    """Fine-tune a vision tower, so that images land where the teacher's vectors of their captions are.
 
     Defaults are those of the paper and its released code (arXiv 2411.04997, stage 2), unless a line says otherwise.
     """
@@ -36,22 +36,22 @@ class StudentConfig:
     init: str = "pretrained"
     """pretrained: the tower's weights; random: only its shape, for training from scratch."""
     image_size: int | None = None
-    """Side of the pictures in pixels; by default the tower's own. Another one interpolates its positions."""
+    """Side of the images in pixels; by default the tower's own. Another one interpolates its positions."""
     dim: int = 1280
-    """Width of the space that pictures and captions share."""
+    """Width of the space that images and captions share."""
     adaptor_blocks: int = 4
     """Residual blocks of the adaptor between the teacher's vectors and the shared space."""
 
     mix: Weights = field(default_factory=dict)
-    """How often a picture's caption is of each kind: short=0.5 long=0.5. By default all kinds alike."""
-    captions_per_picture: int = 1
-    """Captions of each picture in a step, all of them right answers to it."""
+    """How often an image's caption is of each kind: short=0.5 long=0.5. By default all kinds alike."""
+    captions_per_image: int = 1
+    """Captions of each image in a step, all of them right answers to it."""
     bank_weights: tuple[float, ...] = ()
-    """How often a picture comes from each bank, in the order of --bank. By default by size."""
+    """How often an image comes from each bank, in the order of --bank. By default by size."""
     min_crop: float = 0.9
-    """Smallest area of the random crop, as a part of the picture; 1 crops nothing at random."""
+    """Smallest area of the random crop, as a part of the image; 1 crops nothing at random."""
     max_bad_fraction: float = 0.05
-    """Share (0..1) of unreadable pictures that are replaced and counted; above it the run stops."""
+    """Share (0..1) of unreadable images that are replaced and counted; above it the run stops."""
 
     loss: str = "softmax"
     """softmax: CLIP's symmetric loss; sigmoid: SigLIP's, of each pair alone."""
@@ -60,12 +60,12 @@ class StudentConfig:
     steps: int | None = None
     """Optimizer steps; give this or --epochs."""
     epochs: float | None = None
-    """Passes over the pictures; 4 if neither this nor --steps is given."""
+    """Passes over the images; 4 if neither this nor --steps is given."""
     batch_size: int | None = None
-    """Pictures a step, over all processes; every other caption of the step is a negative. By default the paper's 4,096,
-    or all pictures of the banks if there are fewer."""
+    """Images a step, over all processes; every other caption of the step is a negative. By default the paper's 4,096,
+    or all images of the banks if there are fewer."""
     micro_batch_size: int | None = None
-    """Pictures in the tower at once on each process; below the batch, gradients are cached, with the same
+    """Images in the tower at once on each process; below the batch, gradients are cached, with the same
     result, but for BatchNorm that learns."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step. It adds no negatives: a larger --batch-size does."""
@@ -76,7 +76,7 @@ class StudentConfig:
     """Peak learning rate; it falls to 0 along a cosine."""
     adaptor_learning_rate: float = 3e-4
     """Peak learning rate of the fresh parts (adaptor, projection, scale), which start from random weights. The released
-    code has 1e-5 for them too, and 20 passes over 13 million pictures."""
+    code has 1e-5 for them too, and 20 passes over 13 million images."""
     warmup_steps: int = 0
     """Steps of linear rise to the peak."""
     adaptor_warmup_steps: int = 0
@@ -94,7 +94,7 @@ class StudentConfig:
     lora_alpha: float = 32
     """Scale of the adapters: alpha / rank multiplies them."""
     patch_dropout: float = 0.0
-    """Part of each picture's patches left out while training (FLIP): faster, at some loss."""
+    """Part of each image's patches left out while training (FLIP): faster, at some loss."""
     ema: float = 0.0
     """Decay per step of a running average of the weights, which then is what is saved; 0 keeps none (0.9999, say)."""
 
@@ -106,7 +106,7 @@ class StudentConfig:
     compile: bool = False
     """Compile the tower with torch.compile: slow first step, faster ones after."""
     workers: int = 4
-    """Processes that read pictures ahead, for each training process; 0 reads in the training process."""
+    """Processes that read images ahead, for each training process; 0 reads in the training process."""
     save_every: int | None = None
     """Steps between checkpoints, from which a killed run goes on; the last two are kept. By default a tenth of the run,
     at most 500."""
@@ -116,7 +116,7 @@ class StudentConfig:
     """Where curves go besides OUT/log.jsonl: tensorboard, wandb, trackio or none; auto is tensorboard if installed."""
 
     val_bank: str | None = None
-    """A bank of held-out pictures; its retrieval score picks the weights that are saved."""
+    """A bank of held-out images; its retrieval score picks the weights that are saved."""
     val_every: int = 500
     """Steps between scores on --val-bank."""
     patience: int | None = None
@@ -133,7 +133,7 @@ class StudentConfig:
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_choice(setting("init"), self.init, INITS)
         check_choice(setting("tracker"), self.tracker, TRACKERS)
-        positive = ["dim", "captions_per_picture", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
+        positive = ["dim", "captions_per_image", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
         positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "val_every"]
         optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience", "save_every")
         given = [name for name in optional if getattr(self, name) is not None]

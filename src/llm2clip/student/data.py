@@ -1,6 +1,6 @@
-"""Pictures and the teacher's vectors of their captions, drawn from banks: any part of any batch, always the same.
+"""Images and the teacher's vectors of their captions, drawn from banks: any part of any batch, always the same.
 
-Letters: B pictures, m captions of each, T teacher width.
+Letters: B images, m captions of each, T teacher width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from llm2clip.bank.reader import Bank
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.errors import LLM2CLIPError, SourceError, setting
 from llm2clip.student.mix import check_banks, check_batch_size, choose_captions, kind_weights, open_order, wanted_kinds
 from llm2clip.student.order import Ints, key_of, uniforms
@@ -32,19 +32,19 @@ NO_CAPTION = "no wanted caption"
 BadOne = tuple[str, str, str]
 """Sample id, cause, detail."""
 Found = tuple[Ints, Image.Image]
-"""Rows of the captions to take of a sample, and its picture."""
+"""Rows of the captions to take of a sample, and its image."""
 
 
 @dataclass
 class Batch:
-    """Pictures, each with the teacher's vectors of m of its captions (1, unless told otherwise).
+    """Images, each with the teacher's vectors of m of its captions (1, unless told otherwise).
 
     Attributes:
-        packed: uint8 [B, H, W, 4], the pictures as Pillow and torch's resize keep them, the fourth byte without
-            meaning: to drop it for each picture would cost the loader a tenth of its speed.
-        text_embeds: [B * m, T], float16 or float32 as the bank gives them; the captions of a picture follow each other.
+        packed: uint8 [B, H, W, 4], the images as Pillow and torch's resize keep them, the fourth byte without
+            meaning: to drop it for each image would cost the loader a tenth of its speed.
+        text_embeds: [B * m, T], float16 or float32 as the bank gives them; the captions of an image follow each other.
         rows: int64 [B * m], the captions' rows, counted on through all banks.
-        samples: int64 [B], the picture's sample, counted on through all banks.
+        samples: int64 [B], the image's sample, counted on through all banks.
         bad: samples that could not be used and were replaced.
     """
 
@@ -59,11 +59,11 @@ class Batch:
 
     @property
     def pixels(self) -> Tensor:
-        """The pictures, uint8 [B, 3, H, W], a view; the student normalises them."""
+        """The images, uint8 [B, 3, H, W], a view; the student normalises them."""
         return self.packed.permute(0, 3, 1, 2)[:, :3]
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Packed pictures, vectors, rows and samples."""
+        """Packed images, vectors, rows and samples."""
         return self.packed, self.text_embeds, self.rows, self.samples
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -83,19 +83,19 @@ Part = tuple[int, int, int]
 class BankDataset(Dataset[Batch | LLM2CLIPError]):
     """Parts of batches: `dataset[number, first, last]` gives those places of that batch, the same ones every time.
 
-    A sample whose picture cannot be read, or that has no caption of a wanted kind, is replaced by another of its bank
+    A sample whose image cannot be read, or that has no caption of a wanted kind, is replaced by another of its bank
     and reported in `Batch.bad`. An error that stops the run is returned, not raised, so that it comes out of a loader
     process as it is.
 
     Args:
         banks: of one teacher.
         transform: of the tower.
-        batch_size: pictures a batch, over all processes.
+        batch_size: images a batch, over all processes.
         seed: source of order, crops and choice of captions.
         mix: how often a caption is of each kind, among the kinds that its sample has; empty for all alike.
         bank_weights: how often each bank is drawn; empty for by size.
-        min_crop: smallest share of a picture that a random crop keeps; 1 for no augmentation.
-        captions_per_picture: captions drawn of each, different ones as far as it has them.
+        min_crop: smallest share of an image that a random crop keeps; 1 for no augmentation.
+        captions_per_image: captions drawn of each, different ones as far as it has them.
         num_processes: processes that share a batch.
 
     Raises:
@@ -117,7 +117,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         mix: Mapping[str, float] | None = None,
         bank_weights: Sequence[float] = (),
         min_crop: float = MIN_CROP,
-        captions_per_picture: int = 1,
+        captions_per_image: int = 1,
         num_processes: int = 1,
     ) -> None:
         if bank_weights:  # a bank that is never drawn needs no kind, no teacher, no epoch
@@ -127,7 +127,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         check_batch_size(batch_size, num_processes, num_samples=sum(bank.num_samples for bank in banks))
         self.num_processes = num_processes
         self.banks, self.transform, self.batch_size = list(banks), transform, batch_size
-        self.seed, self.min_crop, self.num_captions = seed, min_crop, captions_per_picture
+        self.seed, self.min_crop, self.num_captions = seed, min_crop, captions_per_image
         self.mix_setting = setting("mix")  # written here: a loader process may be a fresh one, without the command line
         self.kinds = wanted_kinds(banks, mix or {})
         self.kind_weights = [kind_weights(bank, mix or {}) for bank in banks]
@@ -163,8 +163,8 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
             if found is None:
                 tried = self._candidates(int(banks[i]), samples, i, position=int(positions[i]))
                 samples[i], found = self._first_usable(int(banks[i]), tried, choices[i], bad)
-            rows[i], picture = found
-            self._write(packed[i], picture, crops[i])
+            rows[i], image = found
+            self._write(packed[i], image, crops[i])
         text_embeds = np.empty((*rows.shape, self.banks[0].dim), self.dtype)
         for bank in np.unique(banks).tolist():
             here = banks == bank
@@ -195,7 +195,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
             try:
                 group.append(found := self._find(bank, sample, choice))
                 pixels += found[1].width * found[1].height
-            except BadPicture:
+            except BadImage:
                 group.append(None)
             if pixels >= GROUP_PIXELS:
                 yield from group
@@ -210,13 +210,13 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         for sample in candidates:
             try:
                 return sample, self._find(bank, sample, choice)
-            except BadPicture as problem:
+            except BadImage as problem:
                 bad.append((self.banks[bank].sample_id(sample), problem.cause, problem.detail))
         sample_id, cause, detail = bad[-1]
         hint = (
             f"choose another {self.mix_setting}"
             if cause == NO_CAPTION
-            else "are the pictures where they were when it was built?"
+            else "are the images where they were when it was built?"
         )
         raise SourceError(
             f"{len(bad) - before} samples of {self.banks[bank].folder} tried for one place cannot be used, the last "
@@ -224,17 +224,17 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         )
 
     def _find(self, bank: int, sample: int, choice: list[float]) -> Found:
-        """BadPicture if the picture cannot be read, or no caption is wanted."""
+        """BadImage if the image cannot be read, or no caption is wanted."""
         rows = self._captions(bank, sample, choice)
         size = self.transform.eval_decode_size if self.min_crop >= 1 else self.transform.train_decode_size
-        return rows, self.load_image(self.banks[bank].picture(sample), min_size=size)
+        return rows, self.load_image(self.banks[bank].image(sample), min_size=size)
 
-    def _write(self, packed: Tensor, picture: Image.Image, crop: list[float]) -> None:
-        """Crop and resize a picture into `packed` [H, W, 4]."""
+    def _write(self, packed: Tensor, image: Image.Image, crop: list[float]) -> None:
+        """Crop and resize an image into `packed` [H, W, 4]."""
         if self.min_crop >= 1:
-            pixels = self.transform(picture)
+            pixels = self.transform(image)
         else:
-            pixels = self.transform.augmented(picture, crop, min_crop=self.min_crop, out=packed)
+            pixels = self.transform.augmented(image, crop, min_crop=self.min_crop, out=packed)
         if pixels.data_ptr() != packed.data_ptr():  # not written there already
             packed[..., : len(pixels)] = pixels.permute(1, 2, 0)
             packed[..., len(pixels) :] = 255  # as Pillow fills it
@@ -245,7 +245,7 @@ class BankDataset(Dataset[Batch | LLM2CLIPError]):
         start, end = table.caption_start[sample], table.caption_start[sample + 1]
         places = choose_captions(table.caption_kind[start:end].tolist(), self.kind_weights[bank], draws)
         if not places:
-            raise BadPicture(NO_CAPTION, f"it has none of {', '.join(self.kinds)}")
+            raise BadImage(NO_CAPTION, f"it has none of {', '.join(self.kinds)}")
         return table.caption_row[start:end][places]
 
 

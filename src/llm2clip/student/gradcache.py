@@ -5,11 +5,11 @@ first, without activations; the loss gives the derivative by each vector; then e
 activations, and its vectors' derivatives go back through it. Loss and gradients are those of the plain step: dropout
 and everything else that draws random numbers draws the same ones both times.
 
-Layers that mix the pictures of a batch (BatchNorm in training) see micro-batches. In FSDP2 each micro-batch gathers
+Layers that mix the images of a batch (BatchNorm in training) see micro-batches. In FSDP2 each micro-batch gathers
 and frees the weights, as each forward does; gradients are reduced once, with the last one, and until then every
 process holds them whole.
 
-Letters: b pictures in a micro-batch, m captions a picture, n all pictures of this process.
+Letters: b images in a micro-batch, m captions an image, n all images of this process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def cached_step(
     Args:
         model: the student as accelerate prepared it; called with a micro-batch, it returns (image [b, D],
             text [b * m, D], scale []), for the sigmoid loss also a bias.
-        micro_batches: (pictures [b, 3, H, W], teacher vectors [b * m, T]), at least one.
+        micro_batches: (images [b, 3, H, W], teacher vectors [b * m, T]), at least one.
         loss_fn: gets (image [n, D], text [n * m, D], scale) and the bias if there is one; returns the loss [].
         accelerator: does backward (loss scaling included) and data parallel bookkeeping.
         weight: multiplies the gradients; 1 / k for the mean over k accumulated batches.

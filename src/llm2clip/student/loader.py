@@ -16,7 +16,7 @@ from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.student.data import BankDataset, Batch, Part
 
 CHUNK = 64
-"""Pictures that a worker reads at a time: a large batch is shared by all of them, and is there after a short while."""
+"""Images that a worker reads at a time: a large batch is shared by all of them, and is there after a short while."""
 MAX_AHEAD_BYTES = 4 << 30
 """Pixels that the workers of one process read ahead."""
 
@@ -106,7 +106,7 @@ class BankLoader:
             batch.bad, done = [], 0
             while True:
                 for whole, part in zip(batch.tensors(), chunk.tensors(), strict=True):
-                    first = done * len(part) // len(chunk)  # a picture may have several captions
+                    first = done * len(part) // len(chunk)  # an image may have several captions
                     whole[first : first + len(part)].copy_(part, non_blocking=True)
                 batch.bad += chunk.bad
                 done += len(chunk)
@@ -115,8 +115,8 @@ class BankLoader:
                 chunk = next(parts)
             yield batch
 
-    def _empty(self, pictures: int, part: Tensor) -> Tensor:
-        return torch.empty((self.size * len(part) // pictures, *part.shape[1:]), dtype=part.dtype, device=self.device)
+    def _empty(self, images: int, part: Tensor) -> Tensor:
+        return torch.empty((self.size * len(part) // images, *part.shape[1:]), dtype=part.dtype, device=self.device)
 
     def _chunks(self, start: int, stop: int | None) -> Iterator[Batch]:
         options: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class BankLoader:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LLM2CLIPError(
-                f"a process that reads pictures died ({reason}); with too little memory, or too little shared memory "
+                f"a process that reads images died ({reason}); with too little memory, or too little shared memory "
                 f"in a container (`docker run --shm-size`), take fewer {setting('workers')}"
             ) from None
 

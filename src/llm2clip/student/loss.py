@@ -1,4 +1,4 @@
-"""The contrastive losses between pictures and captions: exact, in tiles, over all processes.
+"""The contrastive losses between images and captions: exact, in tiles, over all processes.
 
 `contrastive_loss` gives the loss of the whole batch, on every process. Its backward follows the convention of data
 parallel training, where gradients of weights are averaged over the W processes (DDP, FSDP2): each process gets W times
@@ -7,9 +7,9 @@ batch would have.
 
 Captions are gathered, not passed around in a ring (`benchmarks/ring.py`): each process holds all [M, D] captions and
 their gradient. A step moves captions once and their gradient once, where a ring moves captions twice and open_clip's
-ClipLoss moves pictures as well.
+ClipLoss moves images as well.
 
-Letters: b pictures on this process, B on all; m captions a picture, M = m * B; D shared width.
+Letters: b images on this process, B on all; m captions an image, M = m * B; D shared width.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def contrastive_loss(
     rows: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
-    """The loss [] of a batch of pictures and their captions, spread evenly over all processes.
+    """The loss [] of a batch of images and their captions, spread evenly over all processes.
 
-    "softmax" is CLIP's (arXiv 2103.00020, figure 3): the mean of two cross-entropies, each picture among all captions
-    and each caption among all pictures. With several captions a picture, the picture's target is shared evenly among
+    "softmax" is CLIP's (arXiv 2103.00020, figure 3): the mean of two cross-entropies, each image among all captions
+    and each caption among all images. With several captions an image, the image's target is shared evenly among
     them. "sigmoid" is SigLIP's (arXiv 2303.15343, equation 1), divided by the number of captions.
 
     Args:
-        image: unit vectors of pictures [b, D], equally many on all processes.
-        text: unit vectors of captions [b * m, D], the m captions of a picture one after another. fp16 and bf16 vectors
+        image: unit vectors of images [b, D], equally many on all processes.
+        text: unit vectors of captions [b * m, D], the m captions of an image one after another. fp16 and bf16 vectors
             are computed with in fp32.
         scale: what multiplies the cosines, one number: the inverse temperature.
         bias: what is added to the scores, one number, "sigmoid" only and needed there; SigLIP starts from -10.
         kind: "softmax" or "sigmoid".
-        label_smoothing: share of each target spread evenly over all captions (or pictures), "softmax" only.
-        rows: bank rows of the captions, int64 [b * m]. With them, equal captions of different pictures are left out:
+        label_smoothing: share of each target spread evenly over all captions (or images), "softmax" only.
+        rows: bank rows of the captions, int64 [b * m]. With them, equal captions of different images are left out:
             neither right nor wrong.
-        tile: pictures, and captions, of which scores exist at a time; changes memory, not the result. None takes 1024
+        tile: images, and captions, of which scores exist at a time; changes memory, not the result. None takes 1024
             on a CPU, 2048 on other devices.
 
     Raises:
@@ -152,15 +152,15 @@ def _check_shapes(image: Tensor, text: Tensor, *, rows: Tensor | None) -> None:
 
 def _captions_each(image: Tensor, text: Tensor) -> int:
     """The m of this batch. All processes see the numbers of all, so that all of them stop where one is wrong."""
-    num_pictures, num_captions = len(image), len(text)
-    counts = [[num_pictures, num_captions]]
+    num_images, num_captions = len(image), len(text)
+    counts = [[num_images, num_captions]]
     if num_processes() > 1:
         counts = gather(torch.tensor(counts, device=image.device)).tolist()
     same = all(each == counts[0] for each in counts)
-    if not same or not num_pictures or not num_captions or num_captions % num_pictures:
-        pictures, captions = map(list, zip(*counts, strict=True))
+    if not same or not num_images or not num_captions or num_captions % num_images:
+        images, captions = map(list, zip(*counts, strict=True))
         raise UsageError(
-            f"{captions} captions for {pictures} pictures (by process); every process needs the same number of "
-            "pictures, and every picture the same number of captions, at least one"
+            f"{captions} captions for {images} images (by process); every process needs the same number of "
+            "images, and every image the same number of captions, at least one"
         )
-    return num_captions // num_pictures
+    return num_captions // num_images

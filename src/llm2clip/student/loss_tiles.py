@@ -1,8 +1,8 @@
 """Contrastive losses and their gradients, tile by tile: O(B x D + tile) memory, never a B x B matrix.
 
-Letters: b pictures on this process, N on all; m captions a picture, M on all processes; D shared width; R x C a tile.
-This process computes the stripe of scores s = scale * image @ text.T between its b pictures and all M captions. Sums
-over pictures, which the other processes share, are small ([M] numbers) and are summed over processes in between.
+Letters: b images on this process, N on all; m captions an image, M on all processes; D shared width; R x C a tile.
+This process computes the stripe of scores s = scale * image @ text.T between its b images and all M captions. Sums
+over images, which the other processes share, are small ([M] numbers) and are summed over processes in between.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class TileTargets(NamedTuple):
     """What is known of the pairs in one tile; None stands for a matrix of zeros."""
 
     positive: Tensor | None
-    """bool [R, C]: the caption describes the picture."""
+    """bool [R, C]: the caption describes the image."""
     ignored: Tensor | None
     """bool [R, C]: neither right nor wrong; never positive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The relations between the pictures of this process and the captions of all processes, made a tile at a time.
+    """The relations between the images of this process and the captions of all processes, made a tile at a time.
 
-    Picture i of this process owns the m captions from `(first + i) * m` on. Captions equal to one of them are ignored.
+    Image i of this process owns the m captions from `(first + i) * m` on. Captions equal to one of them are ignored.
     """
 
     captions_each: int
     """m."""
     first: int
-    """How many pictures the processes before this one hold."""
+    """How many images the processes before this one hold."""
     device: torch.device
     """Where tiles are made."""
     own_rows: Tensor | None = None
@@ -46,24 +46,24 @@ class Targets:
     all_rows: Tensor | None = None
     """Bank rows of all captions, int64 [M]."""
 
-    def tile(self, pictures: slice, captions: slice) -> TileTargets:
-        """The relations of `pictures` (places on this process) and `captions` (places among all)."""
-        positive, ignored = self._own(pictures, captions), self._same_row(pictures, captions)
+    def tile(self, images: slice, captions: slice) -> TileTargets:
+        """The relations of `images` (places on this process) and `captions` (places among all)."""
+        positive, ignored = self._own(images, captions), self._same_row(images, captions)
         if ignored is not None and positive is not None:
-            ignored = ignored & ~positive  # a picture's own captions have its rows too
+            ignored = ignored & ~positive  # an image's own captions have its rows too
         return TileTargets(positive, ignored)
 
-    def _own(self, pictures: slice, captions: slice) -> Tensor | None:
-        start, stop = self.first + pictures.start, self.first + pictures.stop
+    def _own(self, images: slice, captions: slice) -> Tensor | None:
+        start, stop = self.first + images.start, self.first + images.stop
         if captions.stop <= start * self.captions_each or captions.start >= stop * self.captions_each:
             return None
         owner = torch.arange(captions.start, captions.stop, device=self.device) // self.captions_each
         return torch.arange(start, stop, device=self.device)[:, None] == owner
 
-    def _same_row(self, pictures: slice, captions: slice) -> Tensor | None:
+    def _same_row(self, images: slice, captions: slice) -> Tensor | None:
         if self.own_rows is None or self.all_rows is None:
             return None
-        own = self.own_rows.view(-1, self.captions_each)[pictures]
+        own = self.own_rows.view(-1, self.captions_each)[images]
         every = self.all_rows[captions]
         same = own[:, :1] == every
         for i in range(1, self.captions_each):
@@ -72,7 +72,7 @@ class Targets:
 
 
 class Gradients(NamedTuple):
-    """Derivatives of the loss: by the pictures [b, D], by all captions [M, D] (this process's part), scale, bias."""
+    """Derivatives of the loss: by the images [b, D], by all captions [M, D] (this process's part), scale, bias."""
 
     image: Tensor
     text: Tensor
@@ -82,7 +82,7 @@ class Gradients(NamedTuple):
 
 @dataclass(kw_only=True)
 class Stripe:
-    """The scores of this process's pictures with all captions, never all at once."""
+    """The scores of this process's images with all captions, never all at once."""
 
     image: Tensor
     """[b, D]."""
@@ -92,16 +92,16 @@ class Stripe:
     """[]."""
     targets: Targets
     tile: int
-    """Pictures, and captions, in a tile."""
+    """Images, and captions, in a tile."""
     _last: tuple[slice, slice, Tensor] | None = field(default=None, init=False)
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """N; all processes hold equally many."""
         return len(self.image) * num_processes()
 
     def tiles(self) -> list[tuple[slice, slice]]:
-        """All (pictures, captions) of the stripe."""
+        """All (images, captions) of the stripe."""
         return [(rows, columns) for rows in self._cut(len(self.image)) for columns in self._cut(len(self.text))]
 
     def scores(self, rows: slice, columns: slice) -> Tensor:
@@ -124,7 +124,7 @@ class Stripe:
     def finish(self, sums: Gradients) -> Gradients:
         """Make the derivative by `scale` of the sums of `add_gradient`, and give these their factor `scale`.
 
-        As s = scale * x @ y, it is the sum over pairs of dL/ds * (x @ y): over pictures, of x @ (the sum for x).
+        As s = scale * x @ y, it is the sum over pairs of dL/ds * (x @ y): over images, of x @ (the sum for x).
         """
         sums.scale.add_((self.image * sums.image).sum())
         sums.image.mul_(self.scale)
@@ -137,7 +137,7 @@ class Stripe:
 
 @dataclass(frozen=True)
 class SoftmaxTarget:
-    """What each picture's distribution over captions (and each caption's over pictures) should be: a sum of two parts.
+    """What each image's distribution over captions (and each caption's over images) should be: a sum of two parts.
 
     `(1 - smoothing) * positives + smoothing * uniform`, each part summing to 1.
     """
@@ -158,7 +158,7 @@ class SoftmaxTarget:
 
 
 class Sums(NamedTuple):
-    """What the first pass knows of every picture of this process, or of every caption of all: L of them.
+    """What the first pass knows of every image of this process, or of every caption of all: L of them.
 
     The largest score is kept apart from the rest of its log-sum-exp: where a loss is near 0, their sum would round away
     all that matters.
@@ -201,7 +201,7 @@ class Sums(NamedTuple):
 
 
 def softmax_loss(stripe: Stripe, target: SoftmaxTarget, *, with_gradients: bool) -> tuple[Tensor, Gradients | None]:
-    """The mean of the cross-entropies picture to caption (over N) and caption to picture (over M).
+    """The mean of the cross-entropies image to caption (over N) and caption to image (over M).
 
     Two passes: the first sums exponentials and target terms along rows and columns of the same tile; the second makes
     the scores anew, and from them the derivatives.
@@ -209,41 +209,41 @@ def softmax_loss(stripe: Stripe, target: SoftmaxTarget, *, with_gradients: bool)
     Returns:
         The loss of the whole batch, equal on all processes, and this process's part of its derivatives.
     """
-    pictures, captions = _softmax_sums(stripe, target)
-    by_picture = sum_over_processes(pictures.losses(target).sum()) / stripe.num_pictures
-    loss = (by_picture + captions.losses(target).sum() / len(stripe.text)) / 2
-    return loss, _softmax_gradients(stripe, target, pictures, captions) if with_gradients else None
+    images, captions = _softmax_sums(stripe, target)
+    by_image = sum_over_processes(images.losses(target).sum()) / stripe.num_images
+    loss = (by_image + captions.losses(target).sum() / len(stripe.text)) / 2
+    return loss, _softmax_gradients(stripe, target, images, captions) if with_gradients else None
 
 
 def _softmax_sums(stripe: Stripe, target: SoftmaxTarget) -> tuple[Sums, Sums]:
-    """The sums of this process's pictures over all captions, and of all captions over all processes' pictures."""
-    pictures, captions = Sums.none(stripe.image), Sums.none(stripe.text)
+    """The sums of this process's images over all captions, and of all captions over all processes' images."""
+    images, captions = Sums.none(stripe.image), Sums.none(stripe.text)
     for rows, columns in stripe.tiles():
         scores = stripe.scores(rows, columns)
         known = stripe.targets.tile(rows, columns)
         allowed = scores if known.ignored is None else scores.masked_fill(known.ignored, -math.inf)
-        pictures.add(rows, allowed, dim=1)
+        images.add(rows, allowed, dim=1)
         captions.add(columns, allowed, dim=0)
         for part, weights in target.weights(known, scores):
             weighted = weights * scores
-            pictures.parts[part, :, rows] += torch.stack([weighted.sum(dim=1), weights.sum(dim=1)])
+            images.parts[part, :, rows] += torch.stack([weighted.sum(dim=1), weights.sum(dim=1)])
             captions.parts[part, :, columns] += torch.stack([weighted.sum(dim=0), weights.sum(dim=0)])
-    return pictures, captions.over_processes()
+    return images, captions.over_processes()
 
 
-def _softmax_gradients(stripe: Stripe, target: SoftmaxTarget, pictures: Sums, captions: Sums) -> Gradients:
+def _softmax_gradients(stripe: Stripe, target: SoftmaxTarget, images: Sums, captions: Sums) -> Gradients:
     """The second pass."""
-    by_picture, by_caption = 1 / (2 * stripe.num_pictures), 1 / (2 * len(stripe.text))
+    by_image, by_caption = 1 / (2 * stripe.num_images), 1 / (2 * len(stripe.text))
     gradients = stripe.empty_gradients()
     for rows, columns in reversed(stripe.tiles()):
         scores = stripe.scores(rows, columns)
         known = stripe.targets.tile(rows, columns)
-        by_score = (scores - pictures.largest[rows, None]).exp_().mul_(by_picture / pictures.total[rows, None])
+        by_score = (scores - images.largest[rows, None]).exp_().mul_(by_image / images.total[rows, None])
         by_score += (scores - captions.largest[columns]).exp_().mul_(by_caption / captions.total[columns])
         if known.ignored is not None:
             by_score.masked_fill_(known.ignored, 0)
         for part, weights in target.weights(known, scores):
-            factor = by_picture / pictures.parts[part, 1, rows, None] + by_caption / captions.parts[part, 1, columns]
+            factor = by_image / images.parts[part, 1, rows, None] + by_caption / captions.parts[part, 1, columns]
             by_score -= weights * factor.mul_(target.shares[part])
         stripe.add_gradient(gradients, rows, columns, by_score)
     return stripe.finish(gradients)

@@ -38,7 +38,7 @@ def check_banks(banks: Sequence[Bank]) -> None:
 
 
 def check_batch_size(batch_size: int, num_processes: int, *, num_samples: int) -> None:
-    """Check that a batch divides among the processes and has no picture twice.
+    """Check that a batch divides among the processes and has no image twice.
 
     Raises:
         UsageError: if not.
@@ -50,12 +50,12 @@ def check_batch_size(batch_size: int, num_processes: int, *, num_samples: int) -
         )
     if batch_size > num_samples:
         raise UsageError(
-            f"{setting('batch_size')} {batch_size} is above the {num_samples} pictures to draw from; lower it"
+            f"{setting('batch_size')} {batch_size} is above the {num_samples} images to draw from; lower it"
         )
 
 
 def default_batch_size(num_samples: int, num_processes: int) -> int:
-    """The paper's 4,096 pictures a step, or all there are if those are fewer; a multiple of the processes.
+    """The paper's 4,096 images a step, or all there are if those are fewer; a multiple of the processes.
 
     >>> default_batch_size(10**6, 3), default_batch_size(300, 1), default_batch_size(300, 8)
     (4095, 300, 296)

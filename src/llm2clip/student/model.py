@@ -3,7 +3,7 @@
 This file, `tower.py` and `adaptor.py` are copied beside the weights, so a saved student loads without llm2clip by
 `AutoModel.from_pretrained(folder, trust_remote_code=True)`; they import nothing but torch, transformers and each other.
 
-Letters: B pictures, W tower width, T teacher width, D shared width.
+Letters: B images, W tower width, T teacher width, D shared width.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class StudentModelConfig(PreTrainedConfig):
         teacher_dim: T.
         projection_dim: D; 1280 in the paper.
         adaptor_blocks: 4 in the paper.
-        pooling: how the tower's picture vector is read off, see `tower.pooled_output`.
-        image_size: side in pixels of the pictures it was trained with.
-        image_mean, image_std: per channel, of pictures scaled to 0..1.
+        pooling: how the tower's image vector is read off, see `tower.pooled_output`.
+        image_size: side in pixels of the images it was trained with.
+        image_mean, image_std: per channel, of images scaled to 0..1.
         loss: "softmax" or "sigmoid"; the latter has a bias beside the scale.
     """
 
@@ -135,7 +135,7 @@ class Student(PreTrainedModel):
         return None
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Shared-space vectors [B, D] of pictures, not normalised.
+        """Shared-space vectors [B, D] of images, not normalised.
 
         Args:
             pixel_values: [B, 3, H, W], either uint8 as decoded (normalised here, on the device) or floats that an
@@ -156,7 +156,7 @@ class Student(PreTrainedModel):
         return self.adaptor(text_embeds)
 
     def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, ...]:
-        """Pictures and teacher vectors of their captions in the shared space.
+        """Images and teacher vectors of their captions in the shared space.
 
         Returns:
             image [B, D] and text [B, D] of unit length, scale []; for the sigmoid loss also its bias [].

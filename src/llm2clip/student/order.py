@@ -1,4 +1,4 @@
-"""Which picture is drawn when: a pure function of seed and position, that needs no list of what was drawn before.
+"""Which image is drawn when: a pure function of seed and position, that needs no list of what was drawn before.
 
 A shuffled epoch is a keyed permutation that is computed where it is asked for, not stored: no array of 60 million
 numbers in every loader process, and a run that goes on at any step just asks for that step.

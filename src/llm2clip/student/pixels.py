@@ -1,4 +1,4 @@
-"""Pictures as uint8 tensors: decoded pixels, a random box, resizing and centre crop, each as torchvision does it.
+"""Images as uint8 tensors: decoded pixels, a random box, resizing and centre crop, each as torchvision does it.
 
 Resizing is torch's own for uint8, antialiased and vectorised: 4 to 5 times faster than Pillow's, within 2/255 of it.
 """
@@ -22,18 +22,18 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are the first ones outside."""
 
 MIN_CROP = 0.9
-"""Smallest share of a picture's area that a training crop keeps (released code, RandomResizedCrop)."""
+"""Smallest share of an image's area that a training crop keeps (released code, RandomResizedCrop)."""
 TRAIN_RATIO = (3 / 4, 4 / 3)
 """Width over height of a training crop (torchvision's default, which the released code leaves as it is)."""
 CROP_TRIES = 10
-"""Crops drawn before the whole picture is taken (torchvision)."""
+"""Crops drawn before the whole image is taken (torchvision)."""
 NUM_DRAWS = 2 * CROP_TRIES + 2
 """Random numbers that one training crop takes."""
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
 def random_box(width: int, height: int, draws: Sequence[float], *, min_crop: float = MIN_CROP) -> Box:
-    """A random part of a picture: at least `min_crop` of its area at a ratio in `TRAIN_RATIO`, or else its middle.
+    """A random part of an image: at least `min_crop` of its area at a ratio in `TRAIN_RATIO`, or else its middle.
 
     The rule of torchvision's RandomResizedCrop, as a pure function of its random numbers.
 
@@ -67,26 +67,26 @@ def resized_shape(height: int, width: int, resize: int | tuple[int, int]) -> tup
     return int(resize * height / width), resize
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 [C, H, W], a view of channels-last memory; C is 3, or 4 where the last means nothing.
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [C, H, W], a view of channels-last memory; C is 3, or 4 where the last means nothing.
 
-    Pillow keeps RGB pixels in four bytes. From 11.3 on it lends that memory out, of pictures up to 4 megapixels, and
+    Pillow keeps RGB pixels in four bytes. From 11.3 on it lends that memory out, of images up to 4 megapixels, and
     torch resizes four channels as fast as three: a copy is saved.
     """
-    if hasattr(picture, "__arrow_c_array__"):
+    if hasattr(image, "__arrow_c_array__"):
         try:
-            flat = torch.utils.dlpack.from_dlpack(pyarrow.array(picture).values)
-        except ValueError:  # larger pictures lie in several blocks
+            flat = torch.utils.dlpack.from_dlpack(pyarrow.array(image).values)
+        except ValueError:  # larger images lie in several blocks
             pass
         else:
-            return flat.view(picture.height, picture.width, 4).permute(2, 0, 1)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            return flat.view(image.height, image.width, 4).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def full_shape(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture before its JPEG was scaled down in decoding (`load_image` notes it), upright."""
-    width, height = picture.info.get("full_size", picture.size)
-    turned = (width > height) != (picture.width > picture.height) and picture.width != picture.height
+def full_shape(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image before its JPEG was scaled down in decoding (`load_image` notes it), upright."""
+    width, height = image.info.get("full_size", image.size)
+    turned = (width > height) != (image.width > image.height) and image.width != image.height
     return (width, height) if turned else (height, width)
 
 
@@ -101,17 +101,17 @@ def resize_pixels(
     """uint8 pixels of `to_tensor` resized to uint8 [C, *shape], antialiased; filters torch lacks are left to Pillow.
 
     Args:
-        pixels: [C, h, w], all or part of a picture.
+        pixels: [C, h, w], all or part of an image.
         full_shape: height and width of which `pixels` are a half, a quarter or an eighth. A size that does not divide
-            leaves its last row or column half outside the picture; without this the result is stretched by as much.
+            leaves its last row or column half outside the image; without this the result is stretched by as much.
         out: uint8 [*shape, 4], contiguous; where it can be, the result is written there.
     """
     if tuple(pixels.shape[1:]) == shape:
         return pixels
     mode = _MODES.get(Image.Resampling(resample))
     if mode is None:
-        picture = Image.fromarray(np.ascontiguousarray(pixels[:3].permute(1, 2, 0).numpy()))
-        return to_tensor(picture.resize((shape[1], shape[0]), Image.Resampling(resample)))
+        image = Image.fromarray(np.ascontiguousarray(pixels[:3].permute(1, 2, 0).numpy()))
+        return to_tensor(image.resize((shape[1], shape[0]), Image.Resampling(resample)))
     # a batch of one whose strides say channels-last, so that torch takes its fast path; `pixels[None]` would not
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     options: dict[str, Any] = {"mode": mode, "antialias": True, "align_corners": False}

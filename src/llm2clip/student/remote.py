@@ -24,7 +24,7 @@ from PIL import Image
 
 from llm2clip.bank.reader import Bank
 from llm2clip.data.images import load_image
-from llm2clip.data.sample import PictureRef
+from llm2clip.data.sample import ImageRef
 from llm2clip.data.urls import filesystem_of, is_url, url_errors
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.student.order import Ints, Mixture, key_of, permuted
@@ -43,9 +43,9 @@ TRIES = 4
 
 def shard_starts(bank: Bank) -> Ints | None:
     """The first sample of each shard and the end of the last, `[S + 1]`; None if images are local or lie singly."""
-    if not is_url(bank.picture(0).path):
+    if not is_url(bank.image(0).path):
         return None
-    paths = bank.table.picture_path
+    paths = bank.table.image_path
     starts = np.flatnonzero(np.diff(paths, prepend=-1))
     return None if len(starts) * 2 > len(paths) else np.append(starts, len(paths)).astype(np.int64)
 
@@ -77,10 +77,10 @@ class RemoteOrder:
             here, mixture = lanes == lane, self._mixture(lane)
             banks[here], samples[here] = mixture.draw(batch, inside[here])
             for bank, sample in zip(*mixture.draw(batch + self.ahead, inside[here]), strict=True):
-                self.cache.fetch_ahead(self.banks[bank].picture(int(sample)))
+                self.cache.fetch_ahead(self.banks[bank].image(int(sample)))
         return banks, samples
 
-    def load_image(self, ref: PictureRef, *, min_size: int | None = None) -> Image.Image:
+    def load_image(self, ref: ImageRef, *, min_size: int | None = None) -> Image.Image:
         """As `data.images.load_image`, from the local copy of the image's shard; SourceError if there is none."""
         return load_image(self.cache.local(ref), min_size=min_size)
 
@@ -172,11 +172,11 @@ class ShardCache:
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_started": set(), "_pool": None}
 
-    def local(self, ref: PictureRef) -> PictureRef:
+    def local(self, ref: ImageRef) -> ImageRef:
         """`ref` with its shard fetched; what is no part of a remote shard as it is."""
         return replace(ref, path=str(self.fetch(ref.path))) if _in_shard(ref) else ref
 
-    def fetch_ahead(self, ref: PictureRef) -> None:
+    def fetch_ahead(self, ref: ImageRef) -> None:
         """Fetch an image's shard in the background; what fails is tried again, and reported, when it is needed."""
         if _in_shard(ref) and ref.path not in self._started:
             self._started.add(ref.path)
@@ -235,7 +235,7 @@ class ShardCache:
             total -= size
 
 
-def _in_shard(ref: PictureRef) -> bool:
+def _in_shard(ref: ImageRef) -> bool:
     return is_url(ref.path) and (ref.length >= 0 or bool(ref.column))
 
 

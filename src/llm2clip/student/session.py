@@ -43,7 +43,7 @@ from llm2clip.student.validate import validate
 
 logger = logging.getLogger("llm2clip")
 DEFAULT_EPOCHS = 4
-"""Passes over the pictures where neither --steps nor --epochs is given (paper, section 6.2)."""
+"""Passes over the images where neither --steps nor --epochs is given (paper, section 6.2)."""
 
 
 class Session:
@@ -72,8 +72,8 @@ class Session:
             self._open_data(config.batch_size)
             self._build_student()
         self._begin()
-        pictures = config.batch_size * config.accumulate
-        self.journal = Journal(accelerator, self.out, total=self.total_steps, step=self.step, pictures=pictures)
+        images = config.batch_size * config.accumulate
+        self.journal = Journal(accelerator, self.out, total=self.total_steps, step=self.step, images=images)
         accelerator.init_trackers("llm2clip", config=flat(to_dict(config)))
 
     def _open_data(self, batch_size: int) -> None:
@@ -89,7 +89,7 @@ class Session:
             batch_size=batch_size,
             seed=config.seed,
             mix=config.mix,
-            captions_per_picture=config.captions_per_picture,
+            captions_per_image=config.captions_per_image,
             bank_weights=config.bank_weights,
             min_crop=config.min_crop,
             num_processes=self.accelerator.num_processes,
@@ -213,7 +213,7 @@ class Session:
         save_checkpoint(self.out, self.step, tensors, facts, is_main=self.accelerator.is_main_process)
 
     def loader_state(self) -> dict[str, Any]:
-        """Pictures seen and bad ones, of all processes."""
+        """Images seen and bad ones, of all processes."""
         states = gather_object([self.loader.state()])
         bad = BadSamples(self.config.max_bad_fraction, quiet=True)
         for state in states:

@@ -1,4 +1,4 @@
-"""Start a student: open a tower folder or Hub id, fit it to a picture size, put the fresh parts around it."""
+"""Start a student: open a tower folder or Hub id, fit it to an image size, put the fresh parts around it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
     """Find a tower and read its config; one that is found already is returned as it is.
 
     Raises:
-        UsageError: if there is no model of this name, or it sees no pictures.
+        UsageError: if there is no model of this name, or it sees no images.
     """
     if isinstance(name, Tower):
         return name
@@ -182,10 +182,10 @@ def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
 
 
 def open_transform(tower: str | Tower, *, image_size: int | None = None, revision: str | None = None) -> ImageTransform:
-    """How the tower wants its pictures, at `image_size` px; as CLIP does where its folder does not say.
+    """How the tower wants its images, at `image_size` px; as CLIP does where its folder does not say.
 
     Raises:
-        UsageError: if its pictures have no fixed size.
+        UsageError: if its images have no fixed size.
     """
     tower = open_tower(tower, revision=revision)
     native = tower.image_size
@@ -194,7 +194,7 @@ def open_transform(tower: str | Tower, *, image_size: int | None = None, revisio
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ImportError) or (Path(tower.name) / "preprocessor_config.json").exists():
             raise UsageError(f"{tower}: its preprocessor_config.json cannot be used ({one_line(error)})") from None
-        logger.info("%s has no preprocessor_config.json: its pictures are prepared as CLIP's", tower.name)
+        logger.info("%s has no preprocessor_config.json: its images are prepared as CLIP's", tower.name)
         processor = CLIPImageProcessor(size={"shortest_edge": native}, crop_size={"height": native, "width": native})
     transform = ImageTransform.from_processor(processor)
     wanted = image_size or native

@@ -1,6 +1,6 @@
 """Vision towers: one pooled vector [B, W] from any `transformers` vision model, and what the families differ in.
 
-Letters: B pictures, N tokens, W tower width.
+Letters: B images, N tokens, W tower width.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def load_options(tower_class: Any, pooling: str) -> dict[str, bool]:
 
 
 def pooled_output(tower: nn.Module, pixel_values: Tensor, *, pooling: str) -> Tensor:
-    """One vector [B, W] a picture.
+    """One vector [B, W] an image.
 
     Args:
-        pixel_values: normalised pictures [B, 3, H, W].
+        pixel_values: normalised images [B, 3, H, W].
         pooling: one of `POOLINGS`.
     """
     config = getattr(tower, "config", None)
@@ -168,7 +168,7 @@ def tower_width(tower: nn.Module, *, image_size: int, pooling: str) -> int:
             pooled, again = (pooled_output(tower, image, pooling=pooling) for _ in range(2))
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # this file is copied: no errors.one_line
-        raise ValueError(f"it gives no pooled vector for a {image_size} px picture ({reason.strip()})") from None
+        raise ValueError(f"it gives no pooled vector for a {image_size} px image ({reason.strip()})") from None
     finally:
         tower.train(was_training)
     if pooled.ndim != 2:
@@ -185,7 +185,7 @@ def native_image_size(config: Any) -> int | None:
 
 
 def resize_tower(tower: Any, *, image_size: int, pooling: str | None = None) -> Any:
-    """`tower` for pictures of `image_size` px: position tables interpolated once, the rest as it was.
+    """`tower` for images of `image_size` px: position tables interpolated once, the rest as it was.
 
     Args:
         pooling: what the tower was built for; None for the family's own.
@@ -279,7 +279,7 @@ def checkpoint_activations(tower: Any) -> None:
 
 
 class PatchDropout(nn.Module):
-    """Keeps a random part of each picture's patch tokens while training (FLIP, arXiv 2212.00794); all in evaluation.
+    """Keeps a random part of each image's patch tokens while training (FLIP, arXiv 2212.00794); all in evaluation.
 
     Args:
         rate: the part dropped, 0 to 1.

@@ -40,7 +40,7 @@ def train_student(config: StudentConfig) -> Path:
 
     Raises:
         UsageError: for a bank, tower or setting that cannot be.
-        TooManyBadSamples: if more pictures than `--max-bad-fraction` cannot be read.
+        TooManyBadSamples: if more images than `--max-bad-fraction` cannot be read.
         LLM2CLIPError: if the loss is no number any more.
 
     Example:
@@ -70,14 +70,14 @@ def train_student(config: StudentConfig) -> Path:
 
 
 def settle_batch_size(config: StudentConfig, accelerator: Any) -> StudentConfig:
-    """`config` with the batch size that it leaves open, by the number of pictures in its banks."""
+    """`config` with the batch size that it leaves open, by the number of images in its banks."""
     if config.batch_size is not None:
         return config
     weights = config.bank_weights or [1.0] * len(config.bank)
     num_samples = sum(Bank.open(bank).num_samples for bank, weight in zip(config.bank, weights, strict=True) if weight)
     batch_size = default_batch_size(num_samples, accelerator.num_processes)
     if accelerator.is_main_process and num_samples < PAPER_BATCH:
-        logger.info("batches of %d: all pictures there are, where the paper takes %d", batch_size, PAPER_BATCH)
+        logger.info("batches of %d: all images there are, where the paper takes %d", batch_size, PAPER_BATCH)
     return dataclasses.replace(config, batch_size=batch_size)
 
 
@@ -98,7 +98,7 @@ def train(run: Session) -> None:
 
 
 def train_step(run: Session, batches: list[Batch]) -> dict[str, Tensor]:
-    """One optimizer step on batches of pictures and the teacher's vectors of their captions; what the log says of it.
+    """One optimizer step on batches of images and the teacher's vectors of their captions; what the log says of it.
 
     What it depends on besides weights and batches is a function of its number, so that a checkpoint holds none of it.
     """
@@ -113,9 +113,9 @@ def train_step(run: Session, batches: list[Batch]) -> dict[str, Tensor]:
     losses = []
     for batch in batches:  # forward and backward of each, in micro-batches
         size = config.micro_batch_size or len(batch)
-        texts = batch.text_embeds.split(size * config.captions_per_picture)
+        texts = batch.text_embeds.split(size * config.captions_per_image)
         micro_batches = list(zip(batch.pixels.split(size), texts, strict=True))
-        # with its rows, equal captions of different pictures are no wrong answers
+        # with its rows, equal captions of different images are no wrong answers
         loss_of = partial(contrastive_loss, kind=config.loss, label_smoothing=config.label_smoothing, rows=batch.rows)
         weight, is_last = 1 / len(batches), batch is batches[-1]
         loss, vectors = cached_step(run.model, micro_batches, loss_of, accelerator, weight=weight, sync=is_last)
@@ -143,7 +143,7 @@ def step_seed(seed: int, step: int, process: int) -> int:
 
 @torch.no_grad()
 def accuracy(image: Tensor, text: Tensor, *, tile: int = 2048) -> Tensor:
-    """Share [] of the pictures whose own caption scores best among those of this process's batch.
+    """Share [] of the images whose own caption scores best among those of this process's batch.
 
     >>> accuracy(torch.eye(3), torch.eye(3)[[0, 1, 1]]).item()
     0.6666666865348816
@@ -153,7 +153,7 @@ def accuracy(image: Tensor, text: Tensor, *, tile: int = 2048) -> Tensor:
 
 
 def finish(run: Session) -> None:
-    """Write the finished folder: weights, configs, how pictures are prepared, and last the manifest."""
+    """Write the finished folder: weights, configs, how images are prepared, and last the manifest."""
     config, out = run.config, run.out
     weights = run.final_weights()  # all processes: they hold parts
     bad = run.loader_state()["bad"]
@@ -185,5 +185,5 @@ def finish(run: Session) -> None:
         num_samples=run.loader.num_samples,
         steps=run.step,
         best_score=run.best if config.val_bank else None,
-        bad_pictures=bad,
+        bad_images=bad,
     )

@@ -66,12 +66,12 @@ def lock_tower(student: Student, *, unlocked_blocks: int) -> None:
 
 
 def lock_unused(student: Student) -> None:
-    """Lock what no picture's vector depends on, such as DINOv2's mask token: data-parallel training waits for it."""
+    """Lock what no image's vector depends on, such as DINOv2's mask token: data-parallel training waits for it."""
     learning = [p for p in student.tower.parameters() if p.requires_grad]
     if not learning:
         return
     was_training = student.training
-    pooled = student.eval().get_image_features(_black_picture(student))  # in training, some layers drop others
+    pooled = student.eval().get_image_features(_black_image(student))  # in training, some layers drop others
     student.train(was_training)
     gradients = torch.autograd.grad(pooled.sum(), learning, allow_unused=True)
     for parameter, gradient in zip(learning, gradients, strict=True):
@@ -101,7 +101,7 @@ def merge_lora(student: Student, adapters: Any) -> None:
 
 
 def _called_linears(student: Student) -> list[str]:
-    """Names of the linear layers in the tower's blocks that run as modules when it sees a picture.
+    """Names of the linear layers in the tower's blocks that run as modules when it sees an image.
 
     Some families read a layer's weight without calling it (timm's EVA: its joint query-key-value layer): an adapter
     there would learn nothing and yet be merged.
@@ -116,14 +116,14 @@ def _called_linears(student: Student) -> list[str]:
     hooks = [module.register_forward_hook(lambda m, *_: called.append(linears[m])) for module in linears]
     was_training = student.training
     with torch.no_grad():
-        student.eval().get_image_features(_black_picture(student))
+        student.eval().get_image_features(_black_image(student))
     student.train(was_training)
     for hook in hooks:
         hook.remove()
     return [name for name in linears.values() if name in called]
 
 
-def _black_picture(student: Student) -> Tensor:
+def _black_image(student: Student) -> Tensor:
     return torch.zeros(1, 3, student.config.image_size, student.config.image_size, device=student.pixel_mean.device)
 
 

@@ -1,4 +1,4 @@
-"""Picture to uint8 pixels [3, H, W]: as a tower's own image processor resizes and crops, or the paper's augmentation.
+"""Image to uint8 pixels [3, H, W]: as a tower's own image processor resizes and crops, or the paper's augmentation.
 
 Pixels stay uint8 up to the device, where the student normalises them.
 """
@@ -42,11 +42,11 @@ _TIMM_RESAMPLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """What a tower's image processor does to a picture before normalisation.
+    """What a tower's image processor does to an image before normalisation.
 
     Args:
         image_size: height and width that come out.
-        resize: an int, what the shorter side becomes; or height and width, whatever the picture's shape.
+        resize: an int, what the shorter side becomes; or height and width, whatever the image's shape.
         resample: Pillow's number of the filter; training always uses bicubic, as the paper does.
         mean, std: per channel, for pixels scaled to 0..1; applied on the device by the student. By default CLIP's.
 
@@ -63,25 +63,25 @@ class ImageTransform:
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """Pixels uint8 [3, H, W] of an RGB picture as the tower's processor sees it: resized, then cropped."""
-        full = full_shape(picture)
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels uint8 [3, H, W] of an RGB image as the tower's processor sees it: resized, then cropped."""
+        full = full_shape(image)
         shape = resized_shape(*full, self.resize)
-        pixels = resize_pixels(to_tensor(picture), shape, full_shape=full, resample=self.resample)
+        pixels = resize_pixels(to_tensor(image), shape, full_shape=full, resample=self.resample)
         return center_crop(pixels[:3], self.image_size)
 
     def augmented(
-        self, picture: Image.Image, draws: Sequence[float], *, min_crop: float = MIN_CROP, out: Tensor | None = None
+        self, image: Image.Image, draws: Sequence[float], *, min_crop: float = MIN_CROP, out: Tensor | None = None
     ) -> Tensor:
-        """Pixels uint8 [C, H, W] of a random crop of an RGB picture, resized by bicubic interpolation; see `to_tensor`.
+        """Pixels uint8 [C, H, W] of a random crop of an RGB image, resized by bicubic interpolation; see `to_tensor`.
 
         Args:
             draws: `NUM_DRAWS` numbers in [0, 1) that decide the crop.
             min_crop: smallest share of the area that is kept.
             out: uint8 [H, W, 4]; where it can be, the pixels are written there.
         """
-        left, top, right, bottom = random_box(picture.width, picture.height, draws, min_crop=min_crop)
-        return resize_pixels(to_tensor(picture)[:, top:bottom, left:right], self.image_size, out=out)
+        left, top, right, bottom = random_box(image.width, image.height, draws, min_crop=min_crop)
+        return resize_pixels(to_tensor(image)[:, top:bottom, left:right], self.image_size, out=out)
 
     @property
     def eval_decode_size(self) -> int:
@@ -94,7 +94,7 @@ class ImageTransform:
         return TRAIN_DECODE_FACTOR * max(self.image_size)
 
     def at_size(self, image_size: int) -> ImageTransform:
-        """The same for pictures of another size, the margins that are cropped away in proportion."""
+        """The same for images of another size, the margins that are cropped away in proportion."""
         height, width = self.image_size
         if isinstance(self.resize, int):
             resize: int | tuple[int, int] = round(self.resize * image_size / min(height, width))
@@ -166,7 +166,7 @@ def _from_fields(fields: dict[str, Any]) -> ImageTransform:
     resize = _size(fields.get("size"), square=fields.get("default_to_square", "CLIP" not in name))
     if resize is None or not fields.get("do_resize", True) or "patch_size" in fields or "max_num_patches" in fields:
         raise UsageError(
-            f"{name} gives pictures of no fixed size (size {fields.get('size')}); take a tower of fixed resolution"
+            f"{name} gives images of no fixed size (size {fields.get('size')}); take a tower of fixed resolution"
         )
     crop: Any = None
     if (rule := next((rule for family, rule in _OWN_RULES.items() if name.startswith(family)), None)) is not None:
@@ -266,7 +266,7 @@ def _from_timm(settings: dict[str, Any]) -> ImageTransform:
     resample = _TIMM_RESAMPLE.get(settings.get("interpolation", "bicubic"))
     if mode not in ("center", "squash") or resample is None or (mode == "center" and height != width):
         raise UsageError(
-            f"this timm tower prepares pictures by crop_mode {mode!r}, {settings.get('interpolation')!r}, "
+            f"this timm tower prepares images by crop_mode {mode!r}, {settings.get('interpolation')!r}, "
             f"{height} x {width}: known are center (square) and squash, bilinear and bicubic; take another tower"
         )
     resize = math.floor(height / kept) if mode == "center" else (math.floor(height / kept), math.floor(width / kept))

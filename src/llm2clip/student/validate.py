@@ -1,4 +1,4 @@
-"""The score that picks the weights: retrieval between held-out pictures and their captions' vectors in a bank."""
+"""The score that picks the weights: retrieval between held-out images and their captions' vectors in a bank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.bank.reader import Bank
-from llm2clip.data.bad import BadPicture
+from llm2clip.data.bad import BadImage
 from llm2clip.data.feeder import batched, prepared
 from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError, setting
@@ -23,27 +23,27 @@ logger = logging.getLogger("llm2clip")
 BATCH_SIZE = 128
 
 
-def encode_pictures(
+def encode_images(
     encode: Callable[[Tensor], Tensor], bank: Bank, samples: range, transform: ImageTransform, *, threads: int = 1
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Sample numbers and vectors [n, D] on the CPU, batch by batch; unreadable pictures are left out.
+    """Sample numbers and vectors [n, D] on the CPU, batch by batch; unreadable images are left out.
 
     Args:
         encode: pixels uint8 [n, 3, H, W] to vectors [n, D]; called once a batch whatever can be read, as processes
             that share the weights' shards must call the model equally often.
-        samples: which pictures; numbers past the last one are left out, too.
+        samples: which images; numbers past the last one are left out, too.
     """
 
     def prepare(sample: int) -> Tensor:
         if sample >= bank.num_samples:
-            raise BadPicture("missing picture", f"{sample} of {bank.num_samples}")
-        return transform(load_image(bank.picture(sample), min_size=transform.eval_decode_size))
+            raise BadImage("missing image", f"{sample} of {bank.num_samples}")
+        return transform(load_image(bank.image(sample), min_size=transform.eval_decode_size))
 
     for batch in batched(prepared(samples, prepare, ahead=BATCH_SIZE, threads=threads), BATCH_SIZE):
         pixels = torch.zeros(len(batch), 3, *transform.image_size, dtype=torch.uint8)
         readable = []
         for place, (_, image) in enumerate(batch):
-            with contextlib.suppress(BadPicture):
+            with contextlib.suppress(BadImage):
                 pixels[place] = image.result()
                 readable.append(place)
         yield [batch[place][0] for place in readable], encode(pixels).float().cpu()[readable]
@@ -56,7 +56,7 @@ def retrieval_scores(
 
     Args:
         images: [N, D].
-        image_ids: sample of each picture.
+        image_ids: sample of each image.
         captions: kind to vectors [M, D] and the sample of each.
     """
     scores = {}
@@ -76,10 +76,10 @@ def retrieval_scores(
 def validate(
     student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, *, workers: int = 0
 ) -> dict[str, float]:
-    """Scores of `student` on every readable picture and every caption of `bank`, the pictures shared among processes.
+    """Scores of `student` on every readable image and every caption of `bank`, the images shared among processes.
 
     Raises:
-        LLM2CLIPError: if no picture can be read.
+        LLM2CLIPError: if no image can be read.
     """
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     was_training = student.training
@@ -87,16 +87,16 @@ def validate(
     with torch.no_grad(), accelerator.autocast():
         own = range(rank, -(-bank.num_samples // world) * world, world)  # equally many on all processes
         encode = lambda pixels: student.get_image_features(pixels.to(device))  # noqa: E731
-        parts = list(encode_pictures(encode, bank, own, transform, threads=max(1, workers)))
+        parts = list(encode_images(encode, bank, own, transform, threads=max(1, workers)))
         captions = {kind: _encode_captions(student, bank, kind, device) for kind in bank.kinds}
     student.train(was_training)
     everyone = _all_parts(parts, world)
     ids = [sample for numbers, _ in everyone for sample in numbers]
     if not ids:
-        raise LLM2CLIPError(f"{setting('val_bank')} {bank.folder}: none of its {bank.num_samples} pictures can be read")
+        raise LLM2CLIPError(f"{setting('val_bank')} {bank.folder}: none of its {bank.num_samples} images can be read")
     if len(ids) < bank.num_samples:
         unread = bank.num_samples - len(ids)
-        logger.warning("%s: %d of %d pictures cannot be read", setting("val_bank"), unread, bank.num_samples)
+        logger.warning("%s: %d of %d images cannot be read", setting("val_bank"), unread, bank.num_samples)
     return retrieval_scores(torch.cat([vectors for _, vectors in everyone]), ids, captions)
 
 

@@ -22,11 +22,11 @@ SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(SourceConfig):
-    """Train an LLM to tell captions apart: captions of one picture are pulled together, all others pushed away."""
+    """Train an LLM to tell captions apart: captions of one image are pulled together, all others pushed away."""
 
     data: tuple[str, ...] = ()
     """Sources of captions, one or several: a path, glob or brace range ending in .tar .csv .tsv .jsonl or .parquet, a
-    folder, or hf:org/name[:split]; pictures are not read. May be left out if there are --text-pairs."""
+    folder, or hf:org/name[:split]; images are not read. May be left out if there are --text-pairs."""
     model: str
     """The LLM: a local folder or a Hub id of any decoder in transformers."""
     out: Path
@@ -47,11 +47,11 @@ class TeacherConfig(SourceConfig):
     pair_weights: Weights = field(default_factory=dict)
     """Which kinds of caption may pair, and how often: short+long=2 short+short=1. By default any two captions."""
     positives: str = "captions"
-    """captions: the positive is another caption of the picture; same: the same caption again under other dropout."""
+    """captions: the positive is another caption of the image; same: the same caption again under other dropout."""
     random_negative: bool = True
-    """Without explicit negatives, add one random caption of another picture for each query (official recipe)."""
+    """Without explicit negatives, add one random caption of another image for each query (official recipe)."""
     mask_duplicates: bool = True
-    """Do not push away captions equal to the query or its positive up to case and punctuation, or of its picture."""
+    """Do not push away captions equal to the query or its positive up to case and punctuation, or of its image."""
 
     attention: str = "two-way"
     """two-way: every token sees the whole caption; causal: as the LLM was pretrained."""
@@ -123,8 +123,8 @@ class TeacherConfig(SourceConfig):
 
     eval_data: tuple[str, ...] = ()
     """Sources of held-out captions for the retrieval scores before and after; else a sample of `--data`."""
-    eval_pictures: int = 1000
-    """Pictures in those scores."""
+    eval_images: int = 1000
+    """Images in those scores."""
     eval_every: int = 0
     """Steps between such scores in training, noted in `log.jsonl`; 0 for before and after only."""
 
@@ -144,10 +144,8 @@ class TeacherConfig(SourceConfig):
         for name in ("lora_dropout", "attention_dropout", "mntp_mask"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.eval_pictures < 2:
-            raise UsageError(
-                f"{setting('eval_pictures')} is {self.eval_pictures}; telling pictures apart takes 2 or more"
-            )
+        if self.eval_images < 2:
+            raise UsageError(f"{setting('eval_images')} is {self.eval_images}; telling images apart takes 2 or more")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"{setting('seed')} is {self.seed}; it must be in 0..{2**32 - 1}")
         self._check_combinations()

@@ -57,7 +57,7 @@ def prepare_tasks(config: TeacherConfig, work: Path) -> tuple[list[Task], dict[s
     tasks: list[Task] = []
     facts: dict[str, Any] = {}
     if config.data:
-        source = open_source(config, pictures=False)
+        source = open_source(config, images=False)
         kinds, same = parse_kinds(config.pair_weights), config.positives == "same"
         rows, facts = store_captions(work / "captions.arrow", source, kinds=kinds, same=same, bad=source.bad)
         tasks.append(
@@ -100,14 +100,14 @@ def prepare_probe(config: TeacherConfig, tasks: list[Task]) -> CaptionSet:
         UsageError, SourceError: if held-out captions were named and cannot be read, or none pair.
     """
     if config.eval_data:
-        source = open_source(for_eval(config), pictures=False, setting="eval_data")
-        held_out = first_captions(source, limit=config.eval_pictures)
+        source = open_source(for_eval(config), images=False, setting="eval_data")
+        held_out = first_captions(source, limit=config.eval_images)
         if not held_out:
             raise UsageError(
-                f"{setting('eval_data')} {' '.join(config.eval_data)}: no picture has two different captions"
+                f"{setting('eval_data')} {' '.join(config.eval_data)}: no image has two different captions"
             )
         return held_out
-    return sampled_captions(tasks[0].rows, limit=config.eval_pictures, seed=config.seed) if config.data else []
+    return sampled_captions(tasks[0].rows, limit=config.eval_images, seed=config.seed) if config.data else []
 
 
 def stored(
@@ -133,16 +133,16 @@ def stored(
 def store_captions(
     path: Path, source: Source, *, kinds: Mapping[Kinds, float] | None, same: bool, bad: BadSamples
 ) -> tuple[Any, dict[str, Any]]:
-    """The pictures of a source that have a pair of captions, stored at `path`, and what was bad when they were read.
+    """The images of a source that have a pair of captions, stored at `path`, and what was bad when they were read.
 
     Args:
-        kinds: kinds that may pair; pictures without such a pair are left out, and counted in the log.
+        kinds: kinds that may pair; images without such a pair are left out, and counted in the log.
         same: one caption is enough, it pairs with itself.
         bad: counts captions that cannot be used.
 
     Raises:
-        SourceError: if no picture is left.
-        TooManyBadSamples: if more pictures than allowed lost their pairs to captions that cannot be used.
+        SourceError: if no image is left.
+        TooManyBadSamples: if more images than allowed lost their pairs to captions that cannot be used.
     """
     return stored(
         path,
@@ -155,10 +155,10 @@ def store_captions(
 def _paired(
     source: Iterable[Sample], *, kinds: Mapping[Kinds, float] | None, same: bool, bad: BadSamples
 ) -> Iterator[dict[str, list[str]]]:
-    """The captions of the pictures that have a pair; what cannot be a caption is left out and counted."""
+    """The captions of the images that have a pair; what cannot be a caption is left out and counted."""
     found: set[str] = set()
     seen = kept = lost = 0
-    for sample in track(source, description="read captions", unit="pictures"):
+    for sample in track(source, description="read captions", unit="images"):
         seen += 1
         captions, faults = _usable(sample)
         found.update(captions)
@@ -179,12 +179,12 @@ def _paired(
     if not kept:
         needed = "a caption" if same else f"two different captions{allowed}"
         raise SourceError(
-            f"no picture of {setting('data')} has {needed}; the kinds are {', '.join(sorted(found)) or 'none'}; give "
+            f"no image of {setting('data')} has {needed}; the kinds are {', '.join(sorted(found)) or 'none'}; give "
             f"more caption columns with {setting('captions', {'KIND': 'COLUMN'})}"
         )
     if kept < seen:
-        logger.warning("%s pictures have no two different captions%s and are not used", f"{seen - kept:,}", allowed)
-    logger.info("captions: %s pictures to learn from", f"{kept:,}")
+        logger.warning("%s images have no two different captions%s and are not used", f"{seen - kept:,}", allowed)
+    logger.info("captions: %s images to learn from", f"{kept:,}")
 
 
 def _usable(sample: Sample) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:

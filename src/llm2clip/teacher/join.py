@@ -145,7 +145,7 @@ def text_half(folder: ModelFolder) -> SentenceTransformer:
         if siglip:
             padded = {"padding": "max_length", "max_length": context, "return_attention_mask": False}
             transformer.processing_kwargs = {"text": padded}
-        # No pictures will come; a tower without layers keeps the format loadable.
+        # No images will come; a tower without layers keeps the format loadable.
         model.vision_model.encoder.layers = torch.nn.ModuleList()
         model.config.vision_config.num_hidden_layers = 0
     encoder = SentenceTransformer(modules=[transformer], device="cpu")

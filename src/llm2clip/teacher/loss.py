@@ -28,7 +28,7 @@ class CaptionLoss(CachedLossMixin, nn.Module):
         micro_batch_size: texts embedded at once; None for all.
         mask_duplicates: leave `false_negatives` out of the loss.
 
-    Inputs: K feature dicts of B texts, and labels `[B, 2K]` int64 as `Task.draw` makes them (K text keys, K picture
+    Inputs: K feature dicts of B texts, and labels `[B, 2K]` int64 as `Task.draw` makes them (K text keys, K image
     numbers), or None to mask nothing.
     """
 
@@ -84,7 +84,7 @@ def pair_loss(vectors: list[Tensor], labels: Tensor | None, *, scale: float) -> 
 def false_negatives(labels: Tensor, everyone: Tensor, own: Tensor) -> Tensor:
     """Which texts must not be pushed away from which queries: bool `[B, (K-1)*W*B]`.
 
-    A text is no negative of a query if it equals the query or its positive, or describes the query's picture. The
+    A text is no negative of a query if it equals the query or its positive, or describes the query's image. The
     query's own positive is never masked.
 
     Args:
@@ -94,9 +94,9 @@ def false_negatives(labels: Tensor, everyone: Tensor, own: Tensor) -> Tensor:
     """
     num_columns = labels.shape[1] // 2
     texts = everyone[:, 1:num_columns].T.flatten()  # [(K-1)*W*B] text keys, column after column
-    pictures = everyone[:, num_columns + 1 :].T.flatten()
+    images = everyone[:, num_columns + 1 :].T.flatten()
     same_text = (labels[:, 0, None] == texts) | (labels[:, 1, None] == texts)
-    same_picture = (labels[:, num_columns, None] == pictures) & (pictures >= 0)
-    mask = same_text | same_picture
+    same_image = (labels[:, num_columns, None] == images) & (images >= 0)
+    mask = same_text | same_image
     mask[torch.arange(len(labels), device=labels.device), own] = False
     return mask

@@ -1,7 +1,7 @@
 """What stage 1 reads: tasks of text pairs, mixed so that each batch comes from one task, in a seeded order.
 
 Every task is written once as an Arrow file in the output folder and then read through a memory map: any order, for
-sets larger than memory. A row of the captions' task is a picture with its captions, of a text task a triplet.
+sets larger than memory. A row of the captions' task is an image with its captions, of a text task a triplet.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class Task:
     def draw(self, index: int, *, seed: int, epoch: int) -> Row:
         """Texts and keys of row `index` in pass `epoch`: `query`, `positive`, perhaps `negative`, and `label`."""
         query, positive, negative = self._texts(index, seed=seed, epoch=epoch)
-        texts, pictures = [query, positive], [index, index]
+        texts, images = [query, positive], [index, index]
         if self.negatives and negative is not None:
-            texts, pictures = [*texts, negative], [*pictures, -1]
+            texts, images = [*texts, negative], [*images, -1]
         elif self.negatives:
             other = random.Random(f"negative/{seed}/{epoch}/{index}").randrange(len(self) - 1)
             other += other >= index
             texts.append(self._texts(other, seed=seed, epoch=epoch)[1])
-            pictures.append(other)
+            images.append(other)
         row: Row = dict(zip(("query", "positive", "negative"), texts, strict=False))
-        row["label"] = [*map(text_key, texts), *pictures]
+        row["label"] = [*map(text_key, texts), *images]
         return row
 
     def _texts(self, index: int, *, seed: int, epoch: int) -> tuple[str, str, str | None]:

@@ -12,26 +12,26 @@ from llm2clip.data.sample import Sample
 from llm2clip.metrics import caption_retrieval_accuracy, similarity_profile
 
 CaptionSet = list[tuple[str, ...]]
-"""The different captions of each picture, in their order; at least two."""
+"""The different captions of each image, in their order; at least two."""
 
 
 def probe_captions(encode: Callable[[Sequence[str]], np.ndarray], captions: CaptionSet) -> dict[str, Any]:
-    """How well `encode` tells the captions of different pictures apart.
+    """How well `encode` tells the captions of different images apart.
 
     Args:
         encode: texts -> float vectors `[N, D]`.
-        captions: of at least two pictures.
+        captions: of at least two images.
 
     Returns:
-        `pictures`: how many; `cra_second`: a picture's first caption finds its second among all second ones; `cra_all`:
-        each caption finds another of its picture among all others (both in 0..1, by chance 1 / pictures); and what
+        `images`: how many; `cra_second`: an image's first caption finds its second among all second ones; `cra_all`:
+        each caption finds another of its image among all others (both in 0..1, by chance 1 / images); and what
         `llm2clip.metrics.similarity_profile` says: alignment, uniformity, histograms.
     """
     flat = [text for texts in captions for text in texts]
     owners = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
     vectors = np.asarray(encode(flat), dtype=np.float32)
     return {
-        "pictures": len(captions),
+        "images": len(captions),
         "cra_second": caption_retrieval_accuracy(vectors, owners, pool="second"),
         "cra_all": caption_retrieval_accuracy(vectors, owners, pool="all"),
         **similarity_profile(vectors, owners),

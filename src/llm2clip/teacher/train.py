@@ -223,7 +223,7 @@ def merge_checked(encoder: SentenceTransformer, captions: CaptionSet, *, toleran
     Raises:
         LLM2CLIPError: if it is more than `tolerance`.
     """
-    texts = [texts[0] for texts in captions[:64]] or ["a picture of a cat"]
+    texts = [texts[0] for texts in captions[:64]] or ["an image of a cat"]
     unmerged = _encode(encoder, texts)
     merge_lora(encoder)
     merged = _encode(encoder, texts)
@@ -256,12 +256,12 @@ def _encode(encoder: SentenceTransformer, texts: Any) -> Any:
 def _log_scores(facts: dict[str, Any], probed_on: str) -> None:
     for when in ("before", "after"):
         if facts[when]:
-            cra, pictures = facts[when], facts[when]["pictures"]
+            cra, images = facts[when], facts[when]["images"]
             logger.info(
                 "caption retrieval accuracy %s: %.1f%% among %s second captions, %.1f%% among all captions (%s)",
                 when,
                 100 * cra["cra_second"],
-                f"{pictures:,}",
+                f"{images:,}",
                 100 * cra["cra_all"],
                 probed_on,
             )

@@ -1,4 +1,4 @@
-"""Scenes as 64-pixel pictures: each thing in its cell of a 4 x 4 grid, on a plain, dotted or checked background."""
+"""Scenes as 64-pixel images: each thing in its cell of a 4 x 4 grid, on a plain, dotted or checked background."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ REACH = {"large": 0.47, "small": 0.33}
 """Half the width of a thing, in cells."""
 
 
-def draw_picture(scene: Scene, *, seed: int) -> Image.Image:
-    """The picture of a scene: RGB, 64 x 64. `seed` moves the things by a pixel or so and shifts their colours."""
+def draw_image(scene: Scene, *, seed: int) -> Image.Image:
+    """The image of a scene: RGB, 64 x 64. `seed` moves the things by a pixel or so and shifts their colours."""
     random = Random(f"picture/{seed}")
-    picture = _background(scene)
+    image = _background(scene)
     for thing in scene.things:
         centre = [CELL * (cell + 0.5) + random.uniform(-1, 1) for cell in (thing.column, thing.row)]
         colour = tuple(max(0, min(255, value + random.randint(-12, 12))) for value in COLOURS[thing.colour])
         mask = _mask(thing, centre, jitter=random.uniform(0.94, 1.04))
-        picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
-    return picture
+        image.paste(Image.new("RGB", image.size, colour), mask=mask)
+    return image
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def _background(scene: Scene) -> Image.Image:
     ground = GROUNDS[scene.ground]
-    picture = Image.new("RGB", (SIDE, SIDE), ground)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE, SIDE), ground)
+    draw = ImageDraw.Draw(image)
     marks = tuple(value + 34 if value < 110 else value - 34 for value in ground)
     if scene.texture == "dotted":
         draw.point([(x, y) for x in range(1, SIDE, 4) for y in range(1, SIDE, 4)], fill=marks)
@@ -60,7 +60,7 @@ def _background(scene: Scene) -> Image.Image:
         for at in range(3, SIDE, 8):
             draw.line((at, 0, at, SIDE), fill=marks)
             draw.line((0, at, SIDE, at), fill=marks)
-    return picture
+    return image
 
 
 def _mask(thing: Thing, centre: list[float], *, jitter: float) -> Image.Image:

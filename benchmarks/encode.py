@@ -16,7 +16,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Setting:
     llm: dict[str, int]
     texts: tuple[tuple[str, int], ...]
     """Kinds of captions, and how many."""
+    quick: int = 1
+    """Without --full this part of them is taken, as the rows say."""
     shard_rows: int
     """Captions in a file of the bank: some, so that texts of the next are tokenised meanwhile, as in a real bank."""
     rounds: int
@@ -72,6 +74,7 @@ SETTINGS = {
     "cpu": Setting(
         llm={"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8},
         texts=(("mixed", 3_000),),
+        quick=4,
         shard_rows=32768,
         rounds=3,
         warm_up=1.0,
@@ -222,6 +225,9 @@ def run(settings: list[Setting], device: str, until: float | None = None) -> Ite
     """Rows for the table of `python -m benchmarks encode`."""
     logging.getLogger("llm2clip").setLevel(logging.WARNING)
     for left, setting in zip(range(len(settings), 0, -1), settings, strict=True):
+        if until is not None and setting.quick > 1:
+            texts = tuple((kind, count // setting.quick) for kind, count in setting.texts)
+            setting = replace(setting, texts=texts)
         yield from measure(setting, device, share_of(until, left))
 
 
@@ -283,7 +289,7 @@ def compare(
             before = after
         if setting.name:
             limits.append(product_rate(device, precision, size=setting.product))
-    start = f"{setting.name}{kind} captions, " if setting.name else ""
+    start = f"{setting.name}{kind} captions, " if setting.name else f"{len(texts):,} captions, "
     yield from rows(setting, start, rates, limits, llm=llm, precision=precision, clock=clock_mhz(device))
     if setting.name:
         seconds = [tokens / rate for rate, _ in rates["bank building"]]

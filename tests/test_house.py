@@ -58,6 +58,38 @@ ENTRY_POINTS = {("eval", "pipeline"): "eval/run.py", ("eval", "opening"): "eval/
 # imports that close a circle, each with its reason
 CIRCLES: set[tuple[str, str]] = set()
 
+# where a file is tested that has no test_NAME.py of its own; settings and tables without behaviour have None
+TESTED_IN: dict[str, str | None] = {
+    "__main__.py": "test_cli.py",
+    "bank/fill.py": "bank/test_processes.py",
+    "bank/reuse.py": "bank/test_build.py",
+    "bundle.py": "export/test_towers.py",
+    "data/config.py": "data/test_source.py",
+    "data/sample.py": None,
+    "eval/config.py": "eval/test_run.py",
+    "eval/datasets.py": "eval/test_parts.py",
+    "eval/encode.py": "eval/test_parts.py",
+    "eval/report.py": "eval/test_parts.py",
+    "eval/scores.py": "eval/test_parts.py",
+    "export/card.py": "export/test_run.py",
+    "export/check.py": "export/test_run.py",
+    "export/config.py": "export/test_run.py",
+    "export/format.py": "export/test_run.py",
+    "export/formats/sentence_transformers.py": "export/test_run.py",
+    "export/formats/tower.py": "export/test_towers.py",
+    "export/formats/transformers.py": "export/test_towers.py",
+    "flags.py": "test_cli.py",
+    "protocols.py": "test_pipeline.py",
+    "student/accelerator.py": "student/test_session.py",
+    "student/adaptor_module.py": "test_pipeline.py",
+    "student/gather.py": "student/test_loss.py",
+    "student/trainable.py": "student/test_model.py",
+    "teacher/joined_module.py": "teacher/test_join.py",
+    "teacher/reach.py": "teacher/test_architectures.py",
+    "teacher/trainer.py": "teacher/test_train.py",
+    "verbs.py": "test_cli.py",
+}
+
 # names with an underscore that are no other library's secrets
 PYTHON = {*dir(type), *dir(list), "__all__", "__enter__", "__exit__", "__file__", "__getattr__", "__main__", "__next__"}
 PYTHON |= {"__del__", "__path__", "__post_init__", "__setstate__", "__version__"}
@@ -141,6 +173,17 @@ def test_a_folder_stays_small(folder: str) -> None:
     assert total <= lines
     imports = [node for file in own for node in ast.walk(TREES[file]) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert 100 * num_lines(imports) / total <= share
+
+
+def test_the_tests_of_every_file_are_found_by_its_name() -> None:
+    tests = Path(__file__).parent
+    for file in FILES:
+        relative = file.relative_to(SOURCE)
+        has_own = (tests / relative.parent / f"test_{relative.name}").exists() or relative.name == "__init__.py"
+        assert has_own == (relative.as_posix() not in TESTED_IN), f"{relative}: give it a test of its name, or a row"
+    assert all(place is None or (tests / place).exists() for place in TESTED_IN.values())
+    for place in tests.rglob("test_*.py"):
+        assert ast.get_docstring(ast.parse(place.read_text(encoding="utf-8"))), f"{place} does not say what it tests"
 
 
 def test_every_folder_has_its_row() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from llm2clip.eval.scores import caption_scores, retrieval_scores
 from torch.nn.functional import normalize
 
 from demo.write import columns
@@ -20,7 +21,6 @@ from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadSamples
 from llm2clip.eval.encode import Captions, encode_images
-from llm2clip.eval.scores import caption_scores, retrieval_scores
 
 
 def main() -> None:
@@ -59,10 +59,9 @@ def scores(folder: Path, dtype: str) -> dict[str, float]:
     row_of = {bank.text(row): row for row in range(bank.num_rows)}
     vectors = torch.from_numpy(bank.vectors([row_of[text] for text in captions.texts])).float()
     texts = normalize(model.student.get_text_features(vectors), dim=-1)
-    found, _ = retrieval_scores(torch.from_numpy(images), texts, captions)
-    found = {name: value for name, value in found.items() if name.endswith("r@1")}
+    found = {name: value for name, value, *_ in retrieval_scores(torch.from_numpy(images), texts, captions, ks=(1,))}
     found["mean of R@1"] = mean(found.values())
-    return found | {f"teacher {name}": value for name, value in caption_scores(vectors, captions).items()}
+    return found | {f"teacher {name}": value for name, value, *_ in caption_scores(vectors, captions)}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
-"""What the scores ask of a model: two methods, so that any encoder can be scored, ours or another's."""
+"""What scores ask of a model, and what asks: any encoder can be scored, by any evaluator.
+
+An evaluator holds its own data and knows nothing of where a model comes from: `evaluate` runs it on models that are
+finished, training on the student as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -39,3 +46,63 @@ class ImageEncoder(Protocol):
 @runtime_checkable
 class ImageTextEncoder(TextEncoder, ImageEncoder, Protocol):
     """Gives vectors of both in one space."""
+
+
+class Captioned(Protocol):
+    """An image and its captions: a sample of a source, or a row of a bank."""
+
+    @property
+    def id(self) -> str:
+        """Its name, for messages."""
+        ...
+
+    @property
+    def image(self) -> Any:
+        """What the model's `prepare_image` takes."""
+        ...
+
+    @property
+    def captions(self) -> Mapping[str, Sequence[Any]]:
+        """Kind -> captions of that kind, as the encoder takes them."""
+        ...
+
+
+class Encoder(Protocol):
+    """A model as an evaluator sees it: batches, bad images and processes are the encoder's own business."""
+
+    def images(self, samples: Sequence[Any]) -> tuple[list[int], Tensor]:
+        """The numbers of those samples whose image can be read, and their vectors [n, D]."""
+        ...
+
+    def texts(self, texts: Sequence[Any]) -> Tensor:
+        """[N, D], a row a text."""
+        ...
+
+
+class Score(NamedTuple):
+    """What an evaluator found."""
+
+    name: str
+    """Such as "short/i2t_r@1"."""
+    value: float
+    """Mostly a fraction between 0 and 1; larger is better."""
+    chance: float | None = None
+    """What a model that knows nothing would get, where that is known."""
+    num_images: int | None = None
+    """Of how many images it is a share: what an interval is made of."""
+
+
+class Evaluator(Protocol):
+    """Scores a model on the data that it holds.
+
+    Example:
+        >>> class Constant:
+        ...     def run(self, encoder):
+        ...         yield Score("constant", 0.5, chance=0.1)
+        >>> dict((name, value) for name, value, *_ in Constant().run(None))
+        {'constant': 0.5}
+    """
+
+    def run(self, encoder: Encoder) -> Iterator[Score]:
+        """Its scores, each by a name that no other of its scores has."""
+        ...

@@ -8,26 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from llm2clip.data.bad import BadImage, BadSamples
 from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import TooManyBadSamples
 from llm2clip.eval.datasets import dataset_name, named_datasets
-from llm2clip.eval.encode import Captions, encode_captions, encode_images
+from llm2clip.eval.encode import encode_captions, encode_images
 from llm2clip.eval.report import as_html, as_markdown, histogram
-from llm2clip.eval.scores import caption_scores, chance_of_hit, retrieval_scores
 
 
 def sample(number: int, **captions: tuple[str, ...]) -> Sample:
     return Sample(str(number), ImageRef(str(number)), captions)
-
-
-SAMPLES = [
-    sample(0, short=("a dog", "one dog"), long=("a long dog",)),
-    sample(1, short=("a cat",), long=("a long cat", "a cat")),
-    sample(2, short=("a dog",)),
-]
 
 
 @pytest.mark.parametrize(
@@ -52,83 +43,6 @@ def test_tars_that_a_shell_listed_are_one_dataset() -> None:
     tars = [f"coco/{i:05d}.tar" for i in range(3)]
     assert named_datasets([*tars, "test.csv"]) == {"coco": tuple(tars), "test": ("test.csv",)}
     assert named_datasets(["coco/00000.tar"]) == {"00000": ("coco/00000.tar",)}
-
-
-def test_each_distinct_caption_is_one_row() -> None:
-    captions = Captions.of(SAMPLES)
-    assert captions.texts == ["a dog", "one dog", "a long dog", "a cat", "a long cat"]
-    assert captions.rows == {"short": [0, 1, 3, 0], "long": [2, 4, 3]}
-    assert captions.owners == {"short": [0, 0, 1, 2], "long": [0, 1, 1]}
-    rows, owners = captions.distinct(["short", "long"])
-    assert list(zip(owners.tolist(), rows.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (2, 0)]
-
-
-def test_kinds_have_pools_of_their_own_images() -> None:
-    captions = Captions.of(SAMPLES)
-    images = torch.eye(3)
-    texts = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
-    scores, chance = retrieval_scores(images, texts, captions)
-    assert scores["long/i2t_r@1"] == 1 and scores["long/t2i_r@1"] == 1  # image 2 has no long caption
-    # short: "a dog" is also image 2's, whose vector is orthogonal to it; image 0 ties with it for its own caption
-    assert scores["short/t2i_r@1"] == 3 / 4 and scores["short/i2t_r@1"] == 1 / 3
-    assert chance["short/t2i_r@1"] == 1 / 3 and chance["long/t2i_r@10"] == 1
-    assert chance["long/t2i_r@1"] == 1 / 2  # two of the three images have a long caption
-    assert chance["short/i2t_r@1"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
-
-
-def test_caption_scores_by_kind_and_over_all() -> None:
-    captions = Captions.of(SAMPLES)
-    texts = torch.tensor([[1.0, 0.1, 0], [1, 0.2, 0], [1, 0, 0.3], [0, 1, 0], [0, 1, 0.1]])
-    scores = caption_scores(texts, captions)
-    assert set(scores) == {"cra", "cra_second", "short/cra", "long/cra"}
-    assert scores["long/cra"] == 1  # two captions of the cat, and the dog's is far
-    assert caption_scores(texts, Captions.of(SAMPLES[2:])) == {}
-
-
-def test_chance_is_what_random_ranks_give() -> None:
-    generator = np.random.default_rng(0)
-    hits = [(generator.permutation(12)[:5] < 3).any() for _ in range(20_000)]
-    assert chance_of_hit([3], 12, 5) == pytest.approx(np.mean(hits), abs=0.01)
-    assert chance_of_hit([3], 4, 10) == 1
-
-
-def test_caption_scores_by_hand() -> None:
-    """Angles of the captions of two images, each with two short ones and a long one."""
-    captions = Captions.of([sample(0, short=("a", "b"), long=("A",)), sample(1, short=("c", "d", "c"), long=("C",))])
-    angle = np.radians([0, 50, 40, 60, 170, 160])  # of a b A c d C, the order in which they are met
-    assert captions.texts == ["a", "b", "A", "c", "d", "C"]
-    texts = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=1))
-    # nearest other: a -> A right; b -> A or c, a tie, which counts against it; A -> b right; c -> b wrong; d, C right
-    # first to second: a seeks among b (50) and d (170): right; c (60): b is nearer than d: wrong
-    # short alone: a -> b right; b -> c wrong; c -> b wrong; d -> c right; no image has two long ones
-    expected = {"cra": 4 / 6, "cra_second": 1 / 2, "short/cra": 2 / 4}
-    assert caption_scores(texts, captions) == pytest.approx(expected)
-    alone = Captions.of([sample(0, short=("a", "b")), sample(1, short=("c", "d"))])
-    assert set(caption_scores(texts[[0, 1, 3, 4]], alone)) == {"cra", "cra_second"}, "one kind is all there is"
-
-
-def test_retrieval_scores_at_every_k_are_those_of_dense_ranks() -> None:
-    rng = np.random.default_rng(0)
-    samples = [sample(i, short=tuple(f"{i} {j}" for j in range(i % 3 + 1))) for i in range(20)]
-    captions = Captions.of(samples)
-    owners = np.array(captions.owners["short"])
-    images = torch.from_numpy(rng.normal(size=(20, 4)))
-    texts = images[owners] + torch.from_numpy(rng.normal(size=(len(owners), 4)))
-    scores, chance = retrieval_scores(images, texts, captions)
-    unit = [torch.nn.functional.normalize(v, dim=1).numpy() for v in (images, texts)]
-    cosines, right = unit[0] @ unit[1].T, np.arange(20)[:, None] == owners
-    for way, matrix, own in (("i2t", cosines, right), ("t2i", cosines.T, right.T)):
-        best = np.where(own, matrix, -2).max(1, keepdims=True)
-        ranks = 1 + ((matrix >= best) & ~own).sum(1)
-        assert [scores[f"short/{way}_r@{k}"] for k in (1, 5, 10)] == [(ranks <= k).mean() for k in (1, 5, 10)]
-    assert [chance[f"short/t2i_r@{k}"] for k in (1, 5, 10)] == [1 / 20, 5 / 20, 10 / 20]
-    assert scores["short/i2t_r@5"] != scores["short/t2i_r@5"], "the directions are not told apart"
-
-
-def test_captions_keep_their_order_within_a_sample() -> None:
-    captions = Captions.of([sample(0, short=("b",), long=("a", "b")), sample(1, short=("a",))])
-    rows, owners = captions.distinct(["long", "short"])
-    assert [captions.texts[row] for row in rows] == ["a", "b", "a"] and owners.tolist() == [0, 0, 1]
 
 
 def test_hopeless_images_stop_the_run_after_a_thousand() -> None:

@@ -150,13 +150,13 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_seed_of_the_similarity_figures(images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
-    similarity = run.similarity
+    similarity = run.similarity_profile
 
-    def noted(texts: Any, captions: Any, *, seed: int) -> Any:
+    def noted(texts: Any, owners: Any, *, seed: int) -> Any:
         seeds.append(seed)
-        return similarity(texts, captions, seed=seed)
+        return similarity(texts, owners, seed=seed)
 
-    monkeypatch.setattr(run, "similarity", noted)
+    monkeypatch.setattr(run, "similarity_profile", noted)
     monkeypatch.setattr(run, "open_encoder", lambda config: (Colours(), {"encoder": "colours"}))
     evaluate(EvaluateConfig(model="colours", data=(str(images_csv),), out=tmp_path / "report", seed=7))
     assert seeds == [7]
@@ -341,3 +341,58 @@ def test_wrong_use_is_told_in_a_line(
         evaluate(EvaluateConfig(model=str(finished_teacher), data=data, out=tmp_path / "teacher"))
     with pytest.raises(UsageError, match="encodes texts itself"):
         evaluate(EvaluateConfig(model=str(tiny_tower), teacher="t", data=data, out=tmp_path / "both"))
+
+
+DUMMY = """
+from llm2clip.protocols import Score
+
+NEEDS_IMAGES = False
+WORDS = {"one": [0], "two": [1, 2]}  # data of its own, beside the dataset's
+
+
+class EVALUATOR:
+    def __init__(self, samples):
+        self.samples = samples
+
+    def run(self, encoder):
+        yield Score("dummy/samples", len(self.samples) / 100, chance=0.5)
+        yield Score("dummy/width", float(encoder.texts(list(WORDS)).shape[1]))
+"""
+
+
+def test_an_evaluator_is_one_file(images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a_dummy.py").write_text(DUMMY)
+    monkeypatch.setattr(run, "open_encoder", lambda config: (Colours(), {"encoder": "colours"}))
+    options: dict[str, Any] = {"model": "colours", "data": (str(images_csv),)}
+    plain = evaluate(EvaluateConfig(**options, out=tmp_path / "plain"))
+    with monkeypatch.context() as added:
+        added.setattr(run.evaluators, "__path__", [*run.evaluators.__path__, str(tmp_path / "more")])
+        report = evaluate(EvaluateConfig(**options, out=tmp_path / "with"))
+    new = {"captions/dummy/samples": 0.24, "captions/dummy/width": 4}
+    assert report["metrics"] == {**plain["metrics"], **new}
+    assert report["chance"] == {**plain["chance"], "captions/dummy/samples": 0.5}
+    page = (tmp_path / "with" / "report.md").read_text()
+    assert "| dummy/samples | 0.2400 | 0.5000 |" in page and "| dummy/width | 4.0000 |  |" in page
+    again = evaluate(EvaluateConfig(**options, out=tmp_path / "again"))
+    assert again == plain
+    assert set(plain["metrics"]) == KEYS
+
+
+def test_each_text_goes_through_the_model_once(
+    images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Noting(Colours):
+        def encode_text(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+            seen.extend(texts)
+            return super().encode_text(texts)
+
+        def encode_image(self, images: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+            seen.extend(["image"] * len(images))
+            return super().encode_image(images)
+
+    monkeypatch.setattr(run, "open_encoder", lambda config: (Noting(), {"encoder": "colours"}))
+    evaluate(EvaluateConfig(model="colours", data=(str(images_csv),), out=tmp_path / "report"))
+    assert seen.count("image") == 24 and len(seen) == 24 + 48 == len(set(seen)) + 23

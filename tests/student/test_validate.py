@@ -13,28 +13,43 @@ from torch.nn.functional import normalize
 from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.student import validate as validate_module
-from llm2clip.student.validate import encode_images, retrieval_scores, validate
+from llm2clip.student.validate import BankSample, StudentEncoder, validate
 
 from .banks import image_samples, write_test_bank
 from .test_data import TRANSFORM
 
 
-def test_scores_by_hand() -> None:
-    images = torch.eye(3)
+class Fixed:
+    """Three images, each a direction of its own, and captions that lie on the image of their number."""
+
+    def images(self, samples):
+        return list(range(len(samples))), torch.eye(3)
+
+    def texts(self, texts):
+        return torch.eye(3)[texts]
+
+
+def test_scores_by_hand(monkeypatch) -> None:
     captions = {
-        "short": (torch.eye(3)[[0, 1, 2]], [0, 1, 2]),
-        "long": (torch.eye(3)[[0, 2, 1, 2]], [0, 1, 2, 1]),  # sample 1 has its second caption near image 2, too
+        "short": [[0], [1], [2]],
+        "long": [[0], [2, 2], [1]],  # both captions of sample 1 lie on image 2, and that of 2 on image 1
+        "zh": [[], [], [2]],  # what some images lack is not in its pool
     }
-    scores = retrieval_scores(images, [0, 1, 2], captions)
-    assert scores["val/short/i2t_r@1"] == scores["val/short/t2i_r@1"] == 1
-    assert scores["val/long/i2t_r@1"] == pytest.approx(1 / 3)
-    assert scores["val/long/t2i_r@1"] == pytest.approx(1 / 4)
-    assert scores["val/r@1"] == pytest.approx((1 + 1 + 1 / 3 + 1 / 4) / 4)
-
-
-def test_a_kind_that_some_images_lack() -> None:
-    scores = retrieval_scores(torch.eye(3), [0, 1, 2], {"zh": (torch.eye(3)[[2]], [2])})
-    assert scores == {"val/zh/i2t_r@1": 1, "val/zh/t2i_r@1": 1, "val/r@1": 1}
+    bank = SimpleNamespace(
+        num_samples=3, kinds=list(captions), rows=lambda sample, kind: np.array(captions[kind][sample], dtype=int)
+    )
+    monkeypatch.setattr(validate_module, "StudentEncoder", lambda *parts, **options: Fixed())
+    student = SimpleNamespace(training=False, eval=lambda: None, train=lambda mode: None)
+    scores = validate(student, None, bank, None)
+    assert list(scores.items()) == [
+        ("val/short/i2t_r@1", 1),
+        ("val/short/t2i_r@1", 1),
+        ("val/long/i2t_r@1", pytest.approx(1 / 3)),
+        ("val/long/t2i_r@1", pytest.approx(1 / 4)),
+        ("val/zh/i2t_r@1", 1),
+        ("val/zh/t2i_r@1", 1),
+        ("val/r@1", pytest.approx((4 + 1 / 3 + 1 / 4) / 6)),
+    ]
 
 
 def test_on_a_bank(tiny_llm, tiny_tower, images_csv, tmp_path, caplog) -> None:
@@ -108,15 +123,16 @@ def test_the_model_is_in_evaluation_mode_and_in_its_precision(tmp_path, monkeypa
 
 
 def test_more_captions_than_are_encoded_at_once() -> None:
-    """9,000 captions of 3,000 images: three parts."""
+    """9,000 captions: three parts."""
     vectors = np.random.default_rng(0).normal(size=(9000, 4)).astype(np.float32)
-    bank = SimpleNamespace(
-        num_samples=3000, rows=lambda sample, kind: np.arange(3 * sample, 3 * sample + 3), vectors=vectors.__getitem__
-    )
-    student = SimpleNamespace(get_text_features=lambda part: 2 * part)
-    found, ids = validate_module._encode_captions(student, bank, "long", torch.device("cpu"))
-    np.testing.assert_array_equal(found.numpy(), 2 * vectors)
-    assert ids == [row // 3 for row in range(9000)]
+    parts = []
+    student = SimpleNamespace(get_text_features=lambda part: parts.append(len(part)) or 2 * part)
+    accelerator = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext)
+    bank = SimpleNamespace(vectors=vectors.__getitem__)
+    rows = np.random.default_rng(1).permutation(9000).tolist()
+    found = StudentEncoder(student, accelerator, bank, TRANSFORM).texts(rows)
+    np.testing.assert_array_equal(found.numpy(), 2 * vectors[rows])
+    assert parts == [4096, 4096, 808]
 
 
 def test_all_processes_call_the_model_equally_often(tmp_path, monkeypatch) -> None:
@@ -127,18 +143,16 @@ def test_all_processes_call_the_model_equally_often(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(validate_module, "_all_parts", lambda parts, world: parts)
     calls, seen = [], []
     student = SimpleNamespace(
-        training=False,
-        eval=lambda: None,
-        train=lambda mode: None,
         get_image_features=lambda pixels: calls.append(rank) or pixels.flatten(1)[:, :4].float(),
-        get_text_features=lambda vectors: vectors[:, :4],
     )
     for rank in range(4):
-        accelerator = SimpleNamespace(device="cpu", process_index=rank, num_processes=4, autocast=torch.no_grad)
-        validate(student, accelerator, bank, TRANSFORM)
-        own = range(rank, 12, 4)
-        parts = encode_images(lambda pixels: pixels.flatten(1)[:, :4].float(), bank, own, TRANSFORM)
-        seen += [sample for numbers, vectors in parts for sample in numbers if len(numbers) == len(vectors)]
+        accelerator = SimpleNamespace(
+            device="cpu", process_index=rank, num_processes=4, autocast=contextlib.nullcontext
+        )
+        encoder = StudentEncoder(student, accelerator, bank, TRANSFORM)
+        numbers, vectors = encoder.images([BankSample(number, {}) for number in range(9)])
+        assert len(numbers) == len(vectors) and all(number % 4 == rank for number in numbers)
+        seen += numbers
     assert [calls.count(rank) for rank in range(4)] == [2, 2, 2, 2]
     assert sorted(seen) == list(range(8))
 

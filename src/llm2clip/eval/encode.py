@@ -1,17 +1,17 @@
-"""A dataset through an encoder: vectors of its images and of each distinct caption; bad images counted."""
+"""A model as the evaluators of `evaluate` see it: vectors of images and of distinct captions; bad images counted."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from llm2clip.data.bad import BadImage, BadSamples
-from llm2clip.data.feeder import THREADS, batched, prepared
-from llm2clip.data.sample import Sample
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.feeder import THREADS, batched, encoded
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import LLM2CLIPError, setting
 from llm2clip.progress import Progress
 from llm2clip.protocols import ImageEncoder, TextEncoder
@@ -20,37 +20,56 @@ BATCHES_AT_ONCE = 16
 """Batches of texts given to an encoder together; it may sort them by length."""
 
 
-@dataclass
-class Captions:
-    """The captions of samples as rows of distinct texts.
+class Remembering:
+    """An `llm2clip.protocols.Encoder` around a model: each image and text goes through it once, whoever asks.
+
+    Args:
+        model: encodes texts, and images if an evaluator asks for them.
+        batch_size: images or texts in it at once.
+        bad: where images are counted that cannot be read.
+        device: where scores are computed.
 
     Attributes:
-        texts: each distinct caption once.
-        rows: kind -> row of each caption in `texts`.
-        owners: kind -> number of the sample of each caption.
+        num_texts: distinct texts so far.
     """
 
-    texts: list[str] = field(default_factory=list)
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    owners: dict[str, list[int]] = field(default_factory=dict)
+    def __init__(self, model: Any, *, batch_size: int, bad: BadSamples, device: torch.device) -> None:
+        self.model, self.bad = model, bad
+        self._batch_size, self._device = batch_size, device
+        self._images: dict[ImageRef, np.ndarray] = {}
+        self._texts: dict[str, np.ndarray] = {}
 
-    @classmethod
-    def of(cls, samples: Iterable[Sample]) -> Captions:
-        """Those of `samples`, kinds in the order they are met."""
-        captions, number = cls(), dict[str, int]()
-        for owner, sample in enumerate(samples):
-            for kind, texts in sample.captions.items():
-                captions.rows.setdefault(kind, []).extend(number.setdefault(text, len(number)) for text in texts)
-                captions.owners.setdefault(kind, []).extend([owner] * len(texts))
-        captions.texts = list(number)
-        return captions
+    @property
+    def num_texts(self) -> int:
+        """How many distinct texts were encoded."""
+        return len(self._texts)
 
-    def distinct(self, kinds: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and owners of captions of `kinds`, each text once for a sample: what caption retrieval is about."""
-        pairs = itertools.chain.from_iterable(zip(self.owners[k], self.rows[k], strict=True) for k in kinds)
-        unique = sorted(dict.fromkeys(pairs), key=lambda pair: pair[0])  # stable: a sample's captions keep their order
-        owners, rows = zip(*unique, strict=True)
-        return np.array(rows), np.array(owners)
+    def read(self, samples: Iterable[Sample]) -> list[Sample]:
+        """The samples whose image can be read, encoded as they come.
+
+        Raises:
+            TooManyBadSamples: if too many cannot be read.
+        """
+        good, vectors = encode_images(samples, self.model, batch_size=self._batch_size, bad=self.bad)
+        self._images.update(zip((sample.image for sample in good), vectors, strict=True))
+        return good
+
+    def images(self, samples: Sequence[Sample]) -> tuple[list[int], Tensor]:
+        """The numbers of those samples whose image can be read, and their vectors [n, D]."""
+        if missing := [sample for sample in samples if sample.image not in self._images]:
+            self.read(missing)
+        numbers = [i for i, sample in enumerate(samples) if sample.image in self._images]
+        return numbers, self._stacked([self._images[samples[i].image] for i in numbers])
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """[N, D], a row a text."""
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
+            vectors = encode_captions(missing, self.model, batch_size=self._batch_size)
+            self._texts.update(zip(missing, vectors, strict=True))
+        return self._stacked([self._texts[text] for text in texts])
+
+    def _stacked(self, rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(rows) if rows else np.empty((0, 1), np.float32)).to(self._device)
 
 
 def encode_images(
@@ -64,26 +83,11 @@ def encode_images(
     good: list[Sample] = []
     parts: list[np.ndarray] = []
     with Progress(None, description="encode images", unit="images") as progress:
-        for batch in batched(_readable(samples, encoder, bad, ahead=batch_size, threads=threads), batch_size):
-            good += [sample for sample, _ in batch]
-            parts.append(finite(encoder.encode_image([pixels for _, pixels in batch], batch_size=batch_size), "images"))
+        for batch, vectors in encoded(samples, encoder, batch_size=batch_size, bad=bad, threads=threads):
+            good += batch
+            parts.append(finite(vectors, "images"))
             progress.advance(len(batch))
     return good, np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
-
-
-def _readable(
-    samples: Iterable[Sample], encoder: ImageEncoder, bad: BadSamples, *, ahead: int, threads: int
-) -> Iterator[tuple[Sample, Any]]:
-    """The samples with their images as the encoder needs them; those that cannot be read are added to `bad`."""
-    images = prepared(samples, lambda sample: encoder.prepare_image(sample.image), ahead=ahead, threads=threads)
-    for number, (sample, image) in enumerate(images, start=1):
-        try:
-            pixels = image.result()
-        except BadImage as error:
-            bad.add(sample.id, error.cause, error.detail)
-            bad.check(number, final=False)
-        else:
-            yield sample, pixels
 
 
 def encode_captions(texts: Sequence[str], encoder: TextEncoder, *, batch_size: int) -> np.ndarray:

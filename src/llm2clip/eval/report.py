@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import atomic_path
-from llm2clip.eval.scores import KS
+from llm2clip.scores import KS
 
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 CRA_NAMES = {
@@ -116,6 +116,18 @@ def dataset_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     rows = [[words, percent(metrics[key])] for words, key in found.items() if key in metrics]
     if rows:
         yield Table("Caption retrieval accuracy, %", ["what", "CRA"], rows)
+    recalls = {f"{name}/{kind}/{way}_r@{k}" for kind in facts["captions"] for way in DIRECTIONS for k in KS}
+    others = [key for key in metrics if key.startswith(f"{name}/") and key not in {*recalls, *found.values()}]
+    rows = [
+        [
+            key.removeprefix(f"{name}/"),
+            f"{metrics[key]:.4f}",
+            f"{report['chance'][key]:.4f}" if key in report["chance"] else "",
+        ]
+        for key in others
+    ]
+    if rows:
+        yield Table("Other scores", ["what", "score", "by chance"], rows)
     yield Table("Captions", ["what", "value"], list(_caption_rows(facts, report["similarity"][name])))
     if facts["bad"]["counts"]:
         counts = [[cause, f"{count:,}"] for cause, count in facts["bad"]["counts"].items()]

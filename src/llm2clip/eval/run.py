@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.cuts import say_cut
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.config import SourceConfig
+from llm2clip.data.sample import Sample
 from llm2clip.data.source import open_source
 from llm2clip.errors import SourceError, UsageError, setting
+from llm2clip.eval import evaluators
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
-from llm2clip.eval.encode import Captions, encode_captions, encode_images
+from llm2clip.eval.encode import Remembering
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.report import write_pages
-from llm2clip.eval.scores import caption_scores, retrieval_scores, similarity
 from llm2clip.hub import DTYPES, find_model, pick_device
+from llm2clip.metrics import similarity_profile
 from llm2clip.opening import check_images_fit, check_unchanged
+from llm2clip.parts import find_part, part_names
 from llm2clip.pipeline import LLM2CLIP, Teacher
-from llm2clip.protocols import ImageEncoder, TextEncoder
+from llm2clip.protocols import Encoder, ImageEncoder, Score, TextEncoder
+from llm2clip.scores import Captions
 
 logger = logging.getLogger("llm2clip")
 REPORT = "report.json"
@@ -93,27 +95,21 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
             )
 
 
-def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> dict[str, Any]:
+def score_dataset(source: Any, model: TextEncoder, config: EvaluateConfig) -> dict[str, Any]:
     """Scores, chance, similarity figures and facts of one dataset."""
     bad = BadSamples(config.max_bad_fraction)
-    images = None
-    if isinstance(encoder, ImageEncoder):
-        samples, images = encode_images(source, encoder, batch_size=config.batch_size, bad=bad)
-    else:
-        samples = list(source)
+    encoder = Remembering(model, batch_size=config.batch_size, bad=bad, device=pick_device(config.device))
+    samples = encoder.read(source) if isinstance(model, ImageEncoder) else list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad
     bad.merge(source.bad)
     bad.check(total)
     if not samples:
         raise SourceError(f"{setting('data')} {' '.join(config.data)} holds no usable image")
+    before = getattr(model, "num_cut", None)
+    scores = list(run_evaluators(samples, encoder, images=isinstance(model, ImageEncoder)))
     captions = Captions.of(samples)
-    before = getattr(encoder, "num_cut", None)
-    texts = torch.from_numpy(encode_captions(captions.texts, encoder, batch_size=config.batch_size))
-    texts = texts.to(pick_device(config.device))
-    metrics: dict[str, float] = {}
-    chance: dict[str, float] = {}
-    if images is not None:
-        metrics, chance = retrieval_scores(torch.from_numpy(images).to(texts.device), texts, captions)
+    rows, owners = captions.distinct(captions.rows)
+    profile = similarity_profile(encoder.texts(captions.texts)[rows], owners, seed=config.seed)
     facts = {
         "fingerprint": source.fingerprint,
         "images": len(samples),
@@ -121,14 +117,21 @@ def score_dataset(source: Any, encoder: TextEncoder, config: EvaluateConfig) -> 
         "bad": bad.to_json(),
     }
     if before is not None:
-        facts["captions_cut"] = getattr(encoder, "num_cut", 0) - before
-        say_cut(facts["captions_cut"], len(captions.texts), getattr(encoder, "context", None))
+        facts["captions_cut"] = getattr(model, "num_cut", 0) - before
+        say_cut(facts["captions_cut"], encoder.num_texts, getattr(model, "context", None))
     return {
-        "metrics": {**metrics, **caption_scores(texts, captions)},
-        "chance": chance,
-        "similarity": similarity(texts, captions, seed=config.seed),
+        "metrics": {score.name: score.value for score in scores},
+        "chance": {score.name: score.chance for score in scores if score.chance is not None},
+        "similarity": profile,
         "facts": facts,
     }
+
+
+def run_evaluators(samples: Sequence[Sample], encoder: Encoder, *, images: bool) -> Iterator[Score]:
+    """What each evaluator finds on a dataset; without `images` those alone that need none."""
+    for name in part_names(evaluators):
+        if images or not find_part(evaluators, name, "NEEDS_IMAGES"):
+            yield from find_part(evaluators, name, "EVALUATOR")(samples).run(encoder)
 
 
 def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:

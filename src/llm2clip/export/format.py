@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from llm2clip.export import formats
+from llm2clip.parts import find_part, part_names
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +50,10 @@ class Format:
 
 def format_names() -> list[str]:
     """What `--to` can be."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(formats.__path__))
+    return part_names(formats)
 
 
 def find_format(name: str) -> Format:
     """The format of a name."""
-    module = importlib.import_module(f"{formats.__name__}.{name.replace('-', '_')}")
-    found: Format = module.FORMAT
+    found: Format = find_part(formats, name, "FORMAT")
     return found

@@ -2,114 +2,124 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llm2clip.bank.reader import Bank
-from llm2clip.data.bad import BadImage
-from llm2clip.data.feeder import batched, prepared
+from llm2clip.data.bad import BadImage, BadSamples
+from llm2clip.data.feeder import encoded
 from llm2clip.data.images import load_image
 from llm2clip.errors import LLM2CLIPError, setting
-from llm2clip.metrics import recall_both_ways
+from llm2clip.scores import Retrieval
 from llm2clip.student.transform import ImageTransform
 
 logger = logging.getLogger("llm2clip")
 BATCH_SIZE = 128
+ROWS_AT_ONCE = 4096
+"""Captions' vectors that go through the adaptor together."""
 
 
-def encode_images(
-    encode: Callable[[Tensor], Tensor], bank: Bank, samples: range, transform: ImageTransform, *, threads: int = 1
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Sample numbers and vectors [n, D] on the CPU, batch by batch; unreadable images are left out.
+class BankSample(NamedTuple):
+    """A sample of a bank as evaluators take one: its image is its number, its captions are rows."""
 
-    Args:
-        encode: pixels uint8 [n, 3, H, W] to vectors [n, D]; called once a batch whatever can be read, as processes
-            that share the weights' shards must call the model equally often.
-        samples: which images; numbers past the last one are left out, too.
-    """
-
-    def prepare(sample: int) -> Tensor:
-        if sample >= bank.num_samples:
-            raise BadImage("missing image", f"{sample} of {bank.num_samples}")
-        return transform(load_image(bank.image(sample), min_size=transform.eval_decode_size))
-
-    for batch in batched(prepared(samples, prepare, ahead=BATCH_SIZE, threads=threads), BATCH_SIZE):
-        pixels = torch.zeros(len(batch), 3, *transform.image_size, dtype=torch.uint8)
-        readable = []
-        for place, (_, image) in enumerate(batch):
-            with contextlib.suppress(BadImage):
-                pixels[place] = image.result()
-                readable.append(place)
-        yield [batch[place][0] for place in readable], encode(pixels).float().cpu()[readable]
+    image: int
+    captions: Mapping[str, Sequence[int]]
+    id: str = ""
 
 
-def retrieval_scores(
-    images: Tensor, image_ids: list[int], captions: Mapping[str, tuple[Tensor, list[int]]]
-) -> dict[str, float]:
-    """R@1 both ways for each kind of caption, and their mean as `r@1`.
+class StudentEncoder:
+    """The student in training as evaluators see it; its processes share the images, and all get all vectors.
+
+    Processes that share the weights' shards must call the model equally often. So each takes equally many samples,
+    numbers past the last one among them, and an image that cannot be read goes through the tower as a black one.
 
     Args:
-        images: [N, D].
-        image_ids: sample of each image.
-        captions: kind to vectors [M, D] and the sample of each.
+        threads: that read images.
     """
-    scores = {}
-    for kind, (vectors, ids) in captions.items():
-        answerable = set(image_ids) & set(ids)
-        if not answerable:
-            continue
-        rows = [i for i, sample in enumerate(image_ids) if sample in answerable]
-        columns = [i for i, sample in enumerate(ids) if sample in answerable]
-        there, back = recall_both_ways(
-            images[rows], vectors[columns], [image_ids[i] for i in rows], [ids[i] for i in columns], ks=(1,)
-        )
-        scores[f"val/{kind}/i2t_r@1"], scores[f"val/{kind}/t2i_r@1"] = there[1], back[1]
-    return {**scores, "val/r@1": float(np.mean(list(scores.values())))}
+
+    def __init__(
+        self, student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, *, threads: int = 1
+    ) -> None:
+        self._student, self._accelerator, self._bank = student, accelerator, bank
+        self._transform, self._threads = transform, threads
+        self._unreadable: set[int] = set()
+
+    def images(self, samples: Sequence[BankSample]) -> tuple[list[int], Tensor]:
+        """The samples of a whole bank whose image can be read, and their vectors [n, D] on the CPU.
+
+        Raises:
+            LLM2CLIPError: if there is none.
+        """
+        rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        own = (BankSample(number, {}) for number in range(rank, -(-len(samples) // world) * world, world))
+        none_stop = BadSamples(1.0, quiet=True)
+        with torch.no_grad(), self._accelerator.autocast():
+            batches = list(encoded(own, self, batch_size=BATCH_SIZE, bad=none_stop, threads=self._threads))
+        everyone = _all_parts([([s.image for s in batch], vectors) for batch, vectors in batches], world)
+        unreadable = set(_all_parts(list(self._unreadable), world))
+        numbers = [number for part, _ in everyone for number in part]
+        kept = [row for row, number in enumerate(numbers) if number not in unreadable]
+        what = f"{setting('val_bank')} {self._bank.folder}"
+        if not kept:
+            raise LLM2CLIPError(f"{what}: none of its {len(samples)} images can be read")
+        if len(kept) < len(samples):
+            logger.warning("%s: %d of %d images cannot be read", what, len(samples) - len(kept), len(samples))
+        vectors = torch.from_numpy(np.concatenate([vectors for _, vectors in everyone]))
+        return [numbers[row] for row in kept], vectors[kept]
+
+    def prepare_image(self, number: int) -> Tensor:
+        """The pixels of a sample's image; black, and noted, if it cannot be read."""
+        try:
+            if number >= self._bank.num_samples:
+                raise BadImage("missing image", f"{number} of {self._bank.num_samples}")
+            return self._transform(load_image(self._bank.image(number), min_size=self._transform.eval_decode_size))
+        except BadImage:
+            self._unreadable.add(number)
+            return torch.zeros(3, *self._transform.image_size, dtype=torch.uint8)
+
+    def encode_image(self, images: Sequence[Tensor], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """float32 [n, D]."""
+        pixels = torch.stack(list(images)).to(self._accelerator.device)
+        vectors: Tensor = self._student.get_image_features(pixels)
+        return vectors.float().cpu().numpy()
+
+    def texts(self, texts: Sequence[int]) -> Tensor:
+        """[N, D] on the CPU, of the bank's vectors in these rows."""
+        rows, parts = np.array(texts, dtype=np.int64), [torch.empty(0, 1)]
+        with torch.no_grad(), self._accelerator.autocast():
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                vectors = torch.from_numpy(self._bank.vectors(rows[start : start + ROWS_AT_ONCE])).float()
+                parts.append(self._student.get_text_features(vectors.to(self._accelerator.device)).float().cpu())
+        return torch.cat(parts[1:] or parts)
 
 
 def validate(
     student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, *, workers: int = 0
 ) -> dict[str, float]:
-    """Scores of `student` on every readable image and every caption of `bank`, the images shared among processes.
+    """R@1 of `student` on every readable image and every caption of `bank`, both ways by kind, and their mean.
 
     Raises:
         LLM2CLIPError: if no image can be read.
     """
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     was_training = student.training
     student.eval()
-    with torch.no_grad(), accelerator.autocast():
-        own = range(rank, -(-bank.num_samples // world) * world, world)  # equally many on all processes
-        encode = lambda pixels: student.get_image_features(pixels.to(device))  # noqa: E731
-        parts = list(encode_images(encode, bank, own, transform, threads=max(1, workers)))
-        captions = {kind: _encode_captions(student, bank, kind, device) for kind in bank.kinds}
+    encoder = StudentEncoder(student, accelerator, bank, transform, threads=max(1, workers))
+    found = {f"val/{score.name}": score.value for score in Retrieval(bank_samples(bank), ks=(1,)).run(encoder)}
     student.train(was_training)
-    everyone = _all_parts(parts, world)
-    ids = [sample for numbers, _ in everyone for sample in numbers]
-    if not ids:
-        raise LLM2CLIPError(f"{setting('val_bank')} {bank.folder}: none of its {bank.num_samples} images can be read")
-    if len(ids) < bank.num_samples:
-        unread = bank.num_samples - len(ids)
-        logger.warning("%s: %d of %d images cannot be read", setting("val_bank"), unread, bank.num_samples)
-    return retrieval_scores(torch.cat([vectors for _, vectors in everyone]), ids, captions)
+    return {**found, "val/r@1": float(np.mean(list(found.values())))}
 
 
-def _encode_captions(student: Any, bank: Bank, kind: str, device: torch.device) -> tuple[Tensor, list[int]]:
-    """Vectors [M, D] of all captions of a kind, and the sample of each."""
-    rows = [bank.rows(sample, kind) for sample in range(bank.num_samples)]
-    ids = [sample for sample, own in enumerate(rows) for _ in own]
-    every = np.concatenate(rows)
-    parts = [
-        student.get_text_features(torch.from_numpy(bank.vectors(every[i : i + 4096])).float().to(device)).float().cpu()
-        for i in range(0, len(every), 4096)
+def bank_samples(bank: Bank) -> list[BankSample]:
+    """All samples of a bank as `Retrieval` takes them, each with all kinds, so that scores come in the bank's order."""
+    return [
+        BankSample(number, {kind: bank.rows(number, kind).tolist() for kind in bank.kinds})
+        for number in range(bank.num_samples)
     ]
-    return torch.cat(parts) if parts else torch.empty(0, 1), ids
 
 
 def _all_parts(parts: list[Any], world: int) -> list[Any]:

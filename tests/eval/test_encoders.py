@@ -231,7 +231,7 @@ def test_a_student_is_compared_with_the_clip_that_its_tower_was_of(
     note = "captions here are of kind short, long; the model was trained on short, zh"
     assert report["datasets"]["captions"]["notes"] == [note]
     page = (tmp_path / "report" / "report.html").read_text()
-    assert note in page and f"the baseline is {folders['clip']}, which reads 24 captions only in part" in page
+    assert note in page and f"the baseline {folders['clip']} (which reads 24 captions only in part): clearly" in page
     assert "Training: loss." in page and page.count('<li class="right">') > 20
     assert len(page) < 1_000_000
 

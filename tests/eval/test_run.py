@@ -375,7 +375,7 @@ def test_an_evaluator_is_one_file(images_csv: Path, tmp_path: Path, monkeypatch:
     assert report["chance"] == {**plain["chance"], "captions/dummy/samples": 0.5}
     page = (tmp_path / "with" / "report.md").read_text()
     assert "| dummy/samples | 24.0 | 11.3 to 43.9 | 50.000 |  |" in page and "| dummy/width | 40.0 |  |  |  |" in page
-    assert "- captions: dummy/samples: 24.0 % (95 % interval 11.3 % to 43.9 %), not above chance (50.0 %)" in page
+    assert "- dummy/samples: 24.0 % (95 % interval 11.3 to 43.9), by chance 50.0 %; not above chance\n" in page
     again = evaluate(EvaluateConfig(**options, out=tmp_path / "again"))
     assert again == plain
     assert set(plain["metrics"]) == KEYS
@@ -409,5 +409,5 @@ def test_a_text_encoder_without_pairs_of_captions_is_told_why_it_has_no_score(
     assert report["metrics"] == {}
     why = "there is no score: a text encoder alone is scored on images with two different captions"
     assert why in caplog.text
-    assert f"one: {why}" in (tmp_path / "report" / "report.md").read_text()
-    assert f"one: {why}" in (tmp_path / "report" / "report.html").read_text()
+    assert f"\n- {why}" in (tmp_path / "report" / "report.md").read_text()
+    assert f"<li>{why}" in (tmp_path / "report" / "report.html").read_text()

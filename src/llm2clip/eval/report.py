@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from llm2clip.artifacts import atomic_path
@@ -180,7 +181,7 @@ def percent(fraction: float, *, digits: int = 1) -> str:
 
 
 def curves(log: Path) -> list[tuple[str, list[tuple[float, float]]]]:
-    """The curves of a training, each with its title, as points of step and value; of long ones every so many."""
+    """The curves of a training, each with its title, as points of step and value; of long ones some."""
     if not log.is_file():
         return []
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -188,5 +189,6 @@ def curves(log: Path) -> list[tuple[str, list[tuple[float, float]]]]:
     for key, title in CURVES.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if len(points) > 1:
-            found.append((title, points[:: -(-len(points) // POINTS)]))
+            places = np.linspace(0, len(points) - 1, min(POINTS, len(points))).round().astype(int)
+            found.append((title, [points[i] for i in places]))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,13 +16,15 @@ WHAT = {
 
 
 def judge(report: Mapping[str, Any]) -> list[str]:
-    """The verdict: for each dataset a line on all its scores, and one on each."""
+    """The verdict: against chance and against the baseline, what must be known to read it, then score by score."""
+    several = len(report["datasets"]) > 1
     lines = []
     for dataset, facts in report["datasets"].items():
         names = [name for name in report["intervals"] if name.startswith(f"{dataset}/") and _is_judged(report, name)]
-        lines += [f"{dataset}: {line}" for line in (_summary(report, names), *facts.get("notes", ())) if line]
-        lines += [f"{dataset}: {_sentence(report, dataset, name)}" for name in names]
-    return [*lines, *_baseline_line(report)]
+        found = [*_summary(report, names), *facts.get("notes", ()), *(_sentence(report, dataset, n) for n in names)]
+        lines += [f"{dataset}: {line}" if several else line for line in found]
+    why = report["baseline"].get("why")
+    return [*lines, f"no baseline: {why}"] if why else lines
 
 
 def _is_judged(report: Mapping[str, Any], name: str) -> bool:
@@ -34,50 +37,49 @@ def is_above_chance(report: Mapping[str, Any], name: str) -> bool:
     return bool(report["intervals"][name][0] > report["chance"][name])
 
 
-def _summary(report: Mapping[str, Any], names: list[str]) -> str:
-    above = sum(is_above_chance(report, name) for name in names)
-    if not names:
+def compared(report: Mapping[str, Any], name: str) -> str:
+    """How a score stands to the baseline's: better or worse where their intervals lie apart; "" where there is none."""
+    other = report["baseline"].get("intervals", {}).get(name)
+    if other is None:
         return ""
-    if not above:
-        return "no score is above chance: nothing shows that the model has learned to find anything here"
-    if above == len(names):
-        return "the model finds what it seeks: every score is above chance"
-    return f"{above} of {len(names)} scores are above chance, the others may be luck"
+    low, high = report["intervals"][name]
+    return "better" if low > other[1] else "worse" if high < other[0] else "alike"
+
+
+def _summary(report: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    above = sum(is_above_chance(report, name) for name in names)
+    if names and not above:
+        yield "no score is above chance: nothing shows that the model has learned to find anything here"
+    elif names and above == len(names):
+        yield "the model finds what it seeks: every score is above chance"
+    elif names:
+        yield f"{above} of {len(names)} scores are above chance, the others may be luck"
+    counts = Counter(compared(report, name) for name in names)
+    if counts.keys() - {""}:
+        cut = report["baseline"].get("captions_cut")
+        part = f" (which reads {cut:,} captions only in part)" if cut else ""
+        yield (
+            f"against the baseline {report['baseline']['model']}{part}: clearly better in {counts['better']} of "
+            f"{len(names)} scores, clearly worse in {counts['worse']}, no clear difference in {counts['alike']}"
+        )
 
 
 def _sentence(report: Mapping[str, Any], dataset: str, name: str) -> str:
     kind, _, key = name.removeprefix(f"{dataset}/").rpartition("/")
     what = f"{WHAT[key]}{kind and f', {kind}'}" if key in WHAT else f"{kind}/{key}".lstrip("/")
-    value, (low, high), chance = (report[part][name] for part in ("metrics", "intervals", "chance"))
-    place = "above" if is_above_chance(report, name) else "not above"
-    line = f"{what}: {percent(value)} (95 % interval {percent(low)} to {percent(high)}), {place} chance"
-    before = report["baseline"].get("metrics", {}).get(name)
-    compared = "" if before is None else f"; the baseline has {percent(before)}: {_compared(report, name)}"
-    return f"{line} ({percent(chance)}){compared}"
-
-
-def _compared(report: Mapping[str, Any], name: str) -> str:
-    (low, high), (other_low, other_high) = report["intervals"][name], report["baseline"]["intervals"][name]
-    if low > other_high:
-        return "clearly better than it"
-    if high < other_low:
-        return "clearly worse than it"
-    return "no clear difference, as the two intervals overlap"
-
-
-def _baseline_line(report: Mapping[str, Any]) -> Iterator[str]:
-    baseline = report["baseline"]
-    if "why" in baseline:
-        yield f"no baseline: {baseline['why']}"
-    elif baseline:
-        cut = baseline.get("captions_cut")
-        yield f"the baseline is {baseline['model']}{f', which reads {cut:,} captions only in part' if cut else ''}"
+    value, bounds, chance = (report[part][name] for part in ("metrics", "intervals", "chance"))
+    low, high = (percent(bound) for bound in bounds)
+    line = f"{what}: {percent(value)} % (95 % interval {low} to {high}), by chance {percent(chance)} %"
+    if before := compared(report, name):
+        line += f", the baseline {percent(report['baseline']['metrics'][name])} %"
+        line += "" if before == "alike" else f": clearly {before}"
+    return line if is_above_chance(report, name) else f"{line}; not above chance"
 
 
 def percent(share: float) -> str:
     """A share in per cent, of a small one more digits.
 
     >>> percent(0.4567), percent(0.0002)
-    ('45.7 %', '0.020 %')
+    ('45.7', '0.020')
     """
-    return f"{100 * share:.1f} %" if share >= 0.001 or not share else f"{100 * share:.3f} %"
+    return f"{100 * share:.1f}" if share >= 0.001 or not share else f"{100 * share:.3f}"

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llm2clip.errors import UsageError
+from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.run import evaluate, open_baseline, open_encoder
@@ -263,6 +264,31 @@ def test_without_a_text_half_here_the_report_says_so(
     assert set(report["baseline"]) == {"why"}
     assert line in caplog.text
     assert f"- {line}" in (tmp_path / "report" / "report.md").read_text().splitlines()
+
+
+def test_a_tower_that_a_student_names_runs_no_code_of_its_own(
+    folders: dict[str, Path], finished_student: Path, finished_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag was given for the teacher; and of a Hub id nothing is fetched."""
+    asked = []
+    monkeypatch.setattr(run, "open_other", lambda folder, options: asked.append((folder, options)))
+    config = EvaluateConfig(
+        model=str(finished_student),
+        teacher=str(finished_teacher),
+        data=("a.csv",),
+        out=Path("unused"),
+        trust_remote_code=True,
+        device="cpu",
+    )
+    _, facts = open_baseline(config, {"encoder": "llm2clip", "tower": str(folders["clip"])})
+    ((folder, options),) = asked
+    assert folder.path == folders["clip"] and facts == {"model": str(folders["clip"])}
+    assert options["trust_remote_code"] is False and options["device"] == torch.device("cpu")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or here)
+    here = str(folders["siglip"])
+    _, facts = open_baseline(config, {"encoder": "llm2clip", "tower": "org/siglip", "tower_revision": "v1"})
+    assert asked[1] == {"revision": "v1", "local_files_only": True}
+    assert asked[2][0].path == folders["siglip"] and facts == {"model": "org/siglip"}
 
 
 def test_a_baseline_that_is_named(

@@ -256,6 +256,7 @@ def open_baseline(config: EvaluateConfig, facts: Mapping[str, Any]) -> tuple[Tex
     if config.baseline is None:
         try:
             folder = plain_tower(facts.get("tower"), revision=facts.get("tower_revision"))
+            options["trust_remote_code"] = False  # which was said of other models
             return open_other(folder, options), {"model": folder.name}
         except LLM2CLIPError as error:
             return None, {"why": one_line(error)}
@@ -285,9 +286,9 @@ def plain_tower(name: str | None, *, revision: str | None) -> ModelFolder:
         raise UsageError("the model does not say which tower it was trained from")
     try:
         here = name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True)
-        folder = dataclasses.replace(find_model(here), name=name)
     except (OSError, ValueError):
         raise UsageError(f"the tower it was trained from, {name}, is not on this machine") from None
+    folder = dataclasses.replace(find_model(here), name=name)
     if not {"text_config", "vision_config"} <= set(folder.config):
         raise UsageError(f"the tower it was trained from, {name}, has no text half")
     return folder

@@ -16,9 +16,17 @@ from llm2clip.opening import check_unchanged, origin_of
 
 
 def test_the_origin_by_hand() -> None:
-    facts = {"fingerprint": "f", "teacher_fingerprint": "t", "prompt": "", "num_samples": 9, "steps": 3, "kinds": 1}
+    facts = {
+        "fingerprint": "f",
+        "teacher_fingerprint": "t",
+        "prompt": "",
+        "num_samples": 9,
+        "steps": 3,
+        "kinds": ["short"],
+        "files": 1,
+    }
     config = {"tower": "org/tower", "batch_size": 8, "steps": 100, "seed": 0}
-    kept = {name: facts[name] for name in facts if name != "kinds"}
+    kept = {name: facts[name] for name in facts if name != "files"}
     assert origin_of({**facts, "config": config}) == {**kept, "tower": "org/tower", "batch_size": 8}
     assert origin_of({}) == {}
 

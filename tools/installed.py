@@ -15,6 +15,7 @@ from pathlib import Path
 def main(folder: Path) -> None:
     """Try it."""
     import llm2clip
+    from llm2clip.eval.report import PAGES, environment
     from llm2clip.export.card import TEMPLATE
     from llm2clip.verbs import VERBS
 
@@ -25,6 +26,8 @@ def main(folder: Path) -> None:
         if name != "llm2clip.__main__":
             importlib.import_module(name)
     assert "{{ title }}" in TEMPLATE.read_text(encoding="utf-8") and (package / "py.typed").is_file()
+    for page in PAGES:
+        environment().get_template(page)
     for verb in [verb for verb in VERBS if verb != "demo"]:  # which is not installed
         subprocess.run([sys.executable, "-m", "llm2clip", *verb.split(), "--help"], check=True, capture_output=True)
     print(f"{len(modules)} modules and {len(VERBS) - 1} verbs of {package.parent} work")

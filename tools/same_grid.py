@@ -217,6 +217,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "model_revision": HUB,
         "teacher_revision": HUB,
         "trust_remote_code": HUB,
+        "baseline": Because("the old code lacks it"),
         "precision": "--precision bf16",
         "batch_size": "= --batch-size 5",
         "device": "= --device cpu",
@@ -289,7 +290,8 @@ _READS = {
 }
 ADDED: dict[str, dict[str, str]] = {
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
-    **dict.fromkeys(("train-teacher", "build-bank", "bank add", "evaluate"), _READS),
+    **dict.fromkeys(("train-teacher", "build-bank", "bank add"), _READS),
+    "evaluate": {**_READS, "baseline": "adds to the report; the model's own scores are as before"},
 }
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
 RENAMED_OUTPUT: dict[str, str] = {
@@ -352,6 +354,13 @@ ALLOWED: list[tuple[str, str, str]] = [
     ),
     ("evaluate/*", "report.json datasets/*/captions_cut", "counted since 54488bc for students and teachers too"),
     ("evaluate/*", "report.md*", "the same; its scores are compared in report.json"),
+    *(
+        ("evaluate/*", f"report.json {place}", "new since 54488bc; scores and their chance are as before")
+        for place in ("intervals*", "baseline*", "chance/*cra*", "model/kinds*", "datasets/*/notes*")
+    ),
+    ("evaluate/*", "manifest.json model/kinds*", "which kinds a student was trained on"),
+    ("export/*", "manifest.json kinds*", "the same"),
+    ("train-student/*", "manifest.json kinds*", "the same"),
     ("export/*", "README.md*", "the card says image"),
     ("export/*", "manifest.json load_options", "a fact for the card"),
     *(

@@ -108,6 +108,27 @@ def match_ranks(
     return 1 + above, 1 + above_back if both else above_back[:0]
 
 
+def best_columns(query: Vectors, gallery: Vectors, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the k gallery rows that score best for each query, best first, and their cosines: both [N, k].
+
+    >>> best_columns(np.eye(2), np.array([[1.0, 1.0], [0.0, 2.0]]), 1)[0].tolist()
+    [[0], [1]]
+    """
+    rows = _unit(query, len(query), "query vectors")
+    columns = _unit(gallery, len(gallery), "gallery vectors").to(rows.device)
+    numbers, cosines = [], []
+    with _full_precision():
+        for part in rows.split(TILE_ROWS):
+            best, place = part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+            for j in range(0, len(columns), TILE_COLUMNS):
+                scores, found = (part @ columns[j : j + TILE_COLUMNS].T).topk(min(k, len(columns) - j, TILE_COLUMNS))
+                best, order = torch.cat([best, scores], 1).topk(min(k, best.shape[1] + scores.shape[1]))
+                place = torch.cat([place, found + j], 1).gather(1, order)
+            numbers.append(place.cpu().numpy())
+            cosines.append(best.cpu().numpy())
+    return np.concatenate(numbers), np.concatenate(cosines)
+
+
 def caption_retrieval_accuracy(vectors: Vectors, image_ids: Ids, pool: str = "all") -> float:
     """CRA: the fraction of captions whose nearest other caption belongs to the same image (top-1, cosine).
 

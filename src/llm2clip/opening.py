@@ -59,7 +59,8 @@ def check_images_fit(folder: ModelFolder) -> None:
 def origin_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Of a student's or an export's manifest, what says where the model comes from."""
     config = manifest.get("config", {})
-    kept = ("fingerprint", "teacher_fingerprint", "prompt", "tower", "steps", "num_samples", "batch_size")
+    kept = ["fingerprint", "teacher_fingerprint", "prompt", "tower", "tower_revision", "kinds"]
+    kept += ["steps", "num_samples", "batch_size"]
     found = {name: manifest.get(name, config.get(name)) for name in kept}
     return {name: value for name, value in found.items() if value is not None}
 

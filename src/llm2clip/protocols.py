@@ -85,7 +85,7 @@ class Score(NamedTuple):
     name: str
     """Such as "short/i2t_r@1"."""
     value: float
-    """Mostly a fraction between 0 and 1; larger is better."""
+    """A fraction between 0 and 1; more is better."""
     chance: float | None = None
     """What a model that knows nothing would get, where that is known."""
     num_images: int | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llm2clip.errors import UsageError
+from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
-from llm2clip.eval.run import evaluate, open_encoder
+from llm2clip.eval.run import evaluate, open_baseline, open_encoder
+from llm2clip.pipeline import Teacher
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {**VISION, "vocab_size": 128}
@@ -190,3 +194,121 @@ def test_a_baseline_that_cannot_encode_is_told_when_it_is_opened(
     if kind == "naflex":  # as training says it
         with pytest.raises(UsageError, match="fixed resolution"):
             open_encoder(EvaluateConfig(model=str(folder), data=("none",), out=tmp_path / "out", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def student_of_clip(
+    folders: dict[str, Path], finished_student: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], str]:
+    """The finished student, saying in its manifest that its tower was this one."""
+
+    def named(tower: str, **facts: object) -> str:
+        folder = shutil.copytree(finished_student, tmp_path_factory.mktemp("students") / "student")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = {**manifest, **facts, "config": {**manifest["config"], "tower": tower}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return str(folder)
+
+    return named
+
+
+def test_a_student_is_compared_with_the_clip_that_its_tower_was_of(
+    student_of_clip: Callable[[str], str],
+    folders: dict[str, Path],
+    finished_teacher: Path,
+    images_csv: Path,
+    tmp_path: Path,
+) -> None:
+    data = (str(images_csv),)
+    student = student_of_clip(str(folders["clip"]), kinds=["short", "zh"])
+    (Path(student) / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    config = EvaluateConfig(model=student, teacher=str(finished_teacher), data=data, out=tmp_path / "report")
+    report = evaluate(config)
+    alone = evaluate(EvaluateConfig(model=str(folders["clip"]), data=data, out=tmp_path / "clip"))
+    baseline = report["baseline"]
+    assert baseline["model"] == str(folders["clip"]) and baseline["captions_cut"] == 24
+    assert baseline["metrics"] == alone["metrics"] != report["metrics"]
+    assert baseline["intervals"] == alone["intervals"] and alone["baseline"] == {}
+    note = "captions here are of kind short, long; the model was trained on short, zh"
+    assert report["datasets"]["captions"]["notes"] == [note]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert note in page and f"the baseline {folders['clip']} (which reads 24 captions only in part): clearly" in page
+    assert "Training: loss." in page and page.count('<li class="right">') > 20
+    assert len(page) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("tower", "why"),
+    [
+        ("nowhere/at-all", "no baseline: the tower it was trained from, nowhere/at-all, is not on this machine"),
+        ("TOWER", "no baseline: the tower it was trained from, TOWER, has no text half"),
+    ],
+)
+def test_without_a_text_half_here_the_report_says_so(
+    tower: str,
+    why: str,
+    student_of_clip: Callable[[str], str],
+    tiny_tower: Path,
+    finished_teacher: Path,
+    images_csv: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    student = student_of_clip(tower.replace("TOWER", str(tiny_tower)))
+    config = EvaluateConfig(
+        model=student, teacher=str(finished_teacher), data=(str(images_csv),), out=tmp_path / "report"
+    )
+    with caplog.at_level("INFO", logger="llm2clip"):
+        report = evaluate(config)
+    line = why.replace("TOWER", str(tiny_tower))
+    assert set(report["baseline"]) == {"why"}
+    assert line in caplog.text
+    assert f"- {line}" in (tmp_path / "report" / "report.md").read_text().splitlines()
+
+
+def test_a_tower_that_a_student_names_runs_no_code_of_its_own(
+    folders: dict[str, Path], finished_student: Path, finished_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag was given for the teacher; and of a Hub id nothing is fetched."""
+    asked = []
+    monkeypatch.setattr(run, "open_other", lambda folder, options: asked.append((folder, options)))
+    config = EvaluateConfig(
+        model=str(finished_student),
+        teacher=str(finished_teacher),
+        data=("a.csv",),
+        out=Path("unused"),
+        trust_remote_code=True,
+        device="cpu",
+    )
+    _, facts = open_baseline(config, {"encoder": "llm2clip", "tower": str(folders["clip"])})
+    ((folder, options),) = asked
+    assert folder.path == folders["clip"] and facts == {"model": str(folders["clip"])}
+    assert options["trust_remote_code"] is False and options["device"] == torch.device("cpu")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or here)
+    here = str(folders["siglip"])
+    _, facts = open_baseline(config, {"encoder": "llm2clip", "tower": "org/siglip", "tower_revision": "v1"})
+    assert asked[1] == {"revision": "v1", "local_files_only": True}
+    assert asked[2][0].path == folders["siglip"] and facts == {"model": "org/siglip"}
+
+
+def test_a_baseline_that_is_named(
+    finished_student: Path, finished_teacher: Path, folders: dict[str, Path], images_csv: Path, tmp_path: Path
+) -> None:
+    options = {"data": (str(images_csv),), "out": tmp_path / "report", "device": "cpu"}
+
+    def opened(model: str | None, teacher: Path | None, baseline: object) -> tuple[object, dict[str, object]]:
+        config = EvaluateConfig(
+            model=model, teacher=str(teacher) if teacher else None, baseline=str(baseline), **options
+        )
+        return open_baseline(config, {"encoder": "llm2clip", "tower": str(folders["clip"])})
+
+    student = str(finished_student)
+    assert opened(student, finished_teacher, "none") == (None, {})
+    found, facts = opened(student, finished_teacher, folders["siglip"])
+    assert isinstance(found, ClipEncoder) and facts == {"model": str(folders["siglip"])}
+    found, facts = opened(None, finished_teacher, finished_teacher)
+    assert isinstance(found, Teacher) and not found.warns
+    with pytest.raises(UsageError, match="needs its teacher beside it; export it"):
+        opened(student, finished_teacher, finished_student)
+    with pytest.raises(UsageError, match="is no folder"):
+        opened(student, finished_teacher, tmp_path / "nothing")

@@ -1,8 +1,7 @@
-"""The parts of a report: dataset names, captions as rows, scores by kind, tables and figures."""
+"""What evaluate reads: dataset names, and a model that encodes a dataset, whose bad images are counted."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import TooManyBadSamples
 from llm2clip.eval.datasets import dataset_name, named_datasets
 from llm2clip.eval.encode import encode_captions, encode_images
-from llm2clip.eval.report import as_html, as_markdown, histogram
 
 
 def sample(number: int, **captions: tuple[str, ...]) -> Sample:
@@ -109,93 +107,3 @@ def test_many_captions_go_through_the_encoder_in_parts_longest_first() -> None:
     vectors = encode_captions(["a" * n for n in lengths], Noting(), batch_size=1)
     assert vectors[:, 0].tolist() == lengths.tolist()
     assert seen == [(16, 40, 1), (16, 24, 1), (8, 8, 1)]
-
-
-REPORT: dict[str, Any] = {
-    "config": {"model": "a|b <c>", "teacher": None, "precision": "auto"},
-    "model": {"encoder": "llm2clip", "dim": 24},
-    "metrics": {
-        **{
-            f"d/{kind}/{way}_r@{k}": v
-            for kind, way, k, v in (
-                ("short", "i2t", 1, 0.11),
-                ("short", "i2t", 5, 0.12),
-                ("short", "i2t", 10, 0.13),
-                ("short", "t2i", 1, 0.21),
-                ("short", "t2i", 5, 0.22),
-                ("short", "t2i", 10, 0.23),
-            )
-        },
-        "d/cra": 0.31,
-        "d/cra_second": 0.32,
-        "d/short/cra": 0.33,
-    },
-    "chance": {"d/short/i2t_r@1": 0.04, "d/short/t2i_r@1": 0.05},
-    "datasets": {
-        "d": {
-            "images": 1234,
-            "captions": {"short": 5678},
-            "bad": {"num_bad": 3, "counts": {"missing file": 2, "empty caption": 1}},
-            "captions_cut": 7,
-        }
-    },
-    "similarity": {
-        "d": {
-            "alignment": 0.4,
-            "uniformity": -1.5,
-            "positive_mean": 0.8,
-            "negative_mean": None,
-            "positive": [0, 0, 2, 6],
-            "negative": [4, 1, 0, 0],
-            "edges": [-1, -0.5, 0, 0.5, 1],
-        }
-    },
-}
-
-
-def test_a_page_by_hand() -> None:
-    page = as_markdown(REPORT)
-    for line in (
-        "# Scores of a|b <c>",
-        "| model | a\\|b <c> |",
-        "| dim | 24 |",
-        "Retrieval, % (1,234 images; captions: 5,678 short):",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| short | image → text | 11.0 | 12.0 | 13.0 | 4.000 |",
-        "| short | text → image | 21.0 | 22.0 | 23.0 | 5.000 |",
-        "| a caption finds another of its image, among all | 31.0 |",
-        "| an image's first caption finds its second, among all second ones | 32.0 |",
-        "| the same among short captions alone | 33.0 |",
-        "| alignment (squared distance of captions of one image) | 0.400 |",
-        "| uniformity (lower: more spread out) | -1.500 |",
-        "| mean cosine, captions of one image | 0.800 |",
-        "| captions longer than the model reads, cut | 7 |",
-        "Left out: 3 bad samples:",
-        "| missing file | 2 |",
-    ):
-        assert line in page.splitlines(), line
-    assert "different images" not in page, "there is no pair of them"
-    html = as_html(REPORT)
-    assert "<title>Scores of a|b &lt;c&gt;</title>" in html and "<td>a|b &lt;c&gt;</td>" in html
-    assert '<td>short</td><td>image → text</td><td class="number">11.0</td>' in html
-    assert "<td>dim</td><td>24</td>" in html
-
-
-def test_bars_of_the_histogram_by_hand() -> None:
-    figure = histogram(REPORT["similarity"]["d"], width=400, height=208)
-    found = re.findall(r'class="(\w+)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', figure)
-    bars = [(name, *map(float, numbers)) for name, *numbers in found]
-    # 100 px a bin with a gap of 1; 100 px from the middle at 104 to the highest bar of either side
-    assert bars == [
-        ("positive", 200.5, pytest.approx(104 - 33.3, abs=0.1), 99.0, 33.3),
-        ("positive", 300.5, 4.0, 99.0, 100.0),
-        ("negative", 0.5, 104.0, 99.0, 100.0),
-        ("negative", 100.5, 104.0, 99.0, 25.0),
-    ]
-
-
-def test_histogram_has_a_bar_for_each_filled_bin() -> None:
-    profile = {"positive": [0, 0, 1, 3], "negative": [5, 0, 0, 0], "edges": [-1, -0.5, 0, 0.5, 1]}
-    figure = histogram(profile)
-    assert figure.count("<rect") == 3
-    assert "positive: 0.50 to 1.00, 75.00 %" in figure

@@ -183,7 +183,8 @@ def test_pages_show_the_same_figures(report_folder: Path) -> None:
     metrics = json.loads((report_folder / "report.json").read_text())["metrics"]
     markdown, page = ((report_folder / name).read_text() for name in ("report.md", "report.html"))
     row = [f"{100 * metrics[f'captions/long/t2i_r@{k}']:.1f}" for k in (1, 5, 10)]
-    assert f"| long | text → image | {' | '.join(row)} | 4.167 |" in markdown
+    assert f"| long | text → image | model | {' | '.join(row)} |\n" in markdown
+    assert "|  |  | by chance | 4.167 | 20.833 | 41.667 |\n" in markdown
     assert "".join(f'<td class="number">{value}</td>' for value in row) in page
     assert "<svg" in page and "http" not in page.replace("https://www.w3.org", "")
 
@@ -355,8 +356,8 @@ class EVALUATOR:
         self.samples = samples
 
     def run(self, encoder):
-        yield Score("dummy/samples", len(self.samples) / 100, chance=0.5)
-        yield Score("dummy/width", float(encoder.texts(list(WORDS)).shape[1]))
+        yield Score("dummy/samples", len(self.samples) / 100, chance=0.5, num_images=24)
+        yield Score("dummy/width", encoder.texts(list(WORDS)).shape[1] / 10)
 """
 
 
@@ -369,11 +370,12 @@ def test_an_evaluator_is_one_file(images_csv: Path, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as added:
         added.setattr(run.evaluators, "__path__", [*run.evaluators.__path__, str(tmp_path / "more")])
         report = evaluate(EvaluateConfig(**options, out=tmp_path / "with"))
-    new = {"captions/dummy/samples": 0.24, "captions/dummy/width": 4}
+    new = {"captions/dummy/samples": 0.24, "captions/dummy/width": 0.4}
     assert report["metrics"] == {**plain["metrics"], **new}
     assert report["chance"] == {**plain["chance"], "captions/dummy/samples": 0.5}
     page = (tmp_path / "with" / "report.md").read_text()
-    assert "| dummy/samples | 0.2400 | 0.5000 |" in page and "| dummy/width | 4.0000 |  |" in page
+    assert "| dummy/samples | 24.0 | 11.3 to 43.9 | 50.000 |  |" in page and "| dummy/width | 40.0 |  |  |  |" in page
+    assert "- dummy/samples: 24.0 % (95 % interval 11.3 to 43.9), by chance 50.0 %; not above chance\n" in page
     again = evaluate(EvaluateConfig(**options, out=tmp_path / "again"))
     assert again == plain
     assert set(plain["metrics"]) == KEYS
@@ -396,3 +398,16 @@ def test_each_text_goes_through_the_model_once(
     monkeypatch.setattr(run, "open_encoder", lambda config: (Noting(), {"encoder": "colours"}))
     evaluate(EvaluateConfig(model="colours", data=(str(images_csv),), out=tmp_path / "report"))
     assert seen.count("image") == 24 and len(seen) == 24 + 48 == len(set(seen)) + 23
+
+
+def test_a_text_encoder_without_pairs_of_captions_is_told_why_it_has_no_score(
+    finished_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "one.csv").write_text("image,short_caption\na.jpg,a red disc\nb.jpg,a blue square\n")
+    options: dict[str, Any] = {"teacher": str(finished_teacher), "data": (str(tmp_path / "one.csv"),)}
+    report = evaluate(EvaluateConfig(**options, out=tmp_path / "report"))
+    assert report["metrics"] == {}
+    why = "there is no score: a text encoder alone is scored on images with two different captions"
+    assert why in caplog.text
+    assert f"\n- {why}" in (tmp_path / "report" / "report.md").read_text()
+    assert f"<li>{why}" in (tmp_path / "report" / "report.html").read_text()

@@ -67,6 +67,7 @@ def test_it_learns_and_leaves_a_whole_folder(config) -> None:
     manifest = read_manifest(out, "student")
     assert manifest["steps"] == 60 and manifest["bad_images"]["num_bad"] == 0
     assert manifest["teacher_dim"] == 32 and manifest["projection_dim"] == 16
+    assert manifest["kinds"] == ["long", "short"]
     assert not (out / "checkpoints").exists() and not (out / ".lock").exists()
     student = Student.from_pretrained(out)
     assert sum(p.numel() for p in student.parameters()) == manifest["num_parameters"]

@@ -10,6 +10,7 @@ from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError, setting
 
+NO_BASELINE = "none"
 SPEED_FIELDS = ("out", "batch_size", "device")
 """Fields that do not decide the scores (beyond rounding)."""
 
@@ -35,6 +36,9 @@ class EvaluateConfig(SourceConfig):
     """Branch, tag or commit of a Hub `teacher`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model or teacher. Only for sources you trust."""
+    baseline: str | None = None
+    """What the scores are compared with: any `model` that needs no teacher beside it (a text encoder where the teacher
+    alone is scored); none for nothing. By default the CLIP or SigLIP that a student's tower is of, if it is here."""
     precision: str = "auto"
     """Arithmetic of the models: fp32, bf16, fp16, or auto: as their weights are saved, but fp32 for a half precision
     that this CPU would emulate."""
@@ -43,7 +47,7 @@ class EvaluateConfig(SourceConfig):
     device: str | None = None
     """cpu, cuda, cuda:1, ...; by default a GPU if there is one."""
     seed: int = 0
-    """Which images' captions the similarity figures are drawn from, where there are more than 10,000 captions."""
+    """Which captions the page shows, and of more than 10,000 captions those that the similarity figures are of."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything.

@@ -29,15 +29,24 @@ class Remembering:
         bad: where images are counted that cannot be read.
         device: where scores are computed.
 
-    Attributes:
-        num_texts: distinct texts so far.
     """
 
     def __init__(self, model: Any, *, batch_size: int, bad: BadSamples, device: torch.device) -> None:
         self.model, self.bad = model, bad
         self._batch_size, self._device = batch_size, device
+        self._cut_before = getattr(model, "num_cut", 0)
         self._images: dict[ImageRef, np.ndarray] = {}
         self._texts: dict[str, np.ndarray] = {}
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the model encodes images, too."""
+        return isinstance(self.model, ImageEncoder)
+
+    @property
+    def num_cut(self) -> int | None:
+        """How many texts the model read only the beginning of; None where it does not say."""
+        return self.model.num_cut - self._cut_before if hasattr(self.model, "num_cut") else None
 
     @property
     def num_texts(self) -> int:

@@ -1,37 +1,43 @@
-"""A report for people: the same tables as `report.md` and as one self-contained `report.html`."""
+"""A report for people: `report.md`, and `report.html` with images, one file that loads nothing; both by templates."""
 
 from __future__ import annotations
 
-import html
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
 from llm2clip.artifacts import atomic_path
+from llm2clip.eval.verdict import judge
 from llm2clip.scores import KS
 
+PAGES = ("report.md", "report.html")
+TEMPLATES = Path(__file__).parent
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 CRA_NAMES = {
     "cra": "a caption finds another of its image, among all",
     "cra_second": "an image's first caption finds its second, among all second ones",
 }
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; color: #1d2330; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d6dae2; padding-bottom: .3rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-caption { text-align: left; color: #5a6477; padding-bottom: .3rem; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #e6e9ef; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figcaption { color: #5a6477; } .wrap { overflow-x: auto; }
-svg { max-width: 100%; height: auto; } svg text { font-size: 11px; }
-.positive { fill: #2f7d4f; } .negative { fill: #b4472f; }
-@media (prefers-color-scheme: dark) {
-  body { background: #14171d; color: #e4e7ee; }
-  h2, th, td { border-color: #333a47; } caption, figcaption { color: #9aa4b5; }
-  svg text { fill: #9aa4b5; } .positive { fill: #63b486; } .negative { fill: #dd7a62; }
+SIMILARITY = {
+    "alignment": "alignment (squared distance of captions of one image)",
+    "uniformity": "uniformity (lower: more spread out)",
+    "positive_mean": "mean cosine, captions of one image",
+    "negative_mean": "mean cosine, captions of different images",
 }
-"""
+CURVES = {
+    "loss": "loss",
+    "accuracy": "share of a batch's images whose own caption scores best",
+    "val/r@1": "R@1 on the held-out bank, mean",
+}
+"""Of a training's log what is drawn."""
+SIDES = ("95 % interval", "by chance", "baseline")
+"""What stands beside a score."""
+POINTS = 300
+"""Of a curve at most."""
 
 
 @dataclass(frozen=True)
@@ -40,114 +46,129 @@ class Table:
 
     title: str
     header: list[str]
-    rows: list[list[str]]
+    rows: list[list[str]] = field(default_factory=list)
     numbers: int = 1
 
 
-def write_pages(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write `report.md` and `report.html` for what `report.json` holds."""
-    for name, text in (("report.md", as_markdown(report)), ("report.html", as_html(report))):
+def write_pages(folder: Path, report: Mapping[str, Any], galleries: Mapping[str, Any], *, log: Path | None) -> None:
+    """Write `report.md` and `report.html`.
+
+    Args:
+        report: what `report.json` holds.
+        galleries: dataset -> its gallery, see `llm2clip.eval.gallery`.
+        log: of the model's training, if there is one.
+    """
+    drawn = {} if log is None else curves(log)
+    for name in PAGES:
         with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(render(name, report, galleries=galleries, curves=drawn), encoding="utf-8")
 
 
-def as_markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    parts = [f"# {title(report)}", _markdown_table(model_table(report))]
-    for name in report["datasets"]:
-        parts.append(f"## {name}")
-        parts += [_markdown_table(table) for table in dataset_tables(report, name)]
-    return "\n\n".join(parts) + "\n"
-
-
-def as_html(report: Mapping[str, Any]) -> str:
-    """The report as one HTML page that loads nothing."""
-    parts = [f"<h1>{html.escape(title(report))}</h1>", _html_table(model_table(report))]
-    for name in report["datasets"]:
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        parts += [_html_table(table) for table in dataset_tables(report, name)]
-        parts.append(histogram(report["similarity"][name]))
-    body = "\n".join(parts)
+def render(template: str, report: Mapping[str, Any], **more: Any) -> str:
+    """The report as the template says it."""
+    config = report["config"]
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title(report))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        environment()
+        .get_template(template)
+        .render(
+            title=f"Scores of {config.get('model') or config.get('teacher')}",
+            verdict=judge(report),
+            scores={name: list(score_tables(report, name)) for name in report["datasets"]},
+            facts={name: list(fact_tables(report, name)) for name in report["datasets"]},
+            model=model_table(report),
+            similarity=report["similarity"],
+            **more,
+        )
     )
 
 
-def title(report: Mapping[str, Any]) -> str:
-    """The page's heading: what was scored."""
-    config = report["config"]
-    return f"Scores of {config.get('model') or config.get('teacher')}"
+def environment() -> Environment:
+    """Where the templates lie, and what they may use."""
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True
+    )
+    found.filters["cell"] = lambda text: text.replace("|", "\\|")
+    return found
+
+
+def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
+    """The scores of a dataset, each with its interval, chance and the baseline's."""
+    facts, metrics = report["datasets"][name], report["metrics"]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["captions"].items())
+    recalls = {
+        (kind, way): [f"{name}/{kind}/{way}_r@{k}" for k in KS] for kind in facts["captions"] for way in DIRECTIONS
+    }
+    recalls = {place: keys for place, keys in recalls.items() if keys[0] in metrics}
+    if recalls:
+        table = Table(
+            f"Retrieval, % ({facts['images']:,} images; captions: {kinds})",
+            ["captions", "direction", "of", *(f"R@{k}" for k in KS)],
+            numbers=3,
+        )
+        for (kind, way), keys in recalls.items():
+            sides = list(_sides(report, keys))
+            names = [[kind, DIRECTIONS[way]], *[["", ""]] * (len(sides) - 1)]
+            table.rows.extend([*place, *side] for place, side in zip(names, sides, strict=True))
+        yield table
+    words = {
+        **{f"{name}/{key}": words for key, words in CRA_NAMES.items()},
+        **{f"{name}/{kind}/cra": f"the same among {kind} captions alone" for kind in facts["captions"]},
+    }
+    seen = {key for keys in recalls.values() for key in keys}
+    left = [key for key in metrics if key.startswith(f"{name}/") and key not in seen]
+    for title, keys in (
+        ("Caption retrieval accuracy, %", [key for key in words if key in left]),
+        ("Other scores, %", [key for key in left if key not in words]),
+    ):
+        rows = [[words.get(key, key.removeprefix(f"{name}/")), *_line(report, key)] for key in keys]
+        if rows:
+            yield Table(title, ["what", "score", *SIDES], rows)
+
+
+def _sides(report: Mapping[str, Any], keys: list[str]) -> Iterator[list[str]]:
+    """Rows below another: the model, its interval, chance, the baseline; the last three where there are such."""
+    columns = [
+        dict(zip(("model", "95 % interval", "by chance", "baseline"), _line(report, key), strict=True)) for key in keys
+    ]
+    for side in columns[0]:
+        cells = [column[side] for column in columns]
+        if any(cells):
+            yield [side, *cells]
+
+
+def _line(report: Mapping[str, Any], key: str) -> list[str]:
+    """A score, its interval, chance and the baseline's score; "" for what there is not."""
+    low, high = report["intervals"].get(key, (None, None))
+    chance, before = report["chance"].get(key), report["baseline"].get("metrics", {}).get(key)
+    return [
+        percent(report["metrics"][key]),
+        "" if low is None else f"{percent(low)} to {percent(high)}",
+        "" if chance is None else percent(chance, digits=3),
+        "" if before is None else percent(before),
+    ]
+
+
+def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
+    """What is known of a dataset beside its scores."""
+    facts, profile = report["datasets"][name], report["similarity"][name]
+    rows = [[f"{kind} captions", f"{count:,}"] for kind, count in facts["captions"].items()]
+    rows += [[words, f"{profile[key]:.3f}"] for key, words in SIMILARITY.items() if profile[key] is not None]
+    if "captions_cut" in facts:
+        rows.append(["captions longer than the model reads, cut", f"{facts['captions_cut']:,}"])
+    yield Table("Captions", ["what", "value"], rows)
+    if facts["bad"]["counts"]:
+        counts = [[cause, f"{count:,}"] for cause, count in facts["bad"]["counts"].items()]
+        yield Table(f"Left out: {facts['bad']['num_bad']:,} bad samples", ["defect", "times"], counts)
+    if "fingerprint" in facts:
+        yield Table("Source", ["what", "which"], [["fingerprint", facts["fingerprint"]]], numbers=2)
 
 
 def model_table(report: Mapping[str, Any]) -> Table:
     """What was scored, and with what."""
-    config, facts = report["config"], report["model"]
-    rows = {
-        "model": config.get("model"),
-        "teacher": config.get("teacher"),
-        "precision": config.get("precision"),
-        **facts,
-    }
+    config = report["config"]
+    named = {key: config.get(key) for key in ("model", "teacher", "precision")}
+    rows = {**named, **report["model"], "baseline": report["baseline"].get("model")}
     return Table("Model", ["what", "which"], [[k.replace("_", " "), str(v)] for k, v in rows.items() if v], numbers=2)
-
-
-def dataset_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
-    """The tables of one dataset."""
-    facts, metrics = report["datasets"][name], report["metrics"]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["captions"].items())
-    if f"{name}/{next(iter(facts['captions']))}/i2t_r@1" in metrics:
-        rows = [
-            [
-                *(kind, words),
-                *(percent(metrics[f"{name}/{kind}/{way}_r@{k}"]) for k in KS),
-                percent(report["chance"][f"{name}/{kind}/{way}_r@1"], digits=3),
-            ]
-            for kind in facts["captions"]
-            for way, words in DIRECTIONS.items()
-        ]
-        header = ["captions", "direction", *(f"R@{k}" for k in KS), "R@1 by chance"]
-        yield Table(f"Retrieval, % ({facts['images']:,} images; captions: {kinds})", header, rows, numbers=2)
-    found = {
-        **{words: f"{name}/{key}" for key, words in CRA_NAMES.items()},
-        **{f"the same among {kind} captions alone": f"{name}/{kind}/cra" for kind in facts["captions"]},
-    }
-    rows = [[words, percent(metrics[key])] for words, key in found.items() if key in metrics]
-    if rows:
-        yield Table("Caption retrieval accuracy, %", ["what", "CRA"], rows)
-    recalls = {f"{name}/{kind}/{way}_r@{k}" for kind in facts["captions"] for way in DIRECTIONS for k in KS}
-    others = [key for key in metrics if key.startswith(f"{name}/") and key not in {*recalls, *found.values()}]
-    rows = [
-        [
-            key.removeprefix(f"{name}/"),
-            f"{metrics[key]:.4f}",
-            f"{report['chance'][key]:.4f}" if key in report["chance"] else "",
-        ]
-        for key in others
-    ]
-    if rows:
-        yield Table("Other scores", ["what", "score", "by chance"], rows)
-    yield Table("Captions", ["what", "value"], list(_caption_rows(facts, report["similarity"][name])))
-    if facts["bad"]["counts"]:
-        counts = [[cause, f"{count:,}"] for cause, count in facts["bad"]["counts"].items()]
-        yield Table(f"Left out: {facts['bad']['num_bad']:,} bad samples", ["defect", "times"], counts)
-
-
-def _caption_rows(facts: Mapping[str, Any], profile: Mapping[str, Any]) -> Iterator[list[str]]:
-    for kind, count in facts["captions"].items():
-        yield [f"{kind} captions", f"{count:,}"]
-    names = {
-        "alignment": "alignment (squared distance of captions of one image)",
-        "uniformity": "uniformity (lower: more spread out)",
-        "positive_mean": "mean cosine, captions of one image",
-        "negative_mean": "mean cosine, captions of different images",
-    }
-    for key, words in names.items():
-        if profile[key] is not None:
-            yield [words, f"{profile[key]:.3f}"]
-    if "captions_cut" in facts:
-        yield ["captions longer than the model reads, cut", f"{facts['captions_cut']:,}"]
 
 
 def percent(fraction: float, *, digits: int = 1) -> str:
@@ -159,48 +180,15 @@ def percent(fraction: float, *, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}"
 
 
-def histogram(profile: Mapping[str, Any], *, width: int = 640, height: int = 200) -> str:
-    """Similarities of captions of one image (above the line) and of different ones (below), as an SVG figure."""
-    middle, bins = height / 2, len(profile["positive"])
-    step, bars = width / bins, []
-    for name, sign in (("positive", -1), ("negative", 1)):
-        total = max(1, sum(profile[name]))
-        highest = max(max(profile[name]) / total, 1e-9)
-        for i, count in enumerate(profile[name]):
-            if count:
-                size = (middle - 4) * count / total / highest
-                top = middle - size if sign < 0 else middle
-                label = (
-                    f"{name}: {profile['edges'][i]:.2f} to {profile['edges'][i + 1]:.2f}, {100 * count / total:.2f} %"
-                )
-                bars.append(
-                    f'<rect class="{name}" x="{i * step + 0.5:.1f}" y="{top:.1f}" width="{step - 1:.1f}" '
-                    f'height="{size:.1f}"><title>{label}</title></rect>'
-                )
-    ticks = "".join(
-        f'<text x="{(value + 1) / 2 * width:.0f}" y="{height + 14}" text-anchor="{anchor}">{value:g}</text>'
-        for value, anchor in ((-1, "start"), (-0.5, "middle"), (0, "middle"), (0.5, "middle"), (1, "end"))
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {width} {height + 20}" role="img" aria-label="Cosines of pairs of captions">'
-        f"{''.join(bars)}{ticks}</svg><figcaption>Cosines of pairs of captions: of one image above, of different "
-        "images below; each side by its own highest bar.</figcaption></figure>"
-    )
-
-
-def _markdown_table(table: Table) -> str:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [table.header, *table.rows]]
-    rule = ["---" if i < table.numbers else "---:" for i in range(len(table.header))]
-    lines = [f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]]]
-    return "\n".join([f"{table.title}:", "", *lines])
-
-
-def _html_table(table: Table) -> str:
-    def row(tag: str, cells: list[str]) -> str:
-        classes = [' class="number"' if i >= table.numbers else "" for i in range(len(cells))]
-        return "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for cell, c in zip(cells, classes, strict=True))
-
-    body = "\n".join(f"<tr>{row('td', cells)}</tr>" for cells in table.rows)
-    head = f"<thead><tr>{row('th', table.header)}</tr></thead>"
-    title_row = f"<caption>{html.escape(table.title)}</caption>"
-    return f'<div class="wrap"><table>{title_row}{head}\n<tbody>{body}</tbody></table></div>'
+def curves(log: Path) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The curves of a training, each with its title, as points of step and value; of long ones some."""
+    if not log.is_file():
+        return []
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for key, title in CURVES.items():
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if len(points) > 1:
+            places = np.linspace(0, len(points) - 1, min(POINTS, len(points))).round().astype(int)
+            found.append((title, [points[i] for i in places]))
+    return found

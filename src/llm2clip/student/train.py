@@ -26,7 +26,7 @@ from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
 from llm2clip.student.gradcache import cached_step
 from llm2clip.student.loss import contrastive_loss
-from llm2clip.student.mix import PAPER_BATCH, default_batch_size
+from llm2clip.student.mix import PAPER_BATCH, default_batch_size, wanted_kinds
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.optim import cosine_factor
 from llm2clip.student.session import Session
@@ -183,6 +183,7 @@ def finish(run: Session) -> None:
         image_size=student.config.image_size,
         num_parameters=sum(p.numel() for p in student.parameters()),
         num_samples=run.loader.num_samples,
+        kinds=wanted_kinds(run.banks, config.mix),
         steps=run.step,
         best_score=run.best if config.val_bank else None,
         bad_images=bad,

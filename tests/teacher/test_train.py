@@ -396,3 +396,15 @@ def test_two_processes_equal_one_with_the_whole_batch(micro, config):
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
     c = load_file(train_teacher(config("seed", **{**changes, "seed": 5})) / "model.safetensors")
     assert max(float((a[name] - c[name]).abs().max()) for name in a) > 1e-3  # the tolerance tells runs apart
+
+
+def test_a_killed_teacher_without_a_checkpoint_gives_its_folder_to_other_settings(config, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        kill_at(2, patch)
+        with pytest.raises(Killed):
+            train_teacher(config("killed"))
+    assert (config("killed").work / "captions.arrow").exists()
+    caplog.set_level("INFO", logger="llm2clip")
+    other = train_teacher(config("killed", steps=4))
+    assert "had come to no result; begun anew" in caplog.text
+    assert files_of(other) == files_of(train_teacher(config("whole", steps=4)))

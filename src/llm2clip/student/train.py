@@ -20,7 +20,8 @@ from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.bank.reader import Bank
 from llm2clip.config import save_interval
 from llm2clip.hub import settle_precision
-from llm2clip.student.accelerator import start_accelerator
+from llm2clip.journal import LOG
+from llm2clip.student.accelerator import CURVES, start_accelerator
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
@@ -33,6 +34,8 @@ from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
 logger = logging.getLogger("llm2clip")
+SCRAPS = (LOG, CURVES)
+"""What a run leaves before its first checkpoint."""
 
 
 def train_student(config: StudentConfig) -> Path:
@@ -54,7 +57,7 @@ def train_student(config: StudentConfig) -> Path:
     config = settle_batch_size(config, accelerator)
     held: Any = contextlib.nullcontext()
     if accelerator.is_main_process:
-        held = open_output(out, "student", config=config.settings())
+        held = open_output(out, "student", config=config.settings(), scraps=SCRAPS)
     with held:
         accelerator.wait_for_everyone()  # the others go on once the main process has the folder
         if is_complete(out):

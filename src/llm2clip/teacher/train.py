@@ -19,13 +19,14 @@ from llm2clip.artifacts import is_complete, open_output, read_json, write_json, 
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
+from llm2clip.journal import LOG
 from llm2clip.teacher import tuning
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import TRIPLET, check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
 from llm2clip.teacher.mixture import BatchOrder, Mixture, Task, check_sizes, count_steps, task_weights
-from llm2clip.teacher.mntp import mask_token_id, train_mntp
+from llm2clip.teacher.mntp import MNTP_LOG, mask_token_id, train_mntp
 from llm2clip.teacher.model import find_text_model, four_bit_config, llm, llm_as_encoder, one_line_errors, save
 from llm2clip.teacher.probe import CaptionSet, probe_captions
 from llm2clip.teacher.trainer import fit
@@ -277,7 +278,9 @@ def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
-    with open_output(out, "teacher", config=config.settings()) as began:
+    results = [*config.work.glob("*/checkpoint-*"), *config.work.glob("mntp")]
+    scraps = () if results else (config.work.name, LOG, MNTP_LOG)
+    with open_output(out, "teacher", config=config.settings(), scraps=scraps) as began:
         try:
             yield
         except (UsageError, SourceError, TooManyBadSamples):

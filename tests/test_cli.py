@@ -255,10 +255,15 @@ def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
         ("train-student --bank bank --tower /no/tower --out out", "/no/tower is no folder"),
         ("evaluate --data t.csv --model org/clip --out out", "image '../a.jpg' lies outside the table's folder"),
         ("export --model student/x/y --to tower --out out", "student/x/y is no folder"),
+        ("build-bank --data i.csv --teacher org/llm --out out", "images: give --image-root images"),
+        ("train-student --bank bank --tower org/tower --out out", "--tower org/tower is no folder here, and the Hub "),
     ],
 )
 def test_a_mistyped_path_is_told_before_torch_is_imported(command: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,caption\n../a.jpg,a cat\n")
+    (tmp_path / "i.csv").write_text("image,caption\na.jpg,a cat\n")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
     code = f"""
 import sys
 from llm2clip import cli

@@ -20,15 +20,15 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 # Of each folder the most lines, files, and lines of imports in a hundred ("": the files beside the folders; "*": all).
 # A later capability adds its own row; no row is widened to pass.
 SIZES = {
-    "": (3_260, 20, 7.0),  # 2,940 before runs said what they take
-    "data": (2_760, 17, 7.1),  # 2,300 before nothing of a source could get lost
+    "": (3_380, 21, 7.0),  # 2,940 before runs said what they take, and names on the Hub were looked up at once
+    "data": (2_930, 18, 7.1),  # 2,300 before nothing of a source could get lost, 2,760 before missing images were found
     "teacher": (2_980, 16, 7.6),  # 2,920 before it said that nothing was learned
     "bank": (2_730, 17, 8.4),
     "student": (4_515, 26, 7.4),  # 4,440 before it said that nothing was learned
     "eval": (880, 8, 8.9),
     "export": (430, 6, 13.1),
     "export/formats": (270, 4, 15.1),  # a format's imports are inside its functions
-    "*": (17_780, 114, 7.8),
+    "*": (18_080, 116, 7.8),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -37,7 +37,7 @@ FUNCTION, NINE_IN_TEN = 80, 25
 
 STAGES = {"data", "teacher", "bank", "student", "eval", "export", "search", "recipes"}
 CORE = {"artifacts", "compat", "config", "cuts", "errors", "hub", "journal", "metrics", "progress", "protocols"}
-CORE |= {"outlook", "same_settings"}
+CORE |= {"on_hub", "outlook", "same_settings"}
 TOP = {"__init__", "__main__", "bundle", "cli", "flags", "opening", "pipeline", "verbs"}
 
 # who may import whom, beside itself and core; the module names an edge allowed from that one file alone

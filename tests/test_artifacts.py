@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from llm2clip import artifacts
-from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError
+from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError, settings_as_flags
 
 from .forking import end_of, fork
 
@@ -34,10 +34,9 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1, "dtype": "float16"}):
-        pass
+    begin(tmp_path / "x", seed=1, dtype="float16")
     with (
-        pytest.raises(UsageError, match="seed was 1, now 2"),
+        pytest.raises(UsageError, match="seed was 1, now 2; to go on give seed=1; to begin anew name another out, or "),
         artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2, "dtype": "float16"}),
     ):
         pass
@@ -70,15 +69,21 @@ def test_a_run_that_fails_later_can_go_on(tmp_path: Path) -> None:
 
 
 def test_a_refused_run_does_not_take_the_folder_of_another(tmp_path: Path) -> None:
-    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}):
-        pass
-    for kind, seed in (("bank", 2), ("student", 1)):
+    begin(tmp_path / "x", seed=1)
+    for kind, seed, message in (("bank", 2, "was begun with other settings"), ("student", 1, "holds a bank, made or")):
         with (
-            pytest.raises(UsageError, match="is in use"),
+            pytest.raises(UsageError, match=message) as refused,
             artifacts.open_output(tmp_path / "x", kind, config={"seed": seed}),
         ):
             pass
-        assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+        assert "in use" not in str(refused.value), "which is said of living processes alone"
+        assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["run.json", "table"]
+
+
+def begin(folder: Path, *, write: str = "table", kind: str = "bank", **config: Any) -> None:
+    """A run that is over and wrote something."""
+    with artifacts.open_output(folder, kind, config=config):
+        (folder / write).write_text("")
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
@@ -206,8 +211,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, renames: d
 
 
 def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
-    with artifacts.open_output(tmp_path / "x", "bank", config={"old": 3, "seed": 1}):
-        pass
+    begin(tmp_path / "x", old=3, seed=1)
     with (
         pytest.raises(UsageError, match="old was 3, now None"),
         artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}),
@@ -218,7 +222,7 @@ def test_a_setting_that_is_gone_is_named(tmp_path: Path) -> None:
 def test_a_shared_run_that_fails_takes_nothing_from_the_others(tmp_path: Path) -> None:
     with artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True):
         fail_in(tmp_path / "x", shared=True)
-        assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+        assert [path.name for path in (tmp_path / "x").iterdir() if "alive" not in path.name] == ["run.json"]
     with artifacts.open_output(tmp_path / "x", "bank", config={}, shared=True) as began:
         assert began
 
@@ -228,20 +232,20 @@ def test_of_two_that_begin_at_once_the_second_must_have_the_settings_of_the_firs
 ) -> None:
     write_json = artifacts.write_json
 
-    def begin(seed: int) -> None:
+    def share(seed: int) -> None:
         with artifacts.open_output(tmp_path / "x", "bank", config={"seed": seed}, shared=True):
-            pass
+            (tmp_path / "x" / "table").touch()
 
     def slow(path: Path, value: Any) -> None:
         monkeypatch.undo()
-        others.append(pool.submit(begin, 2))
+        others.append(pool.submit(share, 2))
         assert not wait(others, timeout=0.3).done, "it waits for the first to have begun"
         write_json(path, value)
 
     others: list[Future[None]] = []
     monkeypatch.setattr(artifacts, "write_json", slow)
     with ThreadPoolExecutor(1) as pool:
-        begin(1)
+        share(1)
         with pytest.raises(UsageError, match="seed was 1, now 2"):
             others[0].result(60)
 
@@ -318,3 +322,128 @@ def test_a_file_system_that_refuses_to_lock(tmp_path: Path, monkeypatch: pytest.
         artifacts.open_output(tmp_path / "x", "bank", config={}),
     ):
         pass
+
+
+SCRAPS = ("teacher.json", ".*.tmp")
+
+
+@pytest.mark.parametrize("left", [(), ("teacher.json",), (".table.tmp", "teacher.json")])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_folder_without_a_result_is_taken_over(
+    tmp_path: Path, left: tuple[str, ...], shared: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a kill leaves it, with what a run writes before its first result."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    artifacts.write_json(folder / "run.json", {"kind": "bank", "config": {"seed": 1}})
+    for name in left:
+        (folder / name).mkdir() if name.startswith(".") else (folder / name).touch()
+    caplog.set_level("INFO", "llm2clip")
+    options: dict[str, Any] = {"config": {"seed": 2}, "shared": shared, "scraps": SCRAPS}
+    with artifacts.open_output(folder, "bank", **options) as began:
+        assert not began
+        assert [path.name for path in folder.iterdir() if not path.name.startswith((".lock", ".alive"))] == ["run.json"]
+    assert artifacts.read_json(folder / "run.json")["config"] == {"seed": 2}
+    assert caplog.messages == [f"{folder}: an earlier run with other settings had come to no result; begun anew"]
+
+
+@pytest.mark.parametrize("name", ["table", "manifest.json", "teacher.json.gz"])
+def test_a_folder_with_a_result_is_not(tmp_path: Path, name: str) -> None:
+    begin(tmp_path / "x", write=name, seed=1)
+    with (
+        pytest.raises(UsageError, match="seed was 1, now 2"),
+        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2}, scraps=SCRAPS),
+    ):
+        pass
+    assert (tmp_path / "x" / name).exists()
+
+
+def test_no_folder_is_taken_from_a_living_process_that_shares_it(tmp_path: Path) -> None:
+    with (
+        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}, shared=True),
+        pytest.raises(UsageError, match="x is in use by another process with other settings: seed was 1, now 2"),
+        artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2}, shared=True),
+    ):
+        pass
+    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2}, shared=True) as began:
+        assert not began, "now that it is gone"
+
+
+def test_what_a_killed_process_held_of_a_shared_folder_is_free(tmp_path: Path) -> None:
+    def share() -> None:
+        with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 1}, shared=True):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert end_of(fork(share)) != 0
+    assert len(list((tmp_path / "x").glob(".alive-*"))) == 1
+    with artifacts.open_output(tmp_path / "x", "bank", config={"seed": 2}) as began:
+        assert not began
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"data": ["a.csv", "b/c.csv"]}, {"data": ["./a.csv", "{here}/b//c.csv"]}),
+        ({"tower": "{here}/tower"}, {"tower": Path("tower")}),
+        ({"bank": ["bank/"]}, {"bank": ("bank",)}),
+        ({"data": ["shards/{{0..3}}.tar"]}, {"data": ["./shards/{{0..3}}.tar"]}),
+        ({"epochs": 1}, {"epochs": 1.0}),
+        ({"mix": {"short": 1.0}}, {"mix": {"short": 1}}),
+        ({"seed": 0}, {"seed": 0, "image_root": None}),
+    ],
+)
+def test_settings_that_mean_the_same_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, Any], now: dict[str, Any]
+) -> None:
+    def placed(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [placed(item) for item in value]
+        return str(value).format(here=tmp_path) if isinstance(value, (str, Path)) else value
+
+    monkeypatch.chdir(tmp_path)
+    begin(Path("x"), **{name: placed(value) for name, value in before.items()})
+    with artifacts.open_output("x", "bank", config={name: placed(value) for name, value in now.items()}) as began:
+        assert began
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"data": ["a.csv"]}, {"data": ["b.csv"]}),
+        ({"data": ["https://host/a//b.csv"]}, {"data": ["https://host/a/b.csv"]}),
+        ({"caption_instruction": "./a"}, {"caption_instruction": "a"}),
+        ({"data": ["a.csv", "b.csv"]}, {"data": ["b.csv", "a.csv"]}),
+    ],
+)
+def test_settings_that_mean_something_else_are_not(tmp_path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    begin(tmp_path / "x", **before)
+    with (
+        pytest.raises(UsageError, match="was begun with other settings"),
+        artifacts.open_output(tmp_path / "x", "bank", config=now),
+    ):
+        pass
+
+
+def test_what_differs_is_named_as_flags_with_what_goes_on_and_what_begins_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    begin(folder, data=["a b.csv", "c.csv"], split=None, mask=True, steps=4)
+    with (
+        settings_as_flags(),
+        pytest.raises(UsageError) as refused,
+        artifacts.open_output(folder, "bank", config={"data": ["c.csv"], "split": "train", "mask": False, "steps": 4}),
+    ):
+        pass
+    assert str(refused.value) == (
+        f"--out {folder} was begun with other settings: data was ['a b.csv', 'c.csv'], now ['c.csv'], mask was True, "
+        "now False, split was None, now 'train'; to go on give --data 'a b.csv' c.csv --mask no --split; to begin "
+        f"anew name another --out, or delete this one: rm -r '{folder}'"
+    )
+
+
+def test_of_many_that_differ_three_are_named(tmp_path: Path) -> None:
+    begin(tmp_path / "x", a=1, b=1, c=1, d=1, e=1)
+    with pytest.raises(UsageError) as refused, artifacts.open_output(tmp_path / "x", "bank", config={}):
+        pass
+    told = f"c was 1, now None, and 2 more; to go on give the settings of {tmp_path / 'x' / 'run.json'}; to begin"
+    assert told in str(refused.value)

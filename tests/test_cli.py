@@ -255,10 +255,15 @@ def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
         ("train-student --bank bank --tower /no/tower --out out", "/no/tower is no folder"),
         ("evaluate --data t.csv --model org/clip --out out", "image '../a.jpg' lies outside the table's folder"),
         ("export --model student/x/y --to tower --out out", "student/x/y is no folder"),
+        ("build-bank --data i.csv --teacher org/llm --out out", "images: give --image-root images"),
+        ("train-student --bank bank --tower org/tower --out out", "--tower org/tower is no folder here, and the Hub "),
     ],
 )
 def test_a_mistyped_path_is_told_before_torch_is_imported(command: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,caption\n../a.jpg,a cat\n")
+    (tmp_path / "i.csv").write_text("image,caption\na.jpg,a cat\n")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
     code = f"""
 import sys
 from llm2clip import cli
@@ -407,3 +412,15 @@ def test_the_parsers_frame_is_taken_off(capture: str, seen: list[ToyConfig], req
         err = captured.readouterr().err
         assert err.startswith(f"llm2clip: error: {says}") and err.endswith(" (llm2clip toy --help lists the flags)\n")
         assert not set(err) & set("─│╭╮╰╯") and "---" not in err and "helptext" not in err
+
+
+def test_what_stops_a_run_from_within_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python prints the words of a SystemExit and ends with 1; only if they reach it."""
+
+    def stops(arguments: list[str]) -> int:
+        raise SystemExit("no more of this")
+
+    monkeypatch.setattr(cli, "run", stops)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == "no more of this"

@@ -43,13 +43,13 @@ def manifests_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def names_found(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names looked up from here on."""
     found: list[str] = []
-    plain = hub._local_folder
+    plain = hub.model_folder
 
-    def look_up(name: str, revision: str | None) -> Path:
+    def look_up(name: str, *, revision: str | None) -> Path:
         found.append(Path(name).name)
-        return plain(name, revision)
+        return plain(name, revision=revision)
 
-    monkeypatch.setattr(hub, "_local_folder", look_up)
+    monkeypatch.setattr(hub, "model_folder", look_up)
     return found
 
 

@@ -232,7 +232,7 @@ def test_folders_that_are_no_student(tmp_path: Path, finished_teacher: Path, fin
         LLM2CLIP.from_pretrained(tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"^'' is no folder"):
         LLM2CLIP.from_pretrained("")
-    with pytest.raises(UsageError, match="no Hub id that can be fetched"):
+    with pytest.raises(UsageError, match="is no folder here, and the Hub cannot be reached"):
         LLM2CLIP.from_pretrained("nobody/nothing")
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / "manifest.json").write_text('{"format": "llm2clip/bank"}')

@@ -153,16 +153,17 @@ def test_weights_are_compared_to_the_last_bit(tmp_path) -> None:
 
 
 def test_names_of_folders_and_times_do_not_count_but_all_else_does(tmp_path, monkeypatch) -> None:
-    for side, seconds, name in (("old", 1.0, "images"), ("new", 2.0, "images")):
+    for side, seconds, name in (("old", 1.0, "pictures"), ("new", 2.0, "images")):
         folder = tmp_path / side / "row"
         folder.mkdir(parents=True)
         manifest = {"config": {"out": str(folder), "gone": 1} if side == "old" else {"out": str(folder)}}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "seconds": seconds, name: 3}))
     monkeypatch.setattr(same_grid, "REMOVED", {"grow": {"gone": "a test"}})
+    monkeypatch.setattr(same_grid, "RENAMED_OUTPUT", {})
     folders = Folders((tmp_path / "old", tmp_path / "x"), (tmp_path / "new", tmp_path / "x"))
     places = [part.place for part in folders.compare("row", "row", "grow")]
-    assert places == ["manifest.json images", "manifest.json images"]
-    monkeypatch.setattr(same_grid, "RENAMED_OUTPUT", {"images": "images"})
+    assert places == ["manifest.json pictures", "manifest.json images"]
+    monkeypatch.setattr(same_grid, "RENAMED_OUTPUT", {"pictures": "images"})
     assert folders.compare("row", "row", "grow") == []
     (tmp_path / "new" / "row" / "more.txt").write_text("")
     assert [part.text for part in folders.compare("row", "row", "grow")] == ["only in the new"]

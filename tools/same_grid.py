@@ -27,6 +27,7 @@ SOURCE = {
     "revision": HUB,
     "split": Because("the old code lacks it"),
     "text_lines": Because("the old code lacks it"),
+    "image_root": Because("the old code lacks it"),
 }
 ENCODE = {
     "precision": "--precision bf16",
@@ -287,6 +288,7 @@ REMOVED: dict[str, dict[str, str]] = {
 _READS = {
     "split": "all rows as before, where it is not given",
     "text_lines": "differs for texts of several lines alone",
+    "image_root": "images beside the table as before, where it is not given",
 }
 ADDED: dict[str, dict[str, str]] = {
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},

@@ -2,28 +2,37 @@
 
 A folder holds `run.json` from the first moment (the resolved configuration of the run) and `manifest.json`
 only once everything else is whole. So a folder without a manifest is unfinished, and the same command goes on
-where it stopped; other settings are refused, naming what differs. A manifest holds no time of day and no
-absolute path of the folder itself: two runs that do the same thing write the same bytes.
+where it stopped; other settings are refused, naming what differs, unless nothing has come of the earlier run yet.
+A manifest holds no time of day and no absolute path of the folder itself: two runs that do the same thing write the
+same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from llm2clip.errors import ArtifactError, LLM2CLIPError, UsageError, setting
+from llm2clip.same_settings import as_given, differing, named
 
+logger = logging.getLogger("llm2clip")
 MANIFEST = "manifest.json"
 RUN = "run.json"
-LOCK = ".lock"
+LOCK, ALIVE = ".lock", ".alive-"
+"""The lock of a folder, and the beginning of the names of those that processes sharing it hold as long as they run."""
 BEGIN_SECONDS = 10.0
 """How long a process waits for others that are just beginning on a folder it shares with them."""
 FORMAT_VERSIONS = {"bank": 2}
@@ -228,37 +237,44 @@ def check_finished(folder: Path, name: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], shared: bool = False) -> Iterator[bool]:
+def open_output(
+    folder: str | Path, kind: str, *, config: Mapping[str, Any], shared: bool = False, scraps: Sequence[str] = ()
+) -> Iterator[bool]:
     """Hold `folder` for writing an artifact of `kind`; yields whether a run of the same settings began in it before.
 
     The folder is created, locked against other processes while the block runs, and `run.json` is written. If the block
-    fails before it wrote anything, all of that is taken back, so that the corrected command may have the folder. A
-    folder that holds anything this function did not begin is never touched.
+    fails before it wrote anything, all of that is taken back, so that the corrected command may have the folder; so it
+    may if a killed run left nothing but `run.json` and `scraps`. A folder that holds anything this function did not
+    begin is never touched.
 
     Args:
         config: the settings that decide what is written. Leave out what only changes speed (workers, device).
         shared: lock the folder only while `run.json` is read or written, so that several processes with the same
             settings can fill it at once. They must agree among themselves who writes what, and since another may be at
             work, a block that fails takes nothing back.
+        scraps: patterns of names of what a run writes before it has any result; with other settings they are removed.
 
     Raises:
-        UsageError: if the folder is in use, holds something else, or was begun with other settings (named).
+        UsageError: if a living process uses the folder, it holds something else, or was begun with other settings
+            (named).
     """
-    folder = Path(folder)
+    folder, out = Path(folder), setting("out")
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{setting('out')} {folder} is a file; name a folder")
+        raise UsageError(f"{out} {folder} is a file; name a folder")
     # in this order: another process may be beginning here, and it writes run.json first
     if folder.is_dir() and any(_is_foreign(path) for path in folder.iterdir()) and not (folder / RUN).exists():
-        raise UsageError(f"{setting('out')} {folder} is in use: it holds files of another program; name a new folder")
+        raise UsageError(f"{out} {folder} holds files of another program; name a new folder")
     made, failed = not folder.is_dir(), False
     lock = try_lock(folder / LOCK, seconds=BEGIN_SECONDS if shared else 0.2)  # or until another has just ended
+    alive = None
     if lock is None:
-        raise UsageError(f"{setting('out')} {folder} is in use by another process; wait for it or name another folder")
+        raise UsageError(f"{out} {folder} is in use by another process; wait for it or name another folder")
     try:
-        began = _check_same_run(folder, kind, config)
+        began = _check_same_run(folder, kind, config, scraps)
         if not began:
             write_json(folder / RUN, {"kind": kind, "config": dict(config)})
         if shared:
+            alive = try_lock(folder / f"{ALIVE}{uuid.uuid4().hex}")
             unlock(lock)
         try:
             yield began
@@ -268,7 +284,8 @@ def open_output(folder: str | Path, kind: str, *, config: Mapping[str, Any], sha
     finally:
         if failed and lock.is_locked:  # not if it is shared, nor in a child that was forked in the block
             forget_unused(folder)
-        unlock(lock)
+        for held in filter(None, [alive, lock]):
+            unlock(held)
         if failed and made:
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
@@ -281,7 +298,15 @@ def forget_unused(folder: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    return path.name != LOCK and not path.name.startswith(f".{RUN}.")
+    return path.name != LOCK and not path.name.startswith((f".{RUN}.", ALIVE))
+
+
+def _others_alive(folder: Path) -> bool:
+    """Whether a process that shares the folder is at work in it; the locks that killed ones left are removed."""
+    locks = [try_lock(path) for path in folder.glob(f"{ALIVE}*")]
+    for lock in filter(None, locks):
+        unlock(lock)
+    return None in locks
 
 
 def try_lock(path: Path, *, seconds: float = 0.0) -> BaseFileLock | None:
@@ -324,18 +349,34 @@ def is_complete(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).exists()
 
 
-def _check_same_run(folder: Path, kind: str, config: Mapping[str, Any]) -> bool:
+def _check_same_run(folder: Path, kind: str, config: Mapping[str, Any], scraps: Sequence[str]) -> bool:
+    """Whether a run of these settings began in a folder; what another left there without a result is removed.
+
+    Raises:
+        UsageError: if another began, and came to something or is at work.
+    """
+    others = _others_alive(folder)
     if not (folder / RUN).exists():
         return False
     earlier = read_json(folder / RUN)
-    wanted = json.loads(canonical_json({"kind": kind, "config": dict(config)}))
-    if earlier == wanted:
+    before, now = earlier.get("config", {}), json.loads(canonical_json(dict(config)))
+    changed = differing(before, now)
+    if earlier.get("kind") == kind and not changed:
         return True
+    left = [path for path in folder.iterdir() if _is_foreign(path) and path.name != RUN]
+    if not others and all(any(fnmatch.fnmatch(path.name, scrap) for scrap in scraps) for path in left):
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        logger.info("%s: an earlier run with other settings had come to no result; begun anew", folder)
+        return False
+    out = setting("out")
     if earlier.get("kind") != kind:
-        raise UsageError(f"{setting('out')} {folder} is in use: it holds a {earlier.get('kind')}; name a new folder")
-    before, now = earlier["config"], wanted["config"]
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    detail = ", ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
+        raise UsageError(f"{out} {folder} holds a {earlier.get('kind')}, made or begun there; name a new folder")
+    if others:
+        what = f"is in use by another process with other settings: {named(before, now, changed)}"
+        raise UsageError(f"{out} {folder} {what}; name a new folder")
+    go_on = as_given(before, changed) or f"the settings of {folder / RUN}"
     raise UsageError(
-        f"{setting('out')} {folder} is in use by a run with other settings ({detail}); name a new folder or delete it"
+        f"{out} {folder} was begun with other settings: {named(before, now, changed)}; to go on give {go_on}; to "
+        f"begin anew name another {out}, or delete this one: rm -r {shlex.quote(str(folder))}"
     )

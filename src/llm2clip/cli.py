@@ -18,6 +18,8 @@ from typing import Any
 from llm2clip.errors import LLM2CLIPError, UsageError, setting, settings_as_flags
 from llm2clip.verbs import VERBS
 
+REVISIONS = {"model": "model_revision", "teacher": "teacher_revision", "tower": "tower_revision"}
+"""Settings that name a model, and those that name its commit."""
 BROKEN_PIPE = 141
 """As shells say it of a program that ended by SIGPIPE, 13."""
 
@@ -29,9 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: bars and names are not ASCII, some terminals are
     try:
         try:
-            code = run(sys.argv[1:] if arguments is None else arguments)
-        except SystemExit as stop:  # the parser's, after --help
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            code: int | str | None = run(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as stop:  # the parser's, after --help, or of who stops a run from within, with what it says
+            code = stop.code
         sys.stdout.flush()
     except BrokenPipeError:  # the reader went; what Python still holds for it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,14 +100,20 @@ def _look_first(config: Any) -> None:
     """
     from llm2clip.artifacts import check_name
     from llm2clip.data.config import SourceConfig
+    from llm2clip.on_hub import check_model
 
-    for field in ("model", "teacher", "tower"):
-        if isinstance(name := getattr(config, field, None), str):
-            check_name(name, what=setting(field))
+    names = {
+        field: name for field in ("model", "teacher", "tower") if isinstance(name := getattr(config, field, 0), str)
+    }
+    for field, name in names.items():
+        check_name(name, what=setting(field))
     if isinstance(config, SourceConfig):
         from llm2clip.data.source import look_at_sources
 
         look_at_sources(config)
+    for field, name in names.items():  # last, as it may go over the network
+        if name != "none":  # what bank verify calls no teacher
+            check_model(name, revision=getattr(config, REVISIONS[field], None), what=setting(field))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ Every message is one line: what was wrong, its value, and what to do about it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -79,6 +80,9 @@ def setting(name: str, value: object = None) -> str:
     >>> with settings_as_flags():
     ...     setting("batch_size"), setting("precision", "fp32"), setting("bank", ("DIR",))
     ('--batch-size', '--precision fp32', '--bank DIR')
+    >>> with settings_as_flags():
+    ...     setting("prompt", "a red disc")
+    "--prompt 'a red disc'"
     """
     if not _as_flags:
         return name if value is None else f"{name}={value!r}"
@@ -87,7 +91,9 @@ def setting(name: str, value: object = None) -> str:
         return f"--no-{flag}" if value is False else f"--{flag}"
     if isinstance(value, Mapping):
         value = tuple(f"{key}={item}" for key, item in value.items())
-    return " ".join([f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])])
+    return " ".join(
+        [f"--{flag}", *(shlex.quote(str(item)) for item in (value if isinstance(value, tuple) else [value]))]
+    )
 
 
 def shown(value: object, *, most: int = 80) -> str:

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from llm2clip.artifacts import MANIFEST, RUN, check_finished, check_name, made_as, read_json
+from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line
+from llm2clip.on_hub import model_folder
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,7 +82,7 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
     """
     if isinstance(name, ModelFolder):
         return name
-    path = _local_folder(str(name), revision)
+    path = model_folder(str(name), revision=revision)
     check_finished(path, str(name))
     config, manifest = (read_json(path / file) if (path / file).exists() else {} for file in ("config.json", MANIFEST))
     if (path / "modules.json").exists():
@@ -93,18 +94,6 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
         kind = "student" if config.get("model_type") == "llm2clip" else "transformers"
     _check_no_pickle(path, str(name))
     return ModelFolder(path, str(name), kind, config, manifest)
-
-
-def _local_folder(name: str, revision: str | None) -> Path:
-    if name.strip() and Path(name).is_dir():
-        return Path(name)
-    check_name(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{name} is no folder here, and no Hub id that can be fetched: {one_line(error)}") from None
 
 
 def _check_no_pickle(folder: Path, name: str) -> None:

@@ -1,6 +1,7 @@
 """What a training says of itself: a progress line, `log.jsonl`, curves in a tracker, a stop when the loss is no number.
 
-Values stay on the device until `FLUSH_EVERY` steps are together, so that logging never makes the device wait.
+Values stay on the device until `FLUSH_EVERY` steps are together, so that logging does not make the device wait; only
+for some of the first, so that it is soon known how long all will take.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from llm2clip.progress import Progress
 logger = logging.getLogger("llm2clip")
 LOG = "log.jsonl"
 FLUSH_EVERY = 10
+FLUSH_EARLY = (1, 3, 5)
+"""Steps from the start after which the values are taken from the device at once."""
 
 
 class Journal:
@@ -38,6 +41,7 @@ class Journal:
         file: the log's name in `out`.
         description: what the progress line calls the training.
         digits: significant digits of a number in the log; 7 are those of float32, 17 all that Python has.
+        estimate: what the training takes besides time, see `Progress`.
     """
 
     def __init__(
@@ -51,16 +55,19 @@ class Journal:
         file: str = LOG,
         description: str = "train student",
         digits: int = 7,
+        estimate: Callable[[], str] | None = None,
     ) -> None:
         self._accelerator, self._out, self._file = accelerator, out, file
-        self._images, self._digits = images, digits
+        self._images, self._digits, self._first = images, digits, step
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []
         self._last_flush = time.monotonic()
         self._progress: Progress | None = None
         self._note = ""
         if accelerator.is_main_process:
             _keep_until(out / file, step)
-            self._progress = Progress(total, description=description, unit="steps", initial=step).__enter__()
+            self._progress = Progress(
+                total, description=description, unit="steps", initial=step, estimate=estimate
+            ).__enter__()
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Note the values of a finished step (from 1).
@@ -69,7 +76,8 @@ class Journal:
             LLM2CLIPError: if one of the last steps had a loss or gradient that is no number.
         """
         self._waiting.append((step, {name: torch.as_tensor(value) for name, value in values.items()}))
-        if len(self._waiting) >= FLUSH_EVERY:
+        taken = step - self._first
+        if taken in FLUSH_EARLY or taken % FLUSH_EVERY == 0:
             self.flush()
 
     def flush(self) -> None:
@@ -134,6 +142,14 @@ class Journal:
             self._progress.__exit__(None, None, None)
         for tracker in self._accelerator.trackers:
             tracker.finish()
+
+
+def logged_losses(path: Path) -> list[dict[str, float]]:
+    """The lines of a log, `log.jsonl` in an artifact's folder, that say a loss."""
+    if not path.exists():
+        return []
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line.get("loss") is not None]
 
 
 def find_tracker(name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import TypeVar
 
@@ -16,6 +16,9 @@ Item = TypeVar("Item")
 LOG_EVERY_SECONDS = 15.0
 EARLY_SECONDS = (1.0, 4.0)
 """From the start to the first early line, and to the second: long enough for a rate, soon enough to stop a mistake."""
+MEASURED = 2
+"""Units after the first advance, at least, from whose rate a whole job is estimated; in the first one things are
+compiled and caches filled."""
 
 
 class Progress:
@@ -30,6 +33,7 @@ class Progress:
         unit: what is counted ("captions").
         initial: units done by an earlier run; they do not count for the rate.
         unit_bytes: bytes that a unit takes on the disk; the size so far and in all is shown.
+        estimate: what the job takes besides time, in words, asked once: when there is a rate, a line says both.
 
     Example:
         >>> with Progress(2, description="count", unit="items") as progress:
@@ -44,10 +48,13 @@ class Progress:
         unit: str,
         initial: int = 0,
         unit_bytes: int | None = None,
+        estimate: Callable[[], str] | None = None,
     ) -> None:
         self.total, self.description, self.unit = total, description, unit
         self.done = self._initial = initial
         self._unit_bytes, self._work = unit_bytes, 0.0
+        self._estimate = estimate
+        self._first: tuple[float, int, float] | None = None  # when the first units were done, how many, and their work
         self._start = self._last_line = time.monotonic()
         self._waits = [*EARLY_SECONDS, LOG_EVERY_SECONDS]
         self._bar = None
@@ -71,6 +78,22 @@ class Progress:
         elif self.done > self._initial and time.monotonic() - self._last_line >= self._waits[0]:
             self._waits = self._waits[1:] or self._waits
             self._line(note)
+        if self._estimate is not None and self.total is not None and self.done > self._initial:
+            self._tell(self._estimate, self.total)
+
+    def _tell(self, estimate: Callable[[], str], total: int) -> None:
+        """Say once what the job takes, when enough was done after the first units to know."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self.done, self._work
+        began, done, work = self._first
+        if self.done - done < MEASURED or now - began < EARLY_SECONDS[0] or self._work <= work:
+            return
+        seconds = (now - began) * (total - self._initial - self._work) / (self._work - work)
+        if seconds < LOG_EVERY_SECONDS:  # over before it is read
+            return
+        logger.info("%s: about %s, %s", self.description, duration(seconds), estimate())
+        self._estimate = None
 
     def _line(self, note: str = "") -> None:
         self._last_line = time.monotonic()

@@ -30,7 +30,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.bank.reuse import teacher_of
 from llm2clip.bank.vectors import ShardBuffer
 from llm2clip.bank.verify import cosines
-from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.teacher.model import load_teacher
 
 Files = Callable[[Path], dict[str, bytes]]
@@ -123,6 +123,21 @@ def test_mistyped_sources_leave_nothing_in_the_way_of_the_right_ones(tmp_path: P
         build(captions_csv.with_name("captoins.csv"), tmp_path / "bank")
     assert not (tmp_path / "bank").exists()
     assert build(captions_csv, tmp_path / "bank").num_rows
+
+
+def test_a_bank_that_came_to_no_table_is_begun_anew_with_other_settings(
+    tmp_path: Path, build, write_captions, caplog
+) -> None:
+    write_captions(tmp_path / "a.csv", 10, columns={"raw": 3})
+    (tmp_path / "3.jpg").unlink()
+    with pytest.raises(TooManyBadSamples):
+        build(tmp_path / "a.csv", tmp_path / "bank")
+    assert (tmp_path / "bank" / "teacher.json").exists()
+    caplog.set_level("INFO", "llm2clip")
+    assert build(tmp_path / "a.csv", tmp_path / "bank", max_bad_fraction=0.2).num_samples == 9
+    assert "an earlier run with other settings had come to no result; begun anew" in caplog.text
+    with pytest.raises(UsageError, match=r"max_bad_fraction was 0\.2, now 0\.05; to go on give max_bad_fraction=0\.2"):
+        build(tmp_path / "a.csv", tmp_path / "bank")
 
 
 def test_changed_sources_are_refused(tmp_path: Path, build, write_captions) -> None:

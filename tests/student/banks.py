@@ -31,6 +31,7 @@ class FakeEncoder:
     """In the place of a teacher."""
 
     cuts = SimpleNamespace(limit=None)
+    device = None
 
     def prepare(self, texts: list[str]) -> Prepared:
         return Prepared([np.arange(len(texts))], np.ones(len(texts), np.int64), None, texts)

@@ -29,7 +29,8 @@ class Notes:
     def update(self, values: dict[str, Any], **options: Any) -> None:
         self.settings |= values
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        step = len(self.lines) + 1 if step is None else step  # accelerate 1.10 does not tell trackio
         self.lines.setdefault(step, {}).update(values)
 
     def finish(self) -> None:

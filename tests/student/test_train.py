@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,8 +61,9 @@ def artifact(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json", "manifest.json")}
 
 
-def test_it_learns_and_leaves_a_whole_folder(config) -> None:
+def test_it_learns_and_leaves_a_whole_folder(config, caplog) -> None:
     out = train_student(config(steps=60, batch_size=12))
+    assert "learned nothing" not in caplog.text and "a student needs" not in caplog.text
     losses = [line["loss"] for line in log(out)]
     assert len(losses) == 60 and sum(losses[-5:]) < 0.6 * sum(losses[:5])
     manifest = read_manifest(out, "student")
@@ -74,6 +76,38 @@ def test_it_learns_and_leaves_a_whole_folder(config) -> None:
     from transformers import AutoImageProcessor
 
     assert AutoImageProcessor.from_pretrained(out).crop_size["height"] == 32
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_one_that_cannot_learn_is_told_before_and_after(config, caplog, loss) -> None:
+    settings = {"steps": None, "epochs": 1, "batch_size": 12, "learning_rate": 1e-9, "adaptor_learning_rate": 1e-9}
+    out = train_student(config(**settings, loss=loss))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told[0] == "2 steps of 12; a student needs some hundreds: give epochs=200"  # 150 passes of 2
+    first, last = log(out)
+    guess = ", 2.485 for who guesses" if loss == "softmax" else ""  # ln 12
+    assert told[-1] == (
+        f"the student has learned nothing: its loss is {last['loss']:.4g}, {first['loss']:.4g} at the start{guess}; "
+        f"{last['accuracy']:.1%} of a batch's images find their caption, 8.3% of who guesses; give epochs=200"
+    )
+
+
+def test_a_long_run_that_learned_nothing_is_told_of_rates(config) -> None:
+    run = SimpleNamespace(
+        config=config(batch_size=128, steps=400),
+        total_steps=400,
+        loader=SimpleNamespace(num_samples=3000, size=64),
+        accelerator=SimpleNamespace(num_processes=2),
+    )
+    losses = [{"loss": 5.6, "accuracy": 0.01}] * 10 + [{"loss": 4.84, "accuracy": 0.016}] * 10
+    assert train.nothing_learned(run, losses) == (
+        "the student has learned nothing: its loss is 4.84, 5.6 at the start, 4.852 for who guesses; 1.6% of a batch's "
+        "images find their caption, 1.6% of who guesses; see that captions belong to their images, and give another "
+        "learning_rate or adaptor_learning_rate=0.001"
+    )
+    assert train.nothing_learned(run, losses[:10] + [{"loss": 4.84, "accuracy": 0.05}] * 10) == "", "found above chance"
+    assert train.nothing_learned(run, losses[:10] + [{"loss": 4.0, "accuracy": 0.016}] * 10) == "", "the loss fell"
+    assert train.nothing_learned(run, []) == ""
 
 
 def test_a_complete_run_is_left_alone(config) -> None:

@@ -66,8 +66,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_a_teacher_learns_to_tell_captions_apart(config):
+def test_a_teacher_learns_to_tell_captions_apart(config, caplog):
     out = train_teacher(config(steps=40))
+    assert "learned nothing" not in caplog.text and "a teacher needs" not in caplog.text
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["format"] == "llm2clip/teacher" and manifest["dim"] == 32
     before, after = manifest["before"], manifest["after"]
@@ -396,3 +397,49 @@ def test_two_processes_equal_one_with_the_whole_batch(micro, config):
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
     c = load_file(train_teacher(config("seed", **{**changes, "seed": 5})) / "model.safetensors")
     assert max(float((a[name] - c[name]).abs().max()) for name in a) > 1e-3  # the tolerance tells runs apart
+
+
+@pytest.mark.parametrize("settings", [{"steps": 3}, {"steps": None, "epochs": 0.5}])
+def test_a_teacher_that_cannot_learn_is_told_before_and_after(config, caplog, settings):
+    out = train_teacher(config(**settings, batch_size=6, learning_rate=1e-9))
+    advice = "give steps=300" if settings["steps"] else "give epochs=80"  # 24 images: 4 steps a pass
+    number = settings["steps"] or 2
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told[0] == f"{number} steps of 6; a teacher needs some hundreds: {advice}"
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    scores = json.loads((out / "manifest.json").read_text())
+    assert told[-1] == (
+        f"the teacher has learned nothing: its loss is {lines[-1]['loss']:.4g}, {lines[0]['loss']:.4g} at the start, "
+        f"2.485 for who guesses; {scores['after']['cra_all']:.1%} of the captions find another of their image, "
+        f"{scores['before']['cra_all']:.1%} before; {advice}"
+    ), "ln 12 = 2.485"
+
+
+def test_a_long_training_that_learned_nothing_is_told_of_rate_and_scale(config):
+    """As the runs of docs/teacher.md that collapsed: at ln 24, with a few captions more found than before."""
+    losses = [{"loss": 4.0}] * 10 + [{"loss": 3.18}] * 10
+    facts: dict[str, Any] = {"rows": {"captions": 3000}, "before": {"cra_all": 0.088, "images": 100}}
+    facts["after"] = {"cra_all": 0.105, "images": 100}
+    settings = config(steps=480, batch_size=24, random_negative=False)
+    assert train_module.nothing_learned(settings, facts, losses) == (
+        "the teacher has learned nothing: its loss is 3.18, 4 at the start, 3.178 for who guesses; 10.5% of the "
+        "captions find another of their image, 8.8% before; give scale=20 or another learning_rate (now 0.005)"
+    )
+    learned = {**facts, "after": {"cra_all": 0.37, "images": 100}}
+    assert train_module.nothing_learned(settings, learned, losses) == "", "captions are found, whatever the loss"
+    assert train_module.nothing_learned(settings, facts, [{"loss": 4.0}] * 10 + [{"loss": 2.0}] * 10) == ""
+    assert train_module.nothing_learned(settings, facts, []) == ""
+    texts = {**facts, "before": None, "after": None}
+    assert "for who guesses; give scale=20" in train_module.nothing_learned(settings, texts, losses)
+
+
+def test_a_killed_teacher_without_a_checkpoint_gives_its_folder_to_other_settings(config, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        kill_at(2, patch)
+        with pytest.raises(Killed):
+            train_teacher(config("killed"))
+    assert (config("killed").work / "captions.arrow").exists()
+    caplog.set_level("INFO", logger="llm2clip")
+    other = train_teacher(config("killed", steps=4))
+    assert "had come to no result; begun anew" in caplog.text
+    assert files_of(other) == files_of(train_teacher(config("whole", steps=4)))

@@ -23,7 +23,7 @@ from llm2clip.artifacts import (
     write_json,
     write_manifest,
 )
-from llm2clip.bank.claims import Claims
+from llm2clip.bank.claims import CLAIMS, Claims
 from llm2clip.bank.collect import Intake, collect
 from llm2clip.bank.config import BankConfig, EncodeConfig
 from llm2clip.bank.dtypes import row_bytes
@@ -41,6 +41,8 @@ from llm2clip.progress import human_bytes
 
 logger = logging.getLogger("llm2clip")
 TEACHER = "teacher.json"
+SCRAPS = (TEACHER, CLAIMS, ".*.tmp")
+"""What a bank has before its table of captions is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,17 +161,21 @@ def same_teacher_settings(out: Path, settings: dict[str, Any], teacher: TeacherF
     Raises:
         UsageError: if the bank was begun with another teacher, naming both fingerprints.
     """
-    if not (out / TEACHER).exists():
+    if not ((out / TEACHER).exists() and has_table(out)):  # without a table it may be begun anew
         return settings
     begun = TeacherFacts(**read_json(out / TEACHER))
+    _check_same_teacher(out, begun, teacher)
+    if begun.name == teacher.name:
+        return settings
+    return {**settings, "teacher": begun.name, "teacher_revision": begun.revision}
+
+
+def _check_same_teacher(out: Path, begun: TeacherFacts, teacher: TeacherFacts) -> None:
     if begun.fingerprint != teacher.fingerprint:
         raise UsageError(
             f"{setting('out')} {out} holds a bank by another teacher: its fingerprint is {begun.fingerprint} "
             f"({begun.name}), that of {teacher.name} is {teacher.fingerprint}; name a new folder"
         )
-    if begun.name == teacher.name:
-        return settings
-    return {**settings, "teacher": begun.name, "teacher_revision": begun.revision}
 
 
 def write_bank(plan: Plan) -> Path:
@@ -178,7 +184,7 @@ def write_bank(plan: Plan) -> Path:
     intake = plan.intake()  # as are sources that are not there
     with (
         one_line_disk_errors(plan.out),
-        open_output(plan.out, "bank", config=plan.settings, shared=True),
+        open_output(plan.out, "bank", config=plan.settings, shared=True, scraps=SCRAPS),
         Claims(plan.out) as claims,
     ):
         if is_complete(plan.out):
@@ -201,13 +207,15 @@ def _agree_on_teacher(plan: Plan, claims: Claims) -> TeacherFacts:
     """Write `teacher.json`, unless another process was first; returns what it says.
 
     Raises:
-        UsageError: if that one encodes in another precision, as `--precision auto` may mean on other hardware.
+        UsageError: if that one is of another teacher, or encodes in another precision, as `--precision auto` may mean
+            on other hardware.
     """
     path = plan.out / TEACHER
     with claims.hold("teacher"):
         if not path.exists():
             write_json(path, dataclasses.asdict(plan.teacher))
     begun = TeacherFacts(**read_json(path))
+    _check_same_teacher(plan.out, begun, plan.teacher)
     if begun.precision != plan.teacher.precision:
         raise UsageError(
             f"{plan.out} was begun in {begun.precision}, and this process encodes in {plan.teacher.precision}: it may "

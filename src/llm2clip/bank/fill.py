@@ -17,6 +17,7 @@ from llm2clip.bank.encoder import CaptionEncoder, Prepared
 from llm2clip.bank.reader import Table
 from llm2clip.bank.reuse import Reuse
 from llm2clip.bank.vectors import Layout, ShardBuffer
+from llm2clip.outlook import needs
 from llm2clip.progress import Progress
 
 WAIT_SECONDS = 2.0
@@ -65,7 +66,14 @@ def fill(
         wait([upcoming])  # before the clock starts: later shards are tokenised while one is encoded
         size = row_bytes(layout.dtype, layout.dim)
         progress = stack.enter_context(
-            Progress(total, description="encode", unit="captions", initial=done, unit_bytes=size)
+            Progress(
+                total,
+                description="encode",
+                unit="captions",
+                initial=done,
+                unit_bytes=size,
+                estimate=lambda: needs(encoder and encoder.device, layout.num_bytes()),
+            )
         )
         while (job := upcoming.result()) is not None:
             upcoming = background.submit(next, jobs, None)

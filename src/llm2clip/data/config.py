@@ -32,6 +32,9 @@ class SourceConfig:
     image: str | None = None
     """Column that holds the image (a path, or embedded bytes); in a tar, its extension. Usual names are known."""
 
+    image_root: str | None = None
+    """Folder that relative paths of images in a table are looked up in; by default the table's own."""
+
     split: str | None = None
     """Of a source with several splits the one to read: rows of a table whose column "split" says so, the folder of that
     name below a folder, the split of a dataset of the Hub or of save_to_disk. By default train where it is such a

@@ -43,6 +43,7 @@ class Reading:
 
     captions: Mapping[str, str] = field(default_factory=dict)
     image: str | None = None
+    image_root: str | None = None
     allow_outside: bool = False
     split: str | None = None
     """Rows of a table whose column `split` says so, or the folder of this name; None for all rows."""

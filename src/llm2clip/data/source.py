@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -56,12 +57,16 @@ def open_source(config: SourceConfig, *, images: bool = True, setting: str = "da
     reading = Reading(
         captions=config.captions,
         image=config.image,
+        image_root=config.image_root,
         allow_outside=config.allow_outside,
         split=config.split,
         text_lines=config.text_lines,
         images=images,
         word=word,
     )
+    root = config.image_root
+    if root is not None and not (is_url(root) or os.path.isdir(root)):
+        raise UsageError(f"{written('image_root')} {root} is no folder; give the one that the images' paths start from")
     options: dict[str, Any] = {"word": word, "revision": config.revision, "split": config.split}
     files = [file for spec in config.data for file in find_files(spec, **options)]
     parts = [part for file in files for part in _parts_of(file, reading)]
@@ -77,13 +82,31 @@ def open_source(config: SourceConfig, *, images: bool = True, setting: str = "da
     for what, paths in told.items():
         if what:
             _tell(f"{paths[0]}{f' and {len(paths) - 1} like it' if len(paths) > 1 else ''}: {what}")
+    _look_for_images(parts, reading, fails=config.max_bad_fraction < 1)
     return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
 
 
+def _look_for_images(parts: Sequence[Part], reading: Reading, *, fails: bool) -> None:
+    """Warn of tables of whose first images most are not there.
+
+    Raises:
+        UsageError: if images are needed and not one of all is there.
+    """
+    found = []
+    for part in parts[:NUM_PARTS_CHECKED]:
+        with _naming(part):
+            found.append(part.missing() if isinstance(part, TablePart) else None)
+    if reading.images and fails and len(found) == len(parts) and all(missing and missing.all for missing in found):
+        raise UsageError(str(found[0]))
+    for missing in filter(None, found):
+        later = "" if reading.images else " (not needed for captions alone, as here, but a bank will need them)"
+        _tell(f"{missing}{later}", logging.WARNING)
+
+
 @functools.cache
-def _tell(line: str) -> None:
+def _tell(line: str, level: int = logging.INFO) -> None:
     """Log a line once."""
-    logger.info("%s", line)
+    logger.log(level, "%s", line)
 
 
 def look_at_sources(config: SourceConfig) -> None:

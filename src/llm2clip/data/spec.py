@@ -6,6 +6,7 @@ hf://datasets/org/name/*.tar   s3://bucket/{a,b}.tar   https://host/00000.tar
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import math
@@ -20,6 +21,7 @@ from llm2clip.artifacts import is_output
 from llm2clip.data.bad import logger
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
 from llm2clip.errors import SourceError, UsageError, setting
+from llm2clip.on_hub import offline, unreachable
 
 MAX_EXPANSION = 1_000_000
 """Files that one brace range may stand for."""
@@ -170,12 +172,14 @@ def _load_dataset(what: str, name: str, config: str | None, revision: str | None
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    no_network = unreachable(name, revision=revision, kind="dataset", given=what)
     try:
-        return load_dataset(name, config, revision=revision)
+        with offline() if no_network else contextlib.nullcontext():
+            return load_dataset(name, config, revision=revision)
     except DatasetNotFoundError as error:
         raise UsageError(f"{what} is not on the Hub, or you have no access: {_flat(error)}") from None
     except (DatasetsError, RuntimeError, *url_errors()) as error:
-        raise SourceError(f"{what} cannot be loaded: {_flat(error)}") from None
+        raise SourceError("; ".join(filter(None, [f"{what} cannot be loaded: {_flat(error)}", no_network]))) from None
 
 
 def _flat(error: Exception) -> str:

@@ -5,6 +5,7 @@ Rows with the same image are one sample with the captions of all of them, wherev
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.bad import BadImage, BadSamples, logger
+from llm2clip.data.bad import EARLY_SAMPLES, BadImage, BadSamples, logger
 from llm2clip.data.bytes import cell_bytes
 from llm2clip.data.columns import Layout, find_layout, image_columns, name_in, read_captions, require
 from llm2clip.data.files import IMAGE_ENDINGS
@@ -27,6 +28,7 @@ from llm2clip.data.rows import TABLES, BadRow, Table
 from llm2clip.data.sample import ImageRef, Reading, Sample
 from llm2clip.data.spec import File
 from llm2clip.data.urls import is_url, suffix
+from llm2clip.data.where import Missing
 from llm2clip.errors import UsageError, setting, shown
 
 NUM_ROWS_LOOKED_AT = 20
@@ -44,16 +46,23 @@ Captions = Mapping[str, tuple[str, ...]]
 class Places:
     """Where the images that a table names lie: inside the table's own folder, unless it is allowed otherwise.
 
+    Args:
+        root: what relative names are relative to, and where images may lie, too; by default the table's folder.
+
     >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
     '/data/a/1.jpg'
+    >>> Places("/data/captions.csv", allow_outside=False, root="/images").resolve("a/1.jpg").path
+    '/images/a/1.jpg'
     """
 
-    def __init__(self, table: str, *, allow_outside: bool) -> None:
+    def __init__(self, table: str, *, allow_outside: bool, root: str | None = None) -> None:
         self.table, self.allow_outside = table, allow_outside
-        self.folder = posixpath.dirname(table)
-        if not is_url(table):
+        own = posixpath.dirname(table)
+        self.folder = own if root is None else root.rstrip("/") if is_url(root) else os.path.abspath(root)
+        if not is_url(self.folder):
             # the Hub cache keeps files as links to blobs: beside the table's target lie its images' targets
-            self._roots = {os.path.realpath(self.folder), os.path.dirname(os.path.realpath(table))}
+            beside = set() if is_url(table) else {os.path.realpath(own), os.path.dirname(os.path.realpath(table))}
+            self._roots = {os.path.realpath(self.folder), *beside}
             self._real_folder = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
     def resolve(self, name: str) -> ImageRef:
@@ -96,7 +105,7 @@ class TablePart:
     def __init__(self, file: File, reading: Reading) -> None:
         self.path, self.size, self.reading = file.path, file.size, reading
         self.name = file.label or file.path
-        self._places = Places(file.path, allow_outside=reading.allow_outside)
+        self._places = Places(file.path, allow_outside=reading.allow_outside, root=reading.image_root)
 
     def check(self) -> str:
         """Check its columns, and that not all of its images lie outside its folder."""
@@ -119,6 +128,28 @@ class TablePart:
         if first:
             raise UsageError(first)
         return told
+
+    def missing(self) -> Missing | None:
+        """The first images that are not there, if most of those looked for are not.
+
+        Of the first 20 it is enough that one is there; only where none is, up to 1,000 are looked for.
+        """
+        table, layout = self._open()
+        if layout.image is None or layout.image in table.embedded:
+            return None
+        names, looked, example = [], 0, ""
+        for _, row in self._rows(table, layout):
+            name = "" if isinstance(row, BadRow) else layout.name_in(row)
+            with contextlib.suppress(BadImage):  # which is another fault
+                if not name or is_url(path := self._places.resolve(name).path):
+                    continue
+                looked += 1
+                if not os.path.isfile(path):
+                    names.append(name)
+                    example = example or path
+            if looked >= (EARLY_SAMPLES if len(names) == looked else NUM_ROWS_LOOKED_AT):
+                break
+        return Missing(self.path, tuple(names), looked, example) if 2 * len(names) > looked else None
 
     def samples(self, bad: BadSamples) -> Iterator[Sample]:
         """Its good samples in the order of the table; of several rows the last counts."""

@@ -19,8 +19,10 @@ from llm2clip.config import to_dict
 from llm2clip.data.bad import BadSamples
 from llm2clip.errors import UsageError, setting
 from llm2clip.journal import Journal, flat
+from llm2clip.outlook import needs, training_bytes
 from llm2clip.student.accelerator import compile_tower, fail_together
 from llm2clip.student.checkpoint import (
+    KEPT,
     load_best,
     load_checkpoint,
     restore_state,
@@ -73,7 +75,14 @@ class Session:
             self._build_student()
         self._begin()
         images = config.batch_size * config.accumulate
-        self.journal = Journal(accelerator, self.out, total=self.total_steps, step=self.step, images=images)
+        self.journal = Journal(
+            accelerator,
+            self.out,
+            total=self.total_steps,
+            step=self.step,
+            images=images,
+            estimate=lambda: needs(accelerator.device, self._disk()),
+        )
         accelerator.init_trackers("llm2clip", config=flat(to_dict(config)))
 
     def _open_data(self, batch_size: int) -> None:
@@ -175,6 +184,21 @@ class Session:
         if self.accelerator.num_processes == 1:  # torchrun with one process: data parallel hooks would only cost
             self.model = getattr(self.model, "module", self.model)
         self.average = Average(self.student, decay=self.config.ema) if self.config.ema else None
+
+    def _disk(self) -> int:
+        """Bytes on the disk that the run takes at most."""
+        sizes = [
+            (w.numel() * w.element_size(), w.requires_grad or name.removeprefix("tower.") in self.frozen)
+            for name, w in self.student.named_parameters()
+        ]
+        whole = sum(size for size, _ in sizes)
+        return training_bytes(
+            sum(size for size, learns in sizes if learns),
+            whole * (2 if self.val_bank else 1),  # the best so far, and the finished one
+            checkpoints=KEPT + 1,
+            steps=self.total_steps,
+            others=whole if self.average else 0,
+        )
 
     def thaw(self) -> None:
         """Let the tower learn after the adaptor's warm-up; data parallel hooks are made anew, with its parameters."""

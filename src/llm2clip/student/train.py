@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +20,11 @@ from torch.distributed.tensor import DTensor
 from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.bank.reader import Bank
 from llm2clip.config import save_interval
+from llm2clip.errors import setting
 from llm2clip.hub import settle_precision
-from llm2clip.student.accelerator import start_accelerator
+from llm2clip.journal import LOG, logged_losses
+from llm2clip.outlook import ENOUGH, ends, has_not_moved, learned_nothing, more_steps, near_chance, too_few_steps
+from llm2clip.student.accelerator import CURVES, start_accelerator
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
@@ -33,6 +37,8 @@ from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
 logger = logging.getLogger("llm2clip")
+SCRAPS = (LOG, CURVES)
+"""What a run leaves before its first checkpoint."""
 
 
 def train_student(config: StudentConfig) -> Path:
@@ -54,15 +60,17 @@ def train_student(config: StudentConfig) -> Path:
     config = settle_batch_size(config, accelerator)
     held: Any = contextlib.nullcontext()
     if accelerator.is_main_process:
-        held = open_output(out, "student", config=config.settings())
+        held = open_output(out, "student", config=config.settings(), scraps=SCRAPS)
     with held:
         accelerator.wait_for_everyone()  # the others go on once the main process has the folder
         if is_complete(out):
             logger.info("%s is already complete", out)
         else:
             run = Session(config, accelerator)
+            _warn(run, too_short(run))
             train(run)
             finish(run)
+            _warn(run, nothing_learned(run, logged_losses(out / LOG)))
         if accelerator.is_main_process:
             drop_checkpoints(out)
         accelerator.wait_for_everyone()
@@ -79,6 +87,46 @@ def settle_batch_size(config: StudentConfig, accelerator: Any) -> StudentConfig:
     if accelerator.is_main_process and num_samples < PAPER_BATCH:
         logger.info("batches of %d: all images there are, where the paper takes %d", batch_size, PAPER_BATCH)
     return dataclasses.replace(config, batch_size=batch_size)
+
+
+def _warn(run: Session, line: str) -> None:
+    if line and run.accelerator.is_main_process:
+        logger.warning("%s", line)
+
+
+def too_short(run: Session) -> str:
+    """A warning if a run has too few steps to learn anything."""
+    return too_few_steps("student", [run.loader.num_samples], steps=run.total_steps, **_amounts(run))
+
+
+def _amounts(run: Session) -> dict[str, Any]:
+    """What decides how many steps there are."""
+    config, num_processes = run.config, run.accelerator.num_processes
+    sizes = {"batch_size": config.batch_size, "accumulate": config.accumulate, "num_processes": num_processes}
+    return {**sizes, "by_steps": config.steps is not None}
+
+
+def nothing_learned(run: Session, losses: list[dict[str, float]]) -> str:
+    """A warning if a run ended as it began: by its loss, and by the images that find their caption in a batch.
+
+    Args:
+        losses: the log's lines with a loss.
+    """
+    config = run.config
+    if not losses or config.batch_size is None:
+        return ""
+    first, last = ends([line["loss"] for line in losses])
+    guessing = math.log(config.batch_size) if config.loss == "softmax" else None
+    right, choices = ends([line["accuracy"] for line in losses])[1], run.loader.size
+    stands = guessing is None or has_not_moved(first, last, guessing=guessing)  # the sigmoid's falls by its bias alone
+    if not (near_chance(right, choices) and stands):
+        return ""
+    found = f"{right:.1%} of a batch's images find their caption, {1 / choices:.1%} of who guesses"
+    raised = setting("adaptor_learning_rate", 1e-3)
+    advice = f"see that captions belong to their images, and give another {setting('learning_rate')} or {raised}"
+    if run.total_steps < ENOUGH:
+        advice = f"give {more_steps([run.loader.num_samples], **_amounts(run))}"
+    return learned_nothing("student", first, last, guessing=guessing, found=found, advice=advice)
 
 
 def train(run: Session) -> None:

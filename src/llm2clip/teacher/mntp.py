@@ -30,6 +30,7 @@ from llm2clip.teacher.reach import check_tokens
 from llm2clip.teacher.trainer import Log, OrderedTrainer, arguments, prepare_model, run_trainer
 from llm2clip.teacher.tuning import is_sharded, load_trained, trained_weights, with_lora
 
+MNTP_LOG = "mntp.jsonl"
 BLANK = "_"
 """The mask token of LLM2Vec's Llama models, which have none of their own."""
 
@@ -138,7 +139,7 @@ def train_mntp(config: TeacherConfig, model: ModelFolder, captions: Any, state: 
         order=order,
     )
     description = "masked next-token prediction"
-    trainer.add_callback(Log(trainer.accelerator, Path(config.out), file="mntp.jsonl", description=description))
+    trainer.add_callback(Log(trainer.accelerator, Path(config.out), file=MNTP_LOG, description=description))
     run_trainer(trainer, smaller="mntp_batch_size")
     if is_sharded(causal_lm):  # one process puts the whole together again
         weights = trained_weights(causal_lm)

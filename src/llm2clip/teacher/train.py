@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from llm2clip.artifacts import is_complete, open_output, read_json, write_json, 
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
+from llm2clip.journal import LOG, logged_losses
+from llm2clip.outlook import ENOUGH, ends, has_gained, has_not_moved, learned_nothing, more_steps, too_few_steps
 from llm2clip.teacher import tuning
 from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import TRIPLET, check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
 from llm2clip.teacher.mixture import BatchOrder, Mixture, Task, check_sizes, count_steps, task_weights
-from llm2clip.teacher.mntp import mask_token_id, train_mntp
+from llm2clip.teacher.mntp import MNTP_LOG, mask_token_id, train_mntp
 from llm2clip.teacher.model import find_text_model, four_bit_config, llm, llm_as_encoder, one_line_errors, save
 from llm2clip.teacher.probe import CaptionSet, probe_captions
 from llm2clip.teacher.trainer import fit
@@ -71,6 +74,9 @@ def train_teacher(config: TeacherConfig) -> Path:
             tasks, facts = prepare_tasks(config, config.work)
             check_sizes(tasks, batch_size=config.batch_size)
             probe_set = prepare_probe(config, tasks)
+        sizes = [len(task) for task in tasks]
+        if state.is_main_process and (short := too_short(config, sizes, state.num_processes)):
+            logger.warning("%s", short)
         model = llm_folder
         if config.mntp:
             model = find_model(train_mntp(config, model, tasks[0].rows if config.data else [], state))
@@ -108,6 +114,8 @@ def _finish(
         save(encoder, out, attention=config.attention)
         facts["after"] = probe_captions(lambda texts: _encode(encoder, texts), probe_set) if probe_set else None
         _log_scores(facts, probed_on)
+        if told := nothing_learned(config, facts, logged_losses(out / LOG)):
+            logger.warning("%s", told)
         write_manifest(
             out,
             "teacher",
@@ -178,7 +186,7 @@ def train(
 ) -> None:
     """Train `encoder` in place on the tasks."""
     sizes = [len(task) for task in tasks]
-    steps = config.steps or count_steps(sizes, batch_size=config.batch_size, epochs=config.epochs or 1)
+    steps = num_steps(config, sizes)
     order = BatchOrder(
         sizes,
         batch_size=config.batch_size,
@@ -193,6 +201,50 @@ def train(
         return {name: scores[name] for name in ("cra_second", "cra_all", "alignment", "uniformity")}
 
     fit(encoder, Mixture(tasks, seed=config.seed), order, config=config, probe=probe if probe_set else None)
+
+
+def num_steps(config: TeacherConfig, sizes: list[int]) -> int:
+    """The steps of a training on tasks of these sizes."""
+    return config.steps or count_steps(sizes, batch_size=config.batch_size, epochs=config.epochs or 1)
+
+
+def too_short(config: TeacherConfig, sizes: list[int], num_processes: int) -> str:
+    """A warning if a training on tasks of these sizes has too few steps to learn anything."""
+    return too_few_steps(
+        "teacher",
+        sizes,
+        steps=num_steps(config, sizes),
+        batch_size=config.batch_size,
+        by_steps=config.steps is not None,
+        num_processes=num_processes,
+    )
+
+
+def nothing_learned(config: TeacherConfig, facts: Mapping[str, Any], losses: list[dict[str, float]]) -> str:
+    """A warning if neither the loss nor the captions that are found again show that anything was learned.
+
+    Args:
+        facts: the scores `before` and `after`, None where there are no captions to score, and the tasks' `rows`.
+        losses: the log's lines with a loss.
+    """
+    if not losses:
+        return ""
+    first, last = ends([line["loss"] for line in losses])
+    # with one random caption of another image beside each positive, as many again
+    guessing = math.log(config.batch_size * (2 if config.random_negative else 1))
+    before, after = facts["before"], facts["after"]
+    found = ""
+    if after:
+        if has_gained(before["cra_all"], after["cra_all"], after["images"]):
+            return ""
+        found = f"{after['cra_all']:.1%} of the captions find another of their image, {before['cra_all']:.1%} before"
+    if not has_not_moved(first, last, guessing=guessing):
+        return ""
+    sizes, by_steps = list(facts["rows"].values()), config.steps is not None
+    advice = f"give {setting('scale', 20)} or another {setting('learning_rate')} (now {config.learning_rate:g})"
+    if num_steps(config, sizes) < ENOUGH:
+        advice = f"give {more_steps(sizes, batch_size=config.batch_size, by_steps=by_steps)}"
+    return learned_nothing("teacher", first, last, guessing=guessing, found=found, advice=advice)
 
 
 def count_cut(encoder: SentenceTransformer, tasks: list[Task]) -> dict[str, Any]:
@@ -277,7 +329,9 @@ def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
-    with open_output(out, "teacher", config=config.settings()) as began:
+    results = [*config.work.glob("*/checkpoint-*"), *config.work.glob("mntp")]
+    scraps = () if results else (config.work.name, LOG, MNTP_LOG)
+    with open_output(out, "teacher", config=config.settings(), scraps=scraps) as began:
         try:
             yield
         except (UsageError, SourceError, TooManyBadSamples):

@@ -21,6 +21,7 @@ from llm2clip.compat import OwnWeights
 from llm2clip.config import save_interval
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.journal import LOG, Journal
+from llm2clip.outlook import needs, training_bytes
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.loss import CaptionLoss
 from llm2clip.teacher.mixture import BatchOrder, Mixture
@@ -256,7 +257,13 @@ class Log(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the journal; the lines of steps that will be taken again are dropped."""
         self.start = time.monotonic()
-        self.journal = self.begin(total=state.max_steps, step=state.global_step)
+        weights = list(kwargs["model"].parameters())
+        learning, whole = (
+            sum(w.numel() * w.element_size() for w in weights if not only or w.requires_grad) for only in (True, False)
+        )
+        disk = training_bytes(learning, whole, checkpoints=2, steps=state.max_steps)  # the last, and one being written
+        estimate = functools.partial(needs, self.accelerator.device, disk)
+        self.journal = self.begin(total=state.max_steps, step=state.global_step, estimate=estimate)
         if self.probe is not None and is_sharded(kwargs["model"]):
             self.probe = None
             if self.accelerator.is_main_process:

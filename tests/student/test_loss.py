@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from llm2clip.errors import UsageError
-from llm2clip.student.loss import contrastive_loss
+from llm2clip.student.config import LOSSES
+from llm2clip.student.loss import KINDS, contrastive_loss
 
 DIM = 16
 
@@ -258,6 +259,10 @@ def test_processes_together_equal_one(results: list[dict[Any, Any]], world_size:
     assert_close(torch.cat([part[1] for part in parts]) / world_size, text)
     for place, scalar in enumerate(scalars, start=2):
         assert_close(torch.stack([part[place] for part in parts]).mean(), scalar)
+
+
+def test_the_settings_offer_every_loss() -> None:
+    assert tuple(KINDS) == LOSSES
 
 
 if __name__ == "__main__":

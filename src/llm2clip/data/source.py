@@ -25,7 +25,7 @@ from llm2clip.errors import SourceError, UsageError
 from llm2clip.errors import setting as written
 
 READERS: dict[str, Callable[[File, Reading], Part]] = {"tar": tar_part, **dict.fromkeys(TABLES, TablePart)}
-"""File name ending -> what reads such files; a further format is a row here, or in `tables.TABLES`."""
+"""File name ending -> what reads such files; a further format is a row here, or in `rows.TABLES`."""
 COMPRESSED = ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
 NUM_PARTS_CHECKED = 64
 """Files whose beginnings are looked at before a run; all of ten thousand would take minutes on a network disk."""

@@ -11,6 +11,7 @@ from llm2clip.config import PRECISIONS, Weights, check_choice, check_positive, t
 from llm2clip.errors import UsageError, setting
 
 LOSSES = ("softmax", "sigmoid")
+"""Rows of `loss.KINDS`; settings import no torch."""
 OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
 TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
@@ -62,8 +63,8 @@ class StudentConfig:
     epochs: float | None = None
     """Passes over the images; 4 if neither this nor --steps is given."""
     batch_size: int | None = None
-    """Images a step, over all processes; every other caption of the step is a negative. By default the paper's 4,096,
-    or all images of the banks if there are fewer."""
+    """Images a step, over all processes; captions of the others are an image's negatives, equal ones left out. By
+    default 4096, as in the paper, or all images of the banks if there are fewer."""
     micro_batch_size: int | None = None
     """Images in the tower at once on each process; below the batch, gradients are cached, with the same
     result, but for BatchNorm that learns."""
@@ -84,7 +85,7 @@ class StudentConfig:
     weight_decay: float = 0.05
     """Weight decay of matrices; biases, norms and the scale have none."""
     layer_decay: float = 0.85
-    """Each tower block learns this much slower than the block after it."""
+    """The learning rate of a tower block is this times that of the block after it."""
     max_grad_norm: float = 5.0
     """Gradients are scaled down to this norm."""
     unlocked_blocks: int | None = None

@@ -1,5 +1,7 @@
 """The contrastive losses between images and captions: exact, in tiles, over all processes.
 
+The formulas are in `loss_tiles.py`, the bounds of the temperature in `model.py`.
+
 `contrastive_loss` gives the loss of the whole batch, on every process. Its backward follows the convention of data
 parallel training, where gradients of weights are averaged over the W processes (DDP, FSDP2): each process gets W times
 the derivative of that loss by its own rows, so the average is exactly the gradient that one process with the whole
@@ -14,6 +16,7 @@ Letters: b images on this process, B on all; m captions an image, M = m * B; D s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +27,6 @@ from llm2clip.errors import UsageError
 from llm2clip.student.gather import gather, num_processes, rank, sum_back
 from llm2clip.student.loss_tiles import Gradients, SoftmaxTarget, Stripe, Targets, sigmoid_loss, softmax_loss
 
-KINDS = ("softmax", "sigmoid")
 TILE, CPU_TILE = 2048, 1024
 """Scores of 16 and 4 MiB in fp32: large enough for matrix products at full speed, small beside the vectors."""
 
@@ -79,7 +81,22 @@ def contrastive_loss(
         all_rows=None if rows is None else gather(rows),
     )
     tile = tile or (CPU_TILE if image.device.type == "cpu" else TILE)
-    return _TiledLoss.apply(image, text, scale, bias, label_smoothing, targets, tile)
+    return _TiledLoss.apply(image, text, scale, bias, kind, label_smoothing, targets, tile)
+
+
+def _softmax(stripe: Stripe, bias: None, label_smoothing: float, with_gradients: bool) -> tuple[Tensor, Any]:
+    return softmax_loss(stripe, SoftmaxTarget(label_smoothing), with_gradients=with_gradients)
+
+
+def _sigmoid(stripe: Stripe, bias: Tensor, label_smoothing: float, with_gradients: bool) -> tuple[Tensor, Any]:
+    return sigmoid_loss(stripe, bias.to(stripe.scale.dtype).view(()), with_gradients=with_gradients)
+
+
+KINDS: dict[str, Callable[[Stripe, Any, float, bool], tuple[Tensor, Gradients | None]]] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoid,
+}
+"""A loss from the scores, the bias if it has one, the label smoothing, and whether derivatives are wanted."""
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -92,6 +109,7 @@ class _TiledLoss(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         bias: Tensor | None,
+        kind: str,
         label_smoothing: float,
         targets: Targets,
         tile: int,
@@ -105,12 +123,7 @@ class _TiledLoss(torch.autograd.Function):
                 targets=targets,
                 tile=tile,
             )
-            with_gradients = any(ctx.needs_input_grad)
-            if bias is None:  # only the sigmoid loss has one, and must
-                target = SoftmaxTarget(label_smoothing)
-                loss, gradients = softmax_loss(stripe, target, with_gradients=with_gradients)
-            else:
-                loss, gradients = sigmoid_loss(stripe, bias.to(dtype).view(()), with_gradients=with_gradients)
+            loss, gradients = KINDS[kind](stripe, bias, label_smoothing, any(ctx.needs_input_grad))
         if gradients is not None:
             own = gradients._replace(text=sum_back(gradients.text))
             ctx.save_for_backward(*own)
@@ -127,7 +140,7 @@ class _TiledLoss(torch.autograd.Function):
             (gradient * (by_loss * ctx.num_processes)).to(like[0]).view(like[1]) if needed and like else None
             for gradient, like, needed in given
         ]
-        return (*results, None, None, None)
+        return (*results, None, None, None, None)
 
 
 def _check_kind(kind: str, *, bias: Tensor | None, label_smoothing: float) -> None:

@@ -168,7 +168,7 @@ class Student(PreTrainedModel):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the log of the scale in [0, ln 100]; call after each optimizer step."""
+        """Keep the log of the scale in [0, MAX_LOGIT_SCALE]; call after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 

@@ -84,17 +84,13 @@ def contrastive_loss(
     return _TiledLoss.apply(image, text, scale, bias, kind, label_smoothing, targets, tile)
 
 
-def _softmax(stripe: Stripe, bias: None, label_smoothing: float, with_gradients: bool) -> tuple[Tensor, Any]:
-    return softmax_loss(stripe, SoftmaxTarget(label_smoothing), with_gradients=with_gradients)
-
-
-def _sigmoid(stripe: Stripe, bias: Tensor, label_smoothing: float, with_gradients: bool) -> tuple[Tensor, Any]:
-    return sigmoid_loss(stripe, bias.to(stripe.scale.dtype).view(()), with_gradients=with_gradients)
-
-
 KINDS: dict[str, Callable[[Stripe, Any, float, bool], tuple[Tensor, Gradients | None]]] = {
-    "softmax": _softmax,
-    "sigmoid": _sigmoid,
+    "softmax": lambda stripe, _, smoothing, wanted: softmax_loss(
+        stripe, SoftmaxTarget(smoothing), with_gradients=wanted
+    ),
+    "sigmoid": lambda stripe, bias, _, wanted: sigmoid_loss(
+        stripe, bias.to(stripe.scale.dtype).view(()), with_gradients=wanted
+    ),
 }
 """A loss from the scores, the bias if it has one, the label smoothing, and whether derivatives are wanted."""
 

@@ -248,21 +248,17 @@ def test_no_setting_is_forgotten() -> None:
     assert {field.name for field in dataclasses.fields(StudentConfig)} == held | set(ELSEWHERE)
 
 
-@pytest.mark.parametrize("bound", [1.0, 100.0])
-def test_the_scale_stays_in_its_bounds(watch, bound, tmp_path) -> None:
-    """Two images. The first step would take the scale below 1, as they are mixed up; or above 100, as they are not.
+@pytest.mark.parametrize(("start", "bound"), [(0.99, 1.0), (101.0, 100.0)])
+def test_the_scale_stays_in_its_bounds(watch, start, bound) -> None:
+    """A step moves the scale by 0.3 %, so from 1 % outside it would stay outside, whichever way it goes.
 
-    Whether it would hangs on the random weights, which differ among versions: seeds are tried until it is so.
     The average follows the scale within its bounds.
     """
-    begin = lambda student: student.logit_scale.data.fill_(math.log(bound))  # noqa: E731
-    for seed in range(6, 46):
-        seen = watch(begin=begin, batch_size=2, seed=seed, steps=2, ema=0.5, out=tmp_path / str(seed))
-        oracle = seen.oracle()
-        oracle.weights["logit_scale"].data.fill_(math.log(bound))
-        first, second = compare(seen, oracle)
-        if not 1 <= first["unclamped"] <= 100:
-            break
+    begin = lambda student: student.logit_scale.data.fill_(math.log(start))  # noqa: E731
+    seen = watch(begin=begin, batch_size=2, steps=2, ema=0.5)
+    oracle = seen.oracle()
+    oracle.weights["logit_scale"].data.fill_(math.log(start))
+    first, second = compare(seen, oracle)
     assert second["scale"] == pytest.approx(bound) and not 1 <= first["unclamped"] <= 100
 
 

@@ -56,6 +56,7 @@ def test_the_line(words: str, advice: str, monkeypatch: pytest.MonkeyPatch, caps
         raise torch.OutOfMemoryError(SAID_BY_TORCH)
 
     monkeypatch.setattr(importlib.import_module(module), function, no_memory)
+    monkeypatch.setattr(cli, "_look_first", lambda config: None)  # none of these models and sources exists
     assert cli.run(words.split()) == 1
     expected = f"llm2clip: error: out of memory (CUDA out of memory. Tried to allocate 20.00 GiB); {advice}\n"
     assert capsys.readouterr().err == expected

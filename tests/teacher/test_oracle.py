@@ -101,6 +101,7 @@ NOT_LEARNING = {
     "trust_remote_code": "how the LLM is read",
     "captions": "how a source is read: tests/data",
     "image": "how a source is read: tests/data",
+    "image_root": "how a source is read: tests/data",
     "allow_outside": "how a source is read: tests/data",
     "max_bad_fraction": "how a source is read: tests/data",
     "split": "which rows of a source are read: tests/data",

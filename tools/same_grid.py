@@ -252,7 +252,7 @@ EXTRA = {
     "train-student": [
         f"{START} --adaptor-learning-rate 1e-50",  # the weights as they were drawn
         "= --config train-student/ema=0.5/run.json --ema 0 --tracker none",
-        "--loss sigmoid --micro-batch-size 3 --captions-per-picture 2",
+        "--loss sigmoid --micro-batch-size 3 --captions-per-image 2",
         "--steps 12 --warmup-steps 3 --ema 0.9 --optimizer muon --micro-batch-size 4",
     ],
     "train-teacher": [f"--tuning full {START}", "--tuning full --steps 12 --weight-decay 0.5 --micro-batch-size 3"],
@@ -298,6 +298,8 @@ ADDED: dict[str, dict[str, str]] = {
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
 RENAMED_OUTPUT: dict[str, str] = {
     "pictures": "images",
+    "bad_pictures": "bad_images",
+    "truncated picture": "truncated image",
     "eval_pictures": "eval_images",
     "captions_per_picture": "captions_per_image",
 }

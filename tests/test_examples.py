@@ -33,7 +33,7 @@ def test_own_images_are_readmes_five_commands() -> None:
         assert flags.keys() <= ours.keys(), verb
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_own_images_run(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(

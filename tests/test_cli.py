@@ -254,6 +254,7 @@ def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
         ("train-teacher --data t.csv u.csv --model org/llm --out out", "u.csv: no such file or folder"),
         ("train-student --bank bank --tower /no/tower --out out", "/no/tower is no folder"),
         ("evaluate --data t.csv --model org/clip --out out", "image '../a.jpg' lies outside the table's folder"),
+        ("evaluate --data c.csv --teacher . --baseline ./clip --out out", "--baseline ./clip is no folder"),
         ("export --model student/x/y --to tower --out out", "student/x/y is no folder"),
         ("build-bank --data i.csv --teacher org/llm --out out", "images: give --image-root images"),
         ("train-student --bank bank --tower org/tower --out out", "--tower org/tower is no folder here, and the Hub "),

@@ -17,7 +17,7 @@ import torch
 
 from llm2clip import outlook
 from llm2clip.errors import settings_as_flags
-from llm2clip.journal import LOG, Journal, logged_losses
+from llm2clip.journal import LOG, Journal, logged
 from llm2clip.outlook import has_gained, has_not_moved, learned_nothing, more_steps, near_chance, too_few_steps
 from llm2clip.progress import Progress
 
@@ -171,17 +171,17 @@ def test_a_journal_has_the_first_steps_told_at_once(
     for step in range(5, 28):
         clock[0] += 60
         journal.add(step, {"loss": torch.tensor(1.0)})
-        written.append(len(logged_losses(tmp_path / LOG)))
+        written.append(len(logged(tmp_path / LOG, "loss")))
         assert ("train student: about 9 h 57 min, 6 GB" in caplog.messages) == (step >= 7)
     assert written == [1, 1, 3, 3, 5, 5, 5, 5, 5, *[10] * 10, *[20] * 4]
     assert sum("about" in text for text in caplog.messages) == 1
 
 
 def test_a_log_is_read_for_its_losses(tmp_path: Path) -> None:
-    assert logged_losses(tmp_path / LOG) == []
+    assert logged(tmp_path / LOG, "loss") == []
     lines = [{"step": 1, "loss": 2.0}, {"step": 1, "val/r@1": 0.5}, {"step": 2, "loss": None}]
     (tmp_path / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert logged_losses(tmp_path / LOG) == [{"step": 1, "loss": 2.0}]
+    assert logged(tmp_path / LOG, "loss") == [{"step": 1, "loss": 2.0}]
 
 
 def test_the_ends_of_a_run_are_of_ten_steps_or_a_third() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from llm2clip.errors import LLM2CLIPError, UsageError, setting, settings_as_flags
 from llm2clip.verbs import VERBS
 
-REVISIONS = {"model": "model_revision", "teacher": "teacher_revision", "tower": "tower_revision"}
+REVISIONS = {"model": "model_revision", "teacher": "teacher_revision", "tower": "tower_revision", "baseline": ""}
 """Settings that name a model, and those that name its commit."""
 BROKEN_PIPE = 141
 """As shells say it of a program that ended by SIGPIPE, 13."""
@@ -102,9 +102,8 @@ def _look_first(config: Any) -> None:
     from llm2clip.data.config import SourceConfig
     from llm2clip.on_hub import check_model
 
-    names = {
-        field: name for field in ("model", "teacher", "tower") if isinstance(name := getattr(config, field, 0), str)
-    }
+    given = {field: getattr(config, field, None) for field in REVISIONS}
+    names = {field: name for field, name in given.items() if name not in (None, "none")}  # as verify calls no teacher
     for field, name in names.items():
         check_name(name, what=setting(field))
     if isinstance(config, SourceConfig):
@@ -112,8 +111,7 @@ def _look_first(config: Any) -> None:
 
         look_at_sources(config)
     for field, name in names.items():  # last, as it may go over the network
-        if name != "none":  # what bank verify calls no teacher
-            check_model(name, revision=getattr(config, REVISIONS[field], None), what=setting(field))
+        check_model(name, revision=getattr(config, REVISIONS[field], None), what=setting(field))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

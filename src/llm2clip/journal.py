@@ -144,12 +144,12 @@ class Journal:
             tracker.finish()
 
 
-def logged_losses(path: Path) -> list[dict[str, float]]:
-    """The lines of a log, `log.jsonl` in an artifact's folder, that say a loss."""
-    if not path.exists():
+def logged(path: Path, name: str) -> list[dict[str, float]]:
+    """The lines of a log, `log.jsonl` in an artifact's folder, that have a value of this name; none without a log."""
+    if not path.is_file():
         return []
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line.get("loss") is not None]
+    return [line for line in lines if line.get(name) is not None]
 
 
 def find_tracker(name: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from llm2clip.artifacts import atomic_path
 from llm2clip.eval.verdict import judge
+from llm2clip.journal import logged
 from llm2clip.scores import KS
 
 PAGES = ("report.md", "report.html")
@@ -182,12 +182,9 @@ def percent(fraction: float, *, digits: int = 1) -> str:
 
 def curves(log: Path) -> list[tuple[str, list[tuple[float, float]]]]:
     """The curves of a training, each with its title, as points of step and value; of long ones some."""
-    if not log.is_file():
-        return []
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     found = []
     for key, title in CURVES.items():
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        points = [(line["step"], line[key]) for line in logged(log, key)]
         if len(points) > 1:
             places = np.linspace(0, len(points) - 1, min(POINTS, len(points))).round().astype(int)
             found.append((title, [points[i] for i in places]))

@@ -22,7 +22,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.config import save_interval
 from llm2clip.errors import setting
 from llm2clip.hub import settle_precision
-from llm2clip.journal import LOG, logged_losses
+from llm2clip.journal import LOG, logged
 from llm2clip.outlook import ENOUGH, ends, has_not_moved, learned_nothing, more_steps, near_chance, too_few_steps
 from llm2clip.student.accelerator import CURVES, start_accelerator
 from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
@@ -70,7 +70,7 @@ def train_student(config: StudentConfig) -> Path:
             _warn(run, too_short(run))
             train(run)
             finish(run)
-            _warn(run, nothing_learned(run, logged_losses(out / LOG)))
+            _warn(run, nothing_learned(run, logged(out / LOG, "loss")))
         if accelerator.is_main_process:
             drop_checkpoints(out)
         accelerator.wait_for_everyone()

@@ -20,7 +20,7 @@ from llm2clip.artifacts import is_complete, open_output, read_json, write_json, 
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
-from llm2clip.journal import LOG, logged_losses
+from llm2clip.journal import LOG, logged
 from llm2clip.outlook import ENOUGH, ends, has_gained, has_not_moved, learned_nothing, more_steps, too_few_steps
 from llm2clip.teacher import tuning
 from llm2clip.teacher.chat import turn_of
@@ -114,7 +114,7 @@ def _finish(
         save(encoder, out, attention=config.attention)
         facts["after"] = probe_captions(lambda texts: _encode(encoder, texts), probe_set) if probe_set else None
         _log_scores(facts, probed_on)
-        if told := nothing_learned(config, facts, logged_losses(out / LOG)):
+        if told := nothing_learned(config, facts, logged(out / LOG, "loss")):
             logger.warning("%s", told)
         write_manifest(
             out,

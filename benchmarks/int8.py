@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from llm2clip.eval.scores import caption_scores, retrieval_scores
 from torch.nn.functional import normalize
 
 from demo.write import columns
@@ -20,7 +19,8 @@ from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
 from llm2clip.data.bad import BadSamples
-from llm2clip.eval.encode import Captions, encode_images
+from llm2clip.eval.encode import encode_images
+from llm2clip.scores import Captions, caption_scores, retrieval_scores
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from llm2clip.errors import UsageError
 from llm2clip.eval import run
 from llm2clip.eval.config import EvaluateConfig
-from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
+from llm2clip.eval.encoders import SentenceTransformerEncoder
 from llm2clip.eval.run import evaluate, open_baseline, open_encoder
 from llm2clip.pipeline import Teacher
+from llm2clip.two_towers import ClipEncoder
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {**VISION, "vocab_size": 128}

@@ -35,11 +35,11 @@ from llm2clip import (
 from llm2clip.bank.load import load_for_encoding
 from llm2clip.cli import run
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.eval.encoders import ClipEncoder
 from llm2clip.export.run import export_model
 from llm2clip.hub import find_model
 from llm2clip.teacher import join as joining
 from llm2clip.teacher.fingerprint import teacher_fingerprint
+from llm2clip.two_towers import ClipEncoder
 
 LONG = "A large BLUE square on the left of the dark background, " * 4 + "near a small red disc"
 TEXTS = ["a red disc", "There", LONG]

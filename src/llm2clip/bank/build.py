@@ -98,7 +98,7 @@ def build_bank(config: BankConfig) -> Path:
     settings = same_teacher_settings(out, config.settings(), teacher)
 
     def intake() -> Intake:
-        source = open_source(config)
+        source = open_source(config, images=config.needs_images)
         return Intake(source, source.fingerprint, source.bad)
 
     return write_bank(

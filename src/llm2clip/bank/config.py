@@ -74,6 +74,9 @@ class BankConfig(EncodeConfig, SourceConfig):
     """The teacher: a folder made by train-teacher, an LLM, or any SentenceTransformer; a local folder or a Hub id."""
     out: Path
     """Folder of the bank; made if it is not there."""
+    text_only: bool = False
+    """Read captions alone, from sources with or without images (a .txt holds one a line): for train-student
+    --inherit-bank."""
     prompt: str | None = None
     """Text put before every caption; by default the teacher's own default prompt, if it has one."""
     prompt_name: str | None = None
@@ -84,6 +87,11 @@ class BankConfig(EncodeConfig, SourceConfig):
     """Captions encoded between two saves; at most so many per process are lost when a run is killed."""
     reuse: tuple[Path, ...] = ()
     """Other banks of the same teacher, prompt and precision; captions found in them are copied, not encoded."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the images are read, too, and not the captions alone."""
+        return not self.text_only
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -188,6 +188,22 @@ class ColumnTable:
             raise SourceError(f"{self.path} is damaged ({error}); fetch or write it again") from None
 
 
+class LinesTable:
+    """A text file: each line that is not blank is a row with one column, `text`; for captions without images."""
+
+    images: Collection[str] = ()
+    embedded: Collection[str] = ()
+    columns: list[str] = ["text"]  # noqa: RUF012 (it is never changed)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def rows(self, wanted: Collection[str] = ()) -> Iterator[dict[str, Any] | BadRow]:
+        """The lines."""
+        with open_text(self.path) as file:
+            yield from ({"text": line} for line in file if line.strip())
+
+
 def _is_image(kind: pa.DataType) -> bool:
     """Whether a column is what `datasets` makes of its Image feature: a struct of bytes and path."""
     return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
@@ -199,6 +215,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 TABLES: dict[str, Callable[[str], Table]] = {"csv": CsvTable, "tsv": CsvTable, "parquet": ColumnTable}
 TABLES |= {"arrow": ColumnTable, **dict.fromkeys(("jsonl", "jsonlines", "ndjson", "json"), JsonTable)}
+TABLES["txt"] = LinesTable
 """File name ending -> reader of such a `Table`."""
 
 

@@ -19,7 +19,7 @@ from llm2clip.eval import evaluators
 from llm2clip.eval.config import NO_BASELINE, EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Remembering
-from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
+from llm2clip.eval.encoders import SentenceTransformerEncoder
 from llm2clip.eval.gallery import QUERIES, gallery
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.verdict import judge
@@ -31,6 +31,7 @@ from llm2clip.parts import find_part, part_names
 from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import Encoder, Score, TextEncoder
 from llm2clip.scores import Captions, interval
+from llm2clip.two_towers import ClipEncoder
 
 logger = logging.getLogger("llm2clip")
 REPORT = "report.json"

@@ -14,6 +14,7 @@ LOSSES = ("softmax", "sigmoid")
 """Rows of `loss.KINDS`; settings import no torch."""
 OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
+INHERIT = ("auto", "none")
 TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
 SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker")
 """Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
@@ -38,10 +39,25 @@ class StudentConfig:
     """pretrained: the tower's weights; random: only its shape, for training from scratch."""
     image_size: int | None = None
     """Side of the images in pixels; by default the tower's own. Another one interpolates its positions."""
-    dim: int = 1280
-    """Width of the space that images and captions share."""
+    dim: int | None = None
+    """Width of the space that images and captions share. By default the width of what is inherited, or 1280 as in the
+    paper; beyond what is inherited, dimensions start from random weights."""
     adaptor_blocks: int = 4
     """Residual blocks of the adaptor between the teacher's vectors and the shared space."""
+
+    inherit: str = "auto"
+    """auto: the student starts as the CLIP or SigLIP that its tower is half of, where it is: the adaptor first learns
+    what the tower's own text half says of captions; none: from a random adaptor, as in the paper."""
+    inherit_kinds: tuple[str, ...] = ()
+    """Kinds of caption to inherit from, cut where they are too long for the text half. By default all that it reads
+    whole."""
+    inherit_bank: tuple[str, ...] = ()
+    """Banks of further captions to inherit from, made by build-bank --text-only: text is what inheritance lacks, and
+    it needs no images."""
+    keep: float = 0.0
+    """Weight of the distance between images' vectors and those of the tower before it learned; 0 lets it forget."""
+    keep_text: float = 0.0
+    """Weight of the distance between inherited captions' vectors and what the tower's text half says of them."""
 
     mix: Weights = field(default_factory=dict)
     """How often an image's caption is of each kind: short=0.5 long=0.5. By default all kinds alike."""
@@ -133,15 +149,17 @@ class StudentConfig:
         check_choice(setting("optimizer"), self.optimizer, OPTIMIZERS)
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_choice(setting("init"), self.init, INITS)
+        check_choice(setting("inherit"), self.inherit, INHERIT)
         check_choice(setting("tracker"), self.tracker, TRACKERS)
-        positive = ["dim", "captions_per_image", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
+        positive = ["captions_per_image", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
         positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "val_every"]
-        optional = ("image_size", "steps", "epochs", "micro_batch_size", "patience", "save_every")
+        optional = ("dim", "image_size", "steps", "epochs", "micro_batch_size", "patience", "save_every")
         given = [name for name in optional if getattr(self, name) is not None]
         check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
         self._check_numbers()
         self._check_ranges()
         self._check_combinations()
+        self._check_inheritance()
 
     def _check_numbers(self) -> None:
         for name, value in vars(self).items():
@@ -155,8 +173,8 @@ class StudentConfig:
         for name in ("label_smoothing", "patch_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in [0, 1)")
-        not_negative = ("warmup_steps", "adaptor_warmup_steps", "weight_decay", "lora_rank", "workers", "seed")
-        for name in (*not_negative, "unlocked_blocks"):
+        steps = ("warmup_steps", "adaptor_warmup_steps", "unlocked_blocks")
+        for name in (*steps, "weight_decay", "lora_rank", "workers", "seed", "keep", "keep_text"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must not be below 0")
         for name in ("min_crop", "layer_decay"):
@@ -196,6 +214,14 @@ class StudentConfig:
             )
         if self.patience is not None and self.val_bank is None:
             raise UsageError(f"{setting('patience')} needs scores to wait for; add {setting('val_bank', 'DIR')}")
+
+    def _check_inheritance(self) -> None:
+        if self.inherit == "auto" and self.init == "pretrained":
+            return
+        why = setting("inherit", "none") if self.inherit == "none" else setting("init", "random")
+        for name in ("inherit_kinds", "inherit_bank", "keep", "keep_text"):
+            if value := getattr(self, name):
+                raise UsageError(f"{setting(name, value)} is about what is inherited; leave it or {why} out")
 
     def settings(self) -> dict[str, object]:
         """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""

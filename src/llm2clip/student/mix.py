@@ -30,11 +30,25 @@ def check_banks(banks: Sequence[Bank]) -> None:
     for bank in banks:
         if not bank.num_samples:
             raise UsageError(f"{setting('bank')} {bank.folder} holds no samples; leave it out")
-        if bank.teacher_fingerprint != banks[0].teacher_fingerprint:
+        if bank.manifest["config"].get("text_only"):
             raise UsageError(
-                f"{setting('bank')} {bank.folder} is of teacher {bank.teacher_fingerprint}, {banks[0].folder} of "
-                f"{banks[0].teacher_fingerprint}; build both with one teacher"
+                f"{setting('bank')} {bank.folder} holds captions without images; give it as "
+                f"{setting('inherit_bank', (str(bank.folder),))}"
             )
+        check_teacher(bank, banks[0])
+
+
+def check_teacher(bank: Bank, first: Bank) -> None:
+    """Check that `bank` is of the teacher of `first`.
+
+    Raises:
+        UsageError: if not.
+    """
+    if bank.teacher_fingerprint != first.teacher_fingerprint:
+        raise UsageError(
+            f"{setting('bank')} {bank.folder} is of teacher {bank.teacher_fingerprint}, {first.folder} of "
+            f"{first.teacher_fingerprint}; build both with one teacher"
+        )
 
 
 def check_batch_size(batch_size: int, num_processes: int, *, num_samples: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ from llm2clip.student.checkpoint import (
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
+from llm2clip.student.inherit import TextHalf, inherit, open_text_half
+from llm2clip.student.keep import OwnView
 from llm2clip.student.loader import BankLoader
-from llm2clip.student.mix import check_banks
+from llm2clip.student.mix import check_banks, check_teacher
 from llm2clip.student.optim import build_optimizer
 from llm2clip.student.start import open_tower, open_transform, start_student
 from llm2clip.student.tower import checkpoint_activations
@@ -44,6 +47,11 @@ from llm2clip.student.trainable import choose_what_learns
 from llm2clip.student.validate import validate
 
 logger = logging.getLogger("llm2clip")
+PAPER_DIM = 1280
+"""Width of the shared space where nothing is inherited (paper, section 6.2)."""
+NEED_TEXT_HALF = ("inherit_kinds", "inherit_bank", "keep", "keep_text")
+MOST_REMEMBERED = 1 << 28
+"""Numbers of the tower's own view of images that are kept in memory, where crops are always the same: 512 MiB."""
 DEFAULT_EPOCHS = 4
 """Passes over the images where neither --steps nor --epochs is given (paper, section 6.2)."""
 
@@ -88,8 +96,11 @@ class Session:
     def _open_data(self, batch_size: int) -> None:
         config = self.config
         self.banks = [Bank.open(folder) for folder in config.bank]
+        self.text_banks = [Bank.open(folder) for folder in config.inherit_bank]
         self.val_bank = Bank.open(config.val_bank) if config.val_bank else None
         check_banks([*self.banks, self.val_bank] if self.val_bank else self.banks)
+        for bank in self.text_banks:
+            check_teacher(bank, self.banks[0])
         self.tower = open_tower(config.tower, revision=config.tower_revision)
         self.transform = open_transform(self.tower, image_size=config.image_size)
         dataset = BankDataset(
@@ -115,11 +126,16 @@ class Session:
 
     def _build_student(self) -> None:
         config = self.config
+        wanted = config.inherit == "auto" and config.init == "pretrained"
+        half = open_text_half(self.tower, device=self.accelerator.device) if wanted else None
+        if half is not None and config.dim is not None and config.dim < half.width:
+            given = f"{setting('dim')} {config.dim} is below the {half.width} dimensions"
+            raise UsageError(f"{given} that are inherited; leave it out, or give {setting('inherit', 'none')}")
         torch.manual_seed(config.seed)
         self.student = start_student(
             self.tower,
             teacher_dim=self.banks[0].dim,
-            projection_dim=config.dim,
+            projection_dim=config.dim or (PAPER_DIM if half is None else half.width),
             adaptor_blocks=config.adaptor_blocks,
             loss=config.loss,
             image_size=config.image_size,
@@ -130,6 +146,7 @@ class Session:
             "banks": [bank.fingerprint for bank in self.banks],
             "tower": tensors_fingerprint(self.student.tower.state_dict()),
         }
+        self._inherit(half)
         if config.gradient_checkpointing:
             checkpoint_activations(self.student.tower)
         choose_what_learns(
@@ -149,6 +166,29 @@ class Session:
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
         )
+
+    def _inherit(self, half: TextHalf | None) -> None:
+        """Have the student begin as what its tower is half of; the main process does it, the others take its result."""
+        config, self.inherited, self.own_view = self.config, None, None
+        if half is None:
+            if needed := next((name for name in NEED_TEXT_HALF if getattr(config, name)), None):
+                value = setting(needed, getattr(config, needed))
+                raise UsageError(f"{value} needs a tower with a text half, which {self.tower} has not; leave it out")
+            return
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+        try:
+            banks = [*self.banks, *self.text_banks]
+            device = self.accelerator.device
+            self.student.adaptor.to(device)
+            self.inherited = inherit(self.student, half, banks, config, out=self.out, tower=str(self.origin["tower"]))
+        finally:
+            if self.accelerator.is_main_process:
+                self.accelerator.wait_for_everyone()
+        if config.keep:
+            fixed = config.min_crop >= 1 and self.loader.num_samples * half.width <= MOST_REMEMBERED
+            number = self.loader.num_samples if fixed else 0
+            self.own_view = OwnView(self.student, half.width, num_samples=number)
 
     def _begin(self) -> None:
         """Go on from the last checkpoint if there is one, and hand model and optimizer to accelerate."""
@@ -199,6 +239,24 @@ class Session:
             steps=self.total_steps,
             others=whole if self.average else 0,
         )
+
+    def to_keep(self, batch: Batch, *, place: int) -> dict[str, Any]:
+        """What `Objective` holds the vectors of a batch against, if anything; the batch is the run's `place`-th."""
+        config, kept = self.config, dict[str, Any]()
+        if self.own_view is not None:
+            with self.accelerator.autocast():
+                images = [self.own_view(*part) for part in self._micro(batch.pixels, batch.samples)]
+            kept.update(keep=config.keep, images=torch.cat(images))
+        if self.inherited is not None and config.keep_text:
+            seed = [config.seed, place, self.accelerator.process_index]
+            chosen = np.random.default_rng(seed).integers(len(self.inherited), size=len(batch))
+            kept.update(keep_text=config.keep_text, texts=self.inherited.batch(chosen, batch.text_embeds.device))
+        return kept
+
+    def _micro(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Tensors of a batch, in parts of as many images as go through the tower at once."""
+        size = self.config.micro_batch_size or len(tensors[0])
+        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
     def thaw(self) -> None:
         """Let the tower learn after the adaptor's warm-up; data parallel hooks are made anew, with its parameters."""

@@ -46,6 +46,8 @@ class Tower(NamedTuple):
     revision: str | None
     config: Any
     """Of its vision half."""
+    whole: Any = None
+    """Config of the model of images and texts that it is half of, if it is."""
 
     @property
     def image_size(self) -> int:
@@ -134,7 +136,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if config.model_type == "llm2clip":
         raise UsageError(f"{what} is a student; write its tower with `llm2clip export --to tower` first")
-    config = getattr(config, "vision_config", config)  # the vision half of CLIP-like models
+    whole, config = config, getattr(config, "vision_config", config)  # the vision half of CLIP-like models
     if family_of(config).refused:
         raise UsageError(f"{what} is {family_of(config).refused}")
     if getattr(find_class(config), "main_input_name", "") != "pixel_values":
@@ -142,7 +144,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
             f"{what} is no vision model (model_type {config.model_type!r}); name a CLIP, SigLIP, DINOv2, ViT or timm "
             "tower (an LLM goes to `llm2clip train-teacher --model`)"
         )
-    return Tower(name, revision, config)
+    return Tower(name, revision, config, None if whole is config else whole)
 
 
 def load_tower(tower: Tower, *, pooling: str) -> Any:

@@ -29,6 +29,8 @@ from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
 from llm2clip.student.gradcache import cached_step
+from llm2clip.student.inherit import FILE as INHERITED
+from llm2clip.student.keep import Objective
 from llm2clip.student.loss import contrastive_loss
 from llm2clip.student.mix import PAPER_BATCH, default_batch_size, wanted_kinds
 from llm2clip.student.model import Student, StudentModelConfig
@@ -37,7 +39,7 @@ from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
 logger = logging.getLogger("llm2clip")
-SCRAPS = (LOG, CURVES)
+SCRAPS = (LOG, CURVES, INHERITED)
 """What a run leaves before its first checkpoint."""
 
 
@@ -73,6 +75,7 @@ def train_student(config: StudentConfig) -> Path:
             _warn(run, nothing_learned(run, logged(out / LOG, "loss")))
         if accelerator.is_main_process:
             drop_checkpoints(out)
+            (out / INHERITED).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     return out
 
@@ -159,14 +162,16 @@ def train_step(run: Session, batches: list[Batch]) -> dict[str, Tensor]:
         run.thaw()
 
     losses = []
-    for batch in batches:  # forward and backward of each, in micro-batches
+    for number, batch in enumerate(batches):  # forward and backward of each, in micro-batches
         size = config.micro_batch_size or len(batch)
         texts = batch.text_embeds.split(size * config.captions_per_image)
         micro_batches = list(zip(batch.pixels.split(size), texts, strict=True))
         # with its rows, equal captions of different images are no wrong answers
         loss_of = partial(contrastive_loss, kind=config.loss, label_smoothing=config.label_smoothing, rows=batch.rows)
+        objective = Objective(loss_of, micro_batches, **run.to_keep(batch, place=run.step * len(batches) + number))
         weight, is_last = 1 / len(batches), batch is batches[-1]
-        loss, vectors = cached_step(run.model, micro_batches, loss_of, accelerator, weight=weight, sync=is_last)
+        micro_batches = objective.micro_batches
+        loss, vectors = cached_step(run.model, micro_batches, objective, accelerator, weight=weight, sync=is_last)
         losses.append(loss)
 
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
@@ -176,7 +181,7 @@ def train_step(run: Session, batches: list[Batch]) -> dict[str, Tensor]:
     run.student.clamp_logit_scale()
     if run.average is not None:
         run.average.update(run.student)
-    right = accuracy(vectors["image"], vectors["text"])
+    right = accuracy(vectors["image"], objective.captions(vectors["text"]))
     return {"loss": torch.stack(losses).mean(), "accuracy": right, "scale": vectors["scale"], "grad_norm": grad_norm}
 
 
@@ -227,7 +232,7 @@ def finish(run: Session) -> None:
         bank_fingerprints=run.origin["banks"],
         tower_fingerprint=run.origin["tower"],
         teacher_dim=run.banks[0].dim,
-        projection_dim=config.dim,
+        projection_dim=student.config.projection_dim,
         image_size=student.config.image_size,
         num_parameters=sum(p.numel() for p in student.parameters()),
         num_samples=run.loader.num_samples,

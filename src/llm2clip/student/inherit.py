@@ -1,0 +1,306 @@
+"""Inheritance: before any image is seen, the adaptor learns to say of captions what the tower's own text half says.
+
+A CLIP's text half and the teacher both read a caption without its image. Where the adaptor gives, for the teacher's
+vector, the vector that the half gives, the student begins as the CLIP that its tower comes from: with its projection,
+its temperature, and what it knew of images and words. Training goes on from there, instead of from a random adaptor
+that pulls the tower away from all that (docs/student.md has what it brings).
+
+Letters: n captions, T teacher width, E width of the half's vectors, D >= E shared width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from llm2clip.artifacts import atomic_path, fingerprint
+from llm2clip.bank.reader import Bank
+from llm2clip.config import check_choice
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
+from llm2clip.hub import find_model
+from llm2clip.progress import Progress, track
+from llm2clip.student.config import StudentConfig
+from llm2clip.student.model import Student
+from llm2clip.student.optim import cosine_factor
+from llm2clip.student.start import Tower
+from llm2clip.two_towers import ClipEncoder
+
+logger = logging.getLogger("llm2clip")
+FILE = "inherited.safetensors"
+"""In the output while a run is under way: what was inherited, so that it is not computed again."""
+MOST_CAPTIONS = 200_000
+"""Captions that are inherited from at most; of 24,000 and 72,000 the second gave one point more (docs/lab-notes.md)."""
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 256, 2e-3, 20
+PASSES, FEWEST_STEPS, MOST_STEPS = 20, 300, 20_000
+ENCODED_AT_ONCE = 1024
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
+SAME_IMAGE = 0.999
+"""Cosine from which on two image vectors are of one model."""
+
+
+class TextHalf:
+    """The text half of the model of images and texts that a tower comes from.
+
+    Args:
+        encoder: the whole model.
+
+    Attributes:
+        width: E.
+        projection: [E, W], of the tower's pooled output; the identity where the model has none (SigLIP).
+        log_scale: of its temperature, [1].
+        bias: that SigLIP adds to its scores, [1], or None.
+    """
+
+    def __init__(self, encoder: ClipEncoder) -> None:
+        self.encoder, model = encoder, encoder.model
+        layer = getattr(model, "visual_projection", None)
+        width = model.config.vision_config.hidden_size
+        self.projection: Tensor = torch.eye(width) if layer is None else layer.weight.detach().float().cpu()
+        self.width = len(self.projection)
+        self.log_scale: Tensor = model.logit_scale.detach().float().cpu().view(1)
+        bias = getattr(model, "logit_bias", None)
+        self.bias: Tensor | None = None if bias is None else bias.detach().float().cpu().view(1)
+
+    def fits(self, texts: Sequence[str]) -> list[bool]:
+        """Which of the texts it reads whole."""
+        tokens = self.encoder.tokenizer(list(texts), verbose=False)["input_ids"]
+        return [len(ids) <= self.encoder.context for ids in tokens]
+
+
+def open_text_half(tower: Tower, *, device: str | torch.device = "cpu") -> TextHalf | None:
+    """The text half that belongs to a tower; None if it has none, or no tokenizer, which a line in the log says.
+
+    Raises:
+        UsageError: if it has one that cannot be used.
+    """
+    from transformers import MODEL_MAPPING
+
+    model_class = None if tower.whole is None else MODEL_MAPPING.get(type(tower.whole), None)
+    if not hasattr(model_class, "get_text_features"):
+        logger.info("%s has no text half: there is nothing to inherit, the adaptor starts from random weights", tower)
+        return None
+    try:
+        folder = find_model(tower.name, revision=tower.revision)
+        if not any((folder.path / name).exists() for name in TOKENIZERS):
+            logger.info("%s has no tokenizer for its text half: nothing is inherited", tower)
+            return None
+        encoder = ClipEncoder.from_pretrained(folder, device=device, dtype=torch.float32)
+    except UsageError as error:
+        raise UsageError(f"{error}; to start without its text half, give {setting('inherit', 'none')}") from None
+    return TextHalf(encoder)
+
+
+@dataclass
+class Inheritance:
+    """Captions with the vectors of both: of the teacher, in their banks, and of the tower's text half.
+
+    Attributes:
+        banks: that the captions lie in.
+        places: int64 [n, 2], of each the number of its bank and its row there.
+        own: float16 [n, E] of unit length, what the text half says of them.
+    """
+
+    banks: Sequence[Bank]
+    places: NDArray[np.int64]
+    own: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def batch(self, chosen: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The teacher's vectors [b, T] and the half's own [b, E], float32, of these captions."""
+        places = self.places[chosen]
+        vectors = np.empty((len(chosen), self.banks[0].dim), np.float32)
+        for bank in np.unique(places[:, 0]).tolist():
+            here = places[:, 0] == bank
+            vectors[here] = self.banks[bank].vectors(places[here, 1])
+        own = self.own[torch.from_numpy(chosen)]
+        return torch.from_numpy(vectors).to(device), own.to(device).float()
+
+
+def distance(text: Tensor, own: Tensor) -> Tensor:
+    """The mean squared distance [] of vectors [b, D], cut to E dimensions and brought to unit length, from own [b, E].
+
+    >>> distance(torch.tensor([[2.0, 0, 7]]), torch.tensor([[0.0, 1]])).item()  # of what lies at right angles
+    2.0
+    """
+    return (normalize(text[:, : own.shape[1]].float(), dim=-1) - own).square().sum(1).mean()
+
+
+def inherit(
+    student: Student, half: TextHalf, banks: Sequence[Bank], config: StudentConfig, *, out: Path, tower: str
+) -> Inheritance:
+    """Have `student` begin as the model that its tower comes from; returns the captions it was done on.
+
+    Args:
+        student: fresh, its first E dimensions become those of the model, the others stay as they are drawn.
+        half: of its tower.
+        banks: of the training, and after them those of captions alone.
+        out: where the result is kept while the run is under way.
+        tower: its fingerprint.
+
+    Raises:
+        UsageError: for a kind that no bank has.
+        LLM2CLIPError: if the student does not see images as the model does.
+    """
+    take_over(student, half)
+    of = [tower, [bank.fingerprint for bank in banks], sorted(config.inherit_kinds), config.seed, config.dim]
+    recipe = fingerprint([*of, MOST_CAPTIONS, PASSES, BATCH_SIZE, LEARNING_RATE])
+    found = _kept(out / FILE, recipe, student, banks)
+    if found is not None:
+        return found
+    found = read(half, banks, kinds=config.inherit_kinds, num_training=len(config.bank), seed=config.seed)
+    fit(student.adaptor, found, seed=config.seed)
+    _keep(out / FILE, recipe, student, found)
+    return found
+
+
+def _keep(path: Path, recipe: str, student: Student, found: Inheritance) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {f"adaptor.{name}": value.cpu().contiguous() for name, value in student.adaptor.state_dict().items()}
+    tensors = {**weights, "places": torch.from_numpy(found.places), "own": found.own}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"recipe": recipe})
+
+
+def _kept(path: Path, recipe: str, student: Student, banks: Sequence[Bank]) -> Inheritance | None:
+    """What an earlier start of this run, or another process of it, has left."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata().get("recipe") != recipe:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError):
+        return None  # cut short by a kill: made anew
+    places, own = tensors.pop("places").numpy(), tensors.pop("own")
+    student.adaptor.load_state_dict({name.removeprefix("adaptor."): value for name, value in tensors.items()})
+    return Inheritance(banks, places, own)
+
+
+@torch.no_grad()
+def take_over(student: Student, half: TextHalf) -> None:
+    """Give `student` the model's projection, temperature and, for the sigmoid loss, bias.
+
+    Raises:
+        LLM2CLIPError: if it then does not see an image as the model does.
+    """
+    student.visual_projection.weight[: half.width].copy_(half.projection)
+    student.logit_scale.copy_(half.log_scale)
+    student.clamp_logit_scale()
+    if student.logit_bias is not None and half.bias is not None:
+        student.logit_bias.copy_(half.bias)
+    model, size = half.encoder.model, student.config.image_size
+    if size != getattr(model.config.vision_config, "image_size", size):
+        return  # its positions were interpolated: it sees other images
+    was_training = student.training
+    noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    ours = student.eval().get_image_features(noise)[:, : half.width]
+    theirs = model.get_image_features(noise.to(model.device))
+    theirs = theirs if isinstance(theirs, Tensor) else theirs.pooler_output
+    student.train(was_training)
+    cosine = torch.cosine_similarity(ours.cpu(), theirs.float().cpu()).item()
+    if not cosine > SAME_IMAGE:
+        raise LLM2CLIPError(
+            f"the tower does not see images as the {type(model).__name__} it comes from (cosine {cosine:.4f}); "
+            f"give {setting('inherit', 'none')}"
+        )
+
+
+def read(
+    half: TextHalf, banks: Sequence[Bank], *, kinds: Sequence[str] = (), num_training: int | None = None, seed: int = 0
+) -> Inheritance:
+    """Captions of banks, each once in its bank, as the half reads them.
+
+    Args:
+        kinds: of caption in the first `num_training` banks; empty for all that the half reads whole, which leaves
+            out captions that are too long for it. Of the other banks all captions are taken.
+
+    Raises:
+        UsageError: if there is no such kind, or the half reads none of the captions whole.
+    """
+    places = _choose(banks, kinds=kinds, num_training=num_training, seed=seed)
+    kept, own, cut = [], [], 0
+    with Progress(len(places), description="inherit: captions", unit="captions") as progress:
+        for start in range(0, len(places), ENCODED_AT_ONCE):
+            block = places[start : start + ENCODED_AT_ONCE]
+            texts = [banks[bank].text(row) for bank, row in block.tolist()]
+            whole = np.ones(len(texts), bool) if kinds else np.array(half.fits(texts))
+            cut += len(texts) - int(whole.sum())
+            if whole.any():
+                kept.append(block[whole])
+                fitting = [text for text, fits in zip(texts, whole, strict=True) if fits]
+                own.append(torch.from_numpy(half.encoder.encode_text(fitting, batch_size=BATCH_SIZE)).half())
+            progress.advance(len(block))
+    if not kept:
+        raise UsageError(
+            f"the tower's text half reads none of the {len(places):,} captions whole (its context is "
+            f"{half.encoder.context} tokens): give shorter ones by {setting('inherit_bank', ('DIR',))}, the kinds to "
+            f"read cut by {setting('inherit_kinds', ('KIND',))}, or {setting('inherit', 'none')}"
+        )
+    if cut:
+        logger.info("%d of %d captions are too long for the tower's text half and not inherited", cut, len(places))
+    return Inheritance(banks, np.concatenate(kept), torch.cat(own))
+
+
+def _choose(banks: Sequence[Bank], *, kinds: Sequence[str], num_training: int | None, seed: int) -> NDArray[np.int64]:
+    """Bank and row [n, 2] of captions, at most `MOST_CAPTIONS`, drawn evenly."""
+    training = list(banks[:num_training])
+    for kind in kinds:
+        check_choice(setting("inherit_kinds"), kind, sorted({name for bank in training for name in bank.kinds}))
+    parts = []
+    for number, bank in enumerate(banks):
+        rows = np.arange(bank.num_rows)
+        if kinds and number < len(training):
+            codes = [code for code, kind in enumerate(bank.kinds) if kind in kinds]
+            rows = np.unique(bank.caption_row[np.isin(bank.caption_kind, codes)])
+        parts.append(np.stack([np.full(len(rows), number), rows], axis=1))
+    places = np.concatenate(parts).astype(np.int64)
+    if len(places) > MOST_CAPTIONS:
+        places = places[np.sort(np.random.default_rng(seed).permutation(len(places))[:MOST_CAPTIONS])]
+    return places
+
+
+def fit(adaptor: nn.Module, captions: Inheritance, *, seed: int) -> float:
+    """Bring the adaptor's vectors of captions near the half's own; returns the distance that is left."""
+    device = next(adaptor.parameters()).device
+    number = len(captions)
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * number // BATCH_SIZE))
+    matrices, others = ([p for p in adaptor.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+    left = torch.tensor(0.0)
+    for step, chosen in enumerate(
+        track(_draws(number, steps, seed=seed), description="inherit: adaptor", unit="steps", total=steps)
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * cosine_factor(step, steps, WARMUP_STEPS)
+        vectors, own = captions.batch(chosen, device)
+        left = distance(adaptor(vectors), own)
+        optimizer.zero_grad()
+        left.backward()
+        optimizer.step()
+    return left.item()
+
+
+def _draws(number: int, steps: int, *, seed: int) -> Iterator[NDArray[np.int64]]:
+    """`steps` batches of numbers below `number`, all of them in an order of chance, and again."""
+    random = np.random.default_rng(seed)
+    order = np.empty(0, np.int64)
+    size = min(BATCH_SIZE, number)
+    for _ in range(steps):
+        if len(order) < size:
+            order = random.permutation(number)
+        yield order[:size]
+        order = order[size:]

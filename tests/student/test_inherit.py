@@ -136,7 +136,7 @@ def test_kinds_that_are_named_are_read_cut(models: dict[str, Path], bank: Path, 
     with pytest.raises(UsageError, match=r"inherit_kinds 'dense' is unknown; choose from long, short"):
         read(half, banks, kinds=["dense"], num_training=1)
     half.encoder.context = 3
-    with pytest.raises(UsageError, match=r"reads none of the 48 captions whole \(its context is 3 tokens\)"):
+    with pytest.raises(UsageError, match=r"none of the 48 captions has at most 3 tokens, which"):
         read(half, banks[:1])
 
 

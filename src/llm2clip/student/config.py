@@ -49,15 +49,16 @@ class StudentConfig:
     """auto: the student starts as the CLIP or SigLIP that its tower is half of, where it is: the adaptor first learns
     what the tower's own text half says of captions; none: from a random adaptor, as in the paper."""
     inherit_kinds: tuple[str, ...] = ()
-    """Kinds of caption to inherit from, cut where they are too long for the text half. By default all that it reads
-    whole."""
+    """Kinds of caption to inherit from, cut where they are too long for the text half. By default all captions of at
+    most 32 tokens."""
     inherit_bank: tuple[str, ...] = ()
     """Banks of further captions to inherit from, made by build-bank --text-only: text is what inheritance lacks, and
     it needs no images."""
     keep: float = 0.0
     """Weight of the distance between images' vectors and those of the tower before it learned; 0 lets it forget."""
-    keep_text: float = 0.0
-    """Weight of the distance between inherited captions' vectors and what the tower's text half says of them."""
+    keep_text: float = 4.0
+    """Weight of the distance between inherited captions' vectors and what the tower's text half says of them; of no
+    effect where nothing is inherited."""
 
     mix: Weights = field(default_factory=dict)
     """How often an image's caption is of each kind: short=0.5 long=0.5. By default all kinds alike."""
@@ -77,10 +78,10 @@ class StudentConfig:
     steps: int | None = None
     """Optimizer steps; give this or --epochs."""
     epochs: float | None = None
-    """Passes over the images; 4 if neither this nor --steps is given."""
+    """Passes over the images; if neither this nor --steps is given, 4, or 160 steps where there are few images."""
     batch_size: int | None = None
     """Images a step, over all processes; captions of the others are an image's negatives, equal ones left out. By
-    default 4096, as in the paper, or all images of the banks if there are fewer."""
+    default 4096, as in the paper, or 128 where there are few images; all of them if there are fewer."""
     micro_batch_size: int | None = None
     """Images in the tower at once on each process; below the batch, gradients are cached, with the same
     result, but for BatchNorm that learns."""
@@ -91,9 +92,9 @@ class StudentConfig:
     """adamw; or muon for the hidden matrices, with AdamW for the rest."""
     learning_rate: float = 1e-5
     """Peak learning rate; it falls to 0 along a cosine."""
-    adaptor_learning_rate: float = 3e-4
-    """Peak learning rate of the fresh parts (adaptor, projection, scale), which start from random weights. The released
-    code has 1e-5 for them too, and 20 passes over 13 million images."""
+    adaptor_learning_rate: float | None = None
+    """Peak learning rate of the adaptor, the projection and the scale. By default 3e-4, or 0.001 where there are few
+    images; the released code has 1e-5 for them too, and 20 passes over 13 million images."""
     warmup_steps: int = 0
     """Steps of linear rise to the peak."""
     adaptor_warmup_steps: int = 0
@@ -105,7 +106,8 @@ class StudentConfig:
     max_grad_norm: float = 5.0
     """Gradients are scaled down to this norm."""
     unlocked_blocks: int | None = None
-    """Train only the tower's last N blocks and what follows them; 0 locks the whole tower. By default all train."""
+    """Train only the tower's last N blocks and what follows them; 0 locks the whole tower. By default all train,
+    or none where there are few images (fewer than 5,000)."""
     lora_rank: int = 0
     """Train the tower's blocks through low-rank adapters of this rank, merged at the end; 0 trains the weights."""
     lora_alpha: float = 32
@@ -152,9 +154,18 @@ class StudentConfig:
         check_choice(setting("inherit"), self.inherit, INHERIT)
         check_choice(setting("tracker"), self.tracker, TRACKERS)
         positive = ["captions_per_image", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
-        positive += ["adaptor_learning_rate", "max_grad_norm", "lora_alpha", "val_every"]
-        optional = ("dim", "image_size", "steps", "epochs", "micro_batch_size", "patience", "save_every")
-        given = [name for name in optional if getattr(self, name) is not None]
+        positive += ["max_grad_norm", "lora_alpha", "val_every"]
+        optional = (
+            "dim",
+            "adaptor_learning_rate",
+            "image_size",
+            "steps",
+            "epochs",
+            "micro_batch_size",
+            "patience",
+            "save_every",
+        )
+        given = [name for name in (*optional, "save_every") if getattr(self, name) is not None]
         check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
         self._check_numbers()
         self._check_ranges()
@@ -219,7 +230,7 @@ class StudentConfig:
         if self.inherit == "auto" and self.init == "pretrained":
             return
         why = setting("inherit", "none") if self.inherit == "none" else setting("init", "random")
-        for name in ("inherit_kinds", "inherit_bank", "keep", "keep_text"):
+        for name in ("inherit_kinds", "inherit_bank", "keep"):
             if value := getattr(self, name):
                 raise UsageError(f"{setting(name, value)} is about what is inherited; leave it or {why} out")
 

@@ -28,7 +28,7 @@ from llm2clip.bank.reader import Bank
 from llm2clip.config import check_choice
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.hub import find_model
-from llm2clip.progress import Progress, track
+from llm2clip.progress import Progress
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.optim import cosine_factor
@@ -40,8 +40,17 @@ FILE = "inherited.safetensors"
 """In the output while a run is under way: what was inherited, so that it is not computed again."""
 MOST_CAPTIONS = 200_000
 """Captions that are inherited from at most; of 24,000 and 72,000 the second gave one point more (docs/lab-notes.md)."""
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 256, 2e-3, 20
+BATCH_SIZE, WARMUP_STEPS, NOTED_EVERY = 256, 20, 50
+HIGHEST_RATE = 2e-3
+"""Of learning, for narrow teachers such as the miniature's; wider ones take 1 / T."""
+NOISE = 0.2
+"""Length of what is added at random to a teacher's unit vector. The adaptor then says the same of all that lies near a
+caption: other words for it, and other languages (docs/lab-notes.md: Spanish and Chinese gain 10 points by it)."""
 PASSES, FEWEST_STEPS, MOST_STEPS = 20, 300, 20_000
+READ_WELL = 32
+"""Tokens of a caption that a CLIP makes much of, whatever its context: captions on the Web are short, and it hardly
+gains from more than 20 (Long-CLIP, arXiv 2403.15378). What it says of long ones is no good teacher: in the miniature
+inheriting from them too took 6 points."""
 ENCODED_AT_ONCE = 1024
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
 SAME_IMAGE = 0.999
@@ -71,10 +80,15 @@ class TextHalf:
         bias = getattr(model, "logit_bias", None)
         self.bias: Tensor | None = None if bias is None else bias.detach().float().cpu().view(1)
 
+    @property
+    def reads(self) -> int:
+        """Tokens that it reads well."""
+        return min(self.encoder.context, READ_WELL)
+
     def fits(self, texts: Sequence[str]) -> list[bool]:
-        """Which of the texts it reads whole."""
+        """Which of the texts it reads well."""
         tokens = self.encoder.tokenizer(list(texts), verbose=False)["input_ids"]
-        return [len(ids) <= self.encoder.context for ids in tokens]
+        return [len(ids) <= self.reads for ids in tokens]
 
 
 def open_text_half(tower: Tower, *, device: str | torch.device = "cpu") -> TextHalf | None:
@@ -117,8 +131,16 @@ class Inheritance:
     def __len__(self) -> int:
         return len(self.places)
 
+    def draw(
+        self, random: np.random.Generator, chosen: NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's vectors [b, T], with noise, and the half's own [b, E], float32, of these captions."""
+        vectors, own = self.batch(chosen, device)
+        noise = torch.from_numpy(random.standard_normal(vectors.shape, np.float32)).to(device)
+        return normalize(vectors, dim=-1) + noise * (NOISE / vectors.shape[1] ** 0.5), own
+
     def batch(self, chosen: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The teacher's vectors [b, T] and the half's own [b, E], float32, of these captions."""
+        """The same without noise."""
         places = self.places[chosen]
         vectors = np.empty((len(chosen), self.banks[0].dim), np.float32)
         for bank in np.unique(places[:, 0]).tolist():
@@ -155,7 +177,7 @@ def inherit(
     """
     take_over(student, half)
     of = [tower, [bank.fingerprint for bank in banks], sorted(config.inherit_kinds), config.seed, config.dim]
-    recipe = fingerprint([*of, MOST_CAPTIONS, PASSES, BATCH_SIZE, LEARNING_RATE])
+    recipe = fingerprint([*of, MOST_CAPTIONS, PASSES, BATCH_SIZE, HIGHEST_RATE, NOISE])
     found = _kept(out / FILE, recipe, student, banks)
     if found is not None:
         return found
@@ -224,11 +246,11 @@ def read(
     """Captions of banks, each once in its bank, as the half reads them.
 
     Args:
-        kinds: of caption in the first `num_training` banks; empty for all that the half reads whole, which leaves
-            out captions that are too long for it. Of the other banks all captions are taken.
+        kinds: of caption in the first `num_training` banks, whatever their length, and all captions of the other
+            banks; empty for all that are short enough for the half to read them well.
 
     Raises:
-        UsageError: if there is no such kind, or the half reads none of the captions whole.
+        UsageError: if there is no such kind, or no caption is short enough.
     """
     places = _choose(banks, kinds=kinds, num_training=num_training, seed=seed)
     kept, own, cut = [], [], 0
@@ -245,12 +267,12 @@ def read(
             progress.advance(len(block))
     if not kept:
         raise UsageError(
-            f"the tower's text half reads none of the {len(places):,} captions whole (its context is "
-            f"{half.encoder.context} tokens): give shorter ones by {setting('inherit_bank', ('DIR',))}, the kinds to "
-            f"read cut by {setting('inherit_kinds', ('KIND',))}, or {setting('inherit', 'none')}"
+            f"none of the {len(places):,} captions has at most {half.reads} tokens, which the tower's text half reads "
+            f"well: give shorter ones by {setting('inherit_bank', ('DIR',))}, kinds to read all the same by "
+            f"{setting('inherit_kinds', ('KIND',))}, or {setting('inherit', 'none')}"
         )
     if cut:
-        logger.info("%d of %d captions are too long for the tower's text half and not inherited", cut, len(places))
+        logger.info("%d of %d captions are too long for the tower's text half and not read", cut, len(places))
     return Inheritance(banks, np.concatenate(kept), torch.cat(own))
 
 
@@ -275,22 +297,23 @@ def _choose(banks: Sequence[Bank], *, kinds: Sequence[str], num_training: int | 
 def fit(adaptor: nn.Module, captions: Inheritance, *, seed: int) -> float:
     """Bring the adaptor's vectors of captions near the half's own; returns the distance that is left."""
     device = next(adaptor.parameters()).device
-    number = len(captions)
+    number, width = len(captions), captions.banks[0].dim
     steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * number // BATCH_SIZE))
     matrices, others = ([p for p in adaptor.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
-    left = torch.tensor(0.0)
-    for step, chosen in enumerate(
-        track(_draws(number, steps, seed=seed), description="inherit: adaptor", unit="steps", total=steps)
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * cosine_factor(step, steps, WARMUP_STEPS)
-        vectors, own = captions.batch(chosen, device)
-        left = distance(adaptor(vectors), own)
-        optimizer.zero_grad()
-        left.backward()
-        optimizer.step()
+    rate = min(HIGHEST_RATE, 1 / width)
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    random, left = np.random.default_rng([seed, 1]), torch.tensor(0.0)
+    with Progress(steps, description="inherit: adaptor", unit="steps") as progress:
+        for step, chosen in enumerate(_draws(number, steps, seed=seed)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * cosine_factor(step, steps, WARMUP_STEPS)
+            vectors, own = captions.draw(random, chosen, device)
+            left = distance(adaptor(vectors), own)
+            optimizer.zero_grad()
+            left.backward()
+            optimizer.step()
+            progress.advance(note=f"distance {left.item():.3f}" if step % NOTED_EVERY == 0 else "")
     return left.item()
 
 

@@ -49,7 +49,7 @@ from llm2clip.student.validate import validate
 logger = logging.getLogger("llm2clip")
 PAPER_DIM = 1280
 """Width of the shared space where nothing is inherited (paper, section 6.2)."""
-NEED_TEXT_HALF = ("inherit_kinds", "inherit_bank", "keep", "keep_text")
+NEED_TEXT_HALF = ("inherit_kinds", "inherit_bank", "keep")
 MOST_REMEMBERED = 1 << 28
 """Numbers of the tower's own view of images that are kept in memory, where crops are always the same: 512 MiB."""
 DEFAULT_EPOCHS = 4
@@ -248,9 +248,10 @@ class Session:
                 images = [self.own_view(*part) for part in self._micro(batch.pixels, batch.samples)]
             kept.update(keep=config.keep, images=torch.cat(images))
         if self.inherited is not None and config.keep_text:
-            seed = [config.seed, place, self.accelerator.process_index]
-            chosen = np.random.default_rng(seed).integers(len(self.inherited), size=len(batch))
-            kept.update(keep_text=config.keep_text, texts=self.inherited.batch(chosen, batch.text_embeds.device))
+            random = np.random.default_rng([config.seed, place, self.accelerator.process_index])
+            chosen = random.integers(len(self.inherited), size=len(batch))
+            texts = self.inherited.draw(random, chosen, batch.text_embeds.device)
+            kept.update(keep_text=config.keep_text, texts=texts)
         return kept
 
     def _micro(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llm2clip import few
 from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.bank.reader import Bank
 from llm2clip.config import save_interval
@@ -32,13 +33,15 @@ from llm2clip.student.gradcache import cached_step
 from llm2clip.student.inherit import FILE as INHERITED
 from llm2clip.student.keep import Objective
 from llm2clip.student.loss import contrastive_loss
-from llm2clip.student.mix import PAPER_BATCH, default_batch_size, wanted_kinds
+from llm2clip.student.mix import default_batch_size, wanted_kinds
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.optim import cosine_factor
 from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
 logger = logging.getLogger("llm2clip")
+ADAPTOR_RATE = 3e-4
+"""Of the fresh parts, where there are not few images (docs/student.md, "Learning rates")."""
 SCRAPS = (LOG, CURVES, INHERITED)
 """What a run leaves before its first checkpoint."""
 
@@ -59,7 +62,7 @@ def train_student(config: StudentConfig) -> Path:
     out = Path(config.out)
     config = settle_precision(config, out)
     accelerator = start_accelerator(config)
-    config = settle_batch_size(config, accelerator)
+    config = settle_few(config, accelerator)
     held: Any = contextlib.nullcontext()
     if accelerator.is_main_process:
         held = open_output(out, "student", config=config.settings(), scraps=SCRAPS)
@@ -80,16 +83,22 @@ def train_student(config: StudentConfig) -> Path:
     return out
 
 
-def settle_batch_size(config: StudentConfig, accelerator: Any) -> StudentConfig:
-    """`config` with the batch size that it leaves open, by the number of images in its banks."""
-    if config.batch_size is not None:
-        return config
+def settle_few(config: StudentConfig, accelerator: Any) -> StudentConfig:
+    """`config` with what it leaves open by the number of images in its banks: length, batch, rate, what learns."""
     weights = config.bank_weights or [1.0] * len(config.bank)
-    num_samples = sum(Bank.open(bank).num_samples for bank, weight in zip(config.bank, weights, strict=True) if weight)
-    batch_size = default_batch_size(num_samples, accelerator.num_processes)
-    if accelerator.is_main_process and num_samples < PAPER_BATCH:
-        logger.info("batches of %d: all images there are, where the paper takes %d", batch_size, PAPER_BATCH)
-    return dataclasses.replace(config, batch_size=batch_size)
+    images = sum(Bank.open(bank).num_samples for bank, weight in zip(config.bank, weights, strict=True) if weight)
+    chosen: dict[str, Any] = {}
+    if images < few.FEW_IMAGES:
+        batch_size = min(few.STUDENT_BATCH, images) // accelerator.num_processes * accelerator.num_processes
+        chosen = {"batch_size": batch_size, "steps": few.STUDENT_STEPS, "adaptor_learning_rate": few.ADAPTOR_RATE}
+        if not config.lora_rank and config.init == "pretrained":
+            chosen["unlocked_blocks"] = 0
+    found = few.settle(config, chosen, images=images, main=accelerator.is_main_process)
+    if config.batch_size is None:
+        found.setdefault("batch_size", default_batch_size(images, accelerator.num_processes))
+    if config.adaptor_learning_rate is None:
+        found.setdefault("adaptor_learning_rate", ADAPTOR_RATE)
+    return dataclasses.replace(config, **found)
 
 
 def _warn(run: Session, line: str) -> None:

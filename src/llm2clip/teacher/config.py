@@ -83,13 +83,14 @@ class TeacherConfig(SourceConfig):
     steps: int | None = None
     """Optimizer steps; give this or --epochs."""
     epochs: float | None = None
-    """Passes over the data; 1 if neither this nor --steps is given."""
+    """Passes over the data; if neither this nor --steps is given, 1, or 100 steps where there are few images."""
     batch_size: int = 64
     """Pairs a step, over all processes; every other pair of the step is a negative."""
     micro_batch_size: int | None = None
     """Texts in memory at once on each process; below the batch, gradients are cached, with the same result."""
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW; it falls linearly to 0."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; it falls linearly to 0. By default 2e-4, as in the paper; adapters on few images
+    take more, the narrower the LLM is (0.002 at most)."""
     warmup_steps: int = 300
     """Steps until the peak; never more than a tenth of all steps."""
     weight_decay: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shutil
@@ -16,6 +17,7 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
+from llm2clip import few
 from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
@@ -75,6 +77,7 @@ def train_teacher(config: TeacherConfig) -> Path:
             check_sizes(tasks, batch_size=config.batch_size)
             probe_set = prepare_probe(config, tasks)
         sizes = [len(task) for task in tasks]
+        config = settle_few(config, sizes, llm_folder, main=state.is_main_process)
         if state.is_main_process and (short := too_short(config, sizes, state.num_processes)):
             logger.warning("%s", short)
         model = llm_folder
@@ -201,6 +204,19 @@ def train(
         return {name: scores[name] for name in ("cra_second", "cra_all", "alignment", "uniformity")}
 
     fit(encoder, Mixture(tasks, seed=config.seed), order, config=config, probe=probe if probe_set else None)
+
+
+def settle_few(config: TeacherConfig, sizes: list[int], model: ModelFolder, *, main: bool = True) -> TeacherConfig:
+    """`config` with the length and rate that it leaves open; for few images other ones than the paper's."""
+    chosen: dict[str, Any] = {}
+    if (images := sum(sizes)) < few.FEW_IMAGES:
+        chosen["steps"] = few.TEACHER_STEPS
+        if config.tuning == "lora" and (width := model.config.get("hidden_size")):
+            chosen["learning_rate"] = few.lora_rate(width)
+    found = few.settle(config, chosen, images=images, main=main)
+    if config.learning_rate is None:
+        found.setdefault("learning_rate", few.LORA_RATE)
+    return dataclasses.replace(config, **found)
 
 
 def num_steps(config: TeacherConfig, sizes: list[int]) -> int:

@@ -71,6 +71,7 @@ def fit(
 
 def arguments(config: TeacherConfig, order: BatchOrder, *, folder: str, **others: Any) -> Arguments:
     """The arguments of a trainer of `order` with its checkpoints in `folder` of the run's work folder."""
+    assert config.learning_rate is not None
     return Arguments(
         output_dir=str(config.work / folder),
         max_steps=order.steps,

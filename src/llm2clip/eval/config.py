@@ -9,9 +9,11 @@ from typing import Any
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError, setting
+from llm2clip.eval import benchmarks
+from llm2clip.parts import part_names
 
 NO_BASELINE = "none"
-SPEED_FIELDS = ("out", "batch_size", "device")
+SPEED_FIELDS = ("out", "root", "list", "batch_size", "device")
 """Fields that do not decide the scores (beyond rounding)."""
 
 
@@ -20,10 +22,19 @@ class EvaluateConfig(SourceConfig):
     """Score a model on images and captions: image to text and text to image R@1/5/10, and caption retrieval.
 
     With --teacher alone, any text encoder's captions are scored. Each --data is a dataset of its own with its own
-    name and pool, but tars of one folder are one dataset.
+    name and pool, but tars of one folder are one dataset. --benchmark NAME scores a named benchmark by its protocol.
     """
 
-    out: Path
+    data: tuple[str, ...] = ()
+    """Sources, one or several, each a dataset: as elsewhere, paths, globs or brace ranges ending in .tar .csv .tsv
+    .jsonl .json or .parquet; folders; hf:org/name[:split]; URLs of such files."""
+    benchmark: tuple[str, ...] = ()
+    """Named benchmarks, each scored as its protocol card says."""
+    root: str | None = None
+    """The folder of the benchmark's files, or the one that holds those of each benchmark under its name."""
+    list: bool = False
+    """Print the benchmarks there are, or the cards of those named, and do nothing else."""
+    out: Path | None = None
     """Folder of report.json, report.md and report.html; made if it is not there."""
     model: str | None = None
     """The model: a student, an exported folder, a CLIP or SigLIP of transformers, or a SentenceTransformer that encodes
@@ -58,6 +69,18 @@ class EvaluateConfig(SourceConfig):
         super().__post_init__()
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_positive(batch_size=self.batch_size)
+        for name in self.benchmark:
+            check_choice(setting("benchmark"), name, part_names(benchmarks))
+        if self.list:
+            return
+        if not (self.data or self.benchmark):
+            raise UsageError(
+                f"nothing to score on: give {setting('data', ('test.csv',))} or {setting('benchmark')} NAME"
+            )
+        if self.benchmark and self.root is None:
+            raise UsageError(f"{setting('benchmark')} {self.benchmark[0]} takes {setting('root', 'DIR')}, its files")
+        if self.out is None:
+            raise UsageError(f"there is no {setting('out', 'DIR')}: name the folder of the report")
         if self.model is None and self.teacher is None:
             raise UsageError(
                 f"nothing to score: give {setting('model', 'DIR')}, and for a student {setting('teacher', 'DIR')}, or "

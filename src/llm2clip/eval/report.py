@@ -94,9 +94,11 @@ def environment() -> Environment:
 def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     """The scores of a dataset, each with its interval, chance and the baseline's."""
     facts, metrics = report["datasets"][name], report["metrics"]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["captions"].items())
+    kinds = ", ".join(f"{count:,} {kind}".strip() for kind, count in facts["captions"].items())
     recalls = {
-        (kind, way): [f"{name}/{kind}/{way}_r@{k}" for k in KS] for kind in facts["captions"] for way in DIRECTIONS
+        (kind, way): ["/".join(filter(None, [name, kind, f"{way}_r@{k}"])) for k in KS]
+        for kind in facts["captions"]
+        for way in DIRECTIONS
     }
     recalls = {place: keys for place, keys in recalls.items() if keys[0] in metrics}
     if recalls:
@@ -114,6 +116,11 @@ def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
         **{f"{name}/{key}": words for key, words in CRA_NAMES.items()},
         **{f"{name}/{kind}/cra": f"the same among {kind} captions alone" for kind in facts["captions"]},
     }
+    if published := report.get("protocol", {}).get(name, {}).get("published"):
+        ours = [metrics.get(f"{name}/{way}_r@1") for way in DIRECTIONS]
+        rows = [["this model", *("" if value is None else percent(value) for value in ours), "measured here"]]
+        rows += [[row["model"], str(row["i2t"]), str(row["t2i"] or ""), row["source"]] for row in published]
+        yield Table("Beside what is printed, R@1, %", ["model", *DIRECTIONS.values(), "source"], rows)
     seen = {key for keys in recalls.values() for key in keys}
     left = [key for key in metrics if key.startswith(f"{name}/") and key not in seen]
     for title, keys in (
@@ -150,9 +157,9 @@ def _line(report: Mapping[str, Any], key: str) -> list[str]:
 
 def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     """What is known of a dataset beside its scores."""
-    facts, profile = report["datasets"][name], report["similarity"][name]
-    rows = [[f"{kind} captions", f"{count:,}"] for kind, count in facts["captions"].items()]
-    rows += [[words, f"{profile[key]:.3f}"] for key, words in SIMILARITY.items() if profile[key] is not None]
+    facts, profile = report["datasets"][name], report["similarity"].get(name, {})
+    rows = [[f"{kind} captions".strip(), f"{count:,}"] for kind, count in facts["captions"].items()]
+    rows += [[words, f"{profile[key]:.3f}"] for key, words in SIMILARITY.items() if profile.get(key) is not None]
     if "captions_cut" in facts:
         rows.append(["captions longer than the model reads, cut", f"{facts['captions_cut']:,}"])
     yield Table("Captions", ["what", "value"], rows)
@@ -161,6 +168,23 @@ def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
         yield Table(f"Left out: {facts['bad']['num_bad']:,} bad samples", ["defect", "times"], counts)
     if "fingerprint" in facts:
         yield Table("Source", ["what", "which"], [["fingerprint", facts["fingerprint"]]], numbers=2)
+    if protocol := report.get("protocol", {}).get(name):
+        yield Table("Protocol", ["what", "how"], [[what, _words(value)] for what, value in protocol_rows(protocol)], 2)
+
+
+def protocol_rows(protocol: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a protocol says, but for what is shown elsewhere; counts that nobody checked are marked."""
+    for what, value in protocol.items():
+        if what in protocol["not_checked"]:
+            yield what, "as found, not checked: the protocol's own count is not known"
+        elif value and what not in ("published", "not_checked", "found", "fetch"):
+            yield what.replace("_", " "), value
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {count:,}" for key, count in value.items())
+    return " · ".join(value) if isinstance(value, tuple | list) else f"{value:,}" if isinstance(value, int) else value
 
 
 def model_table(report: Mapping[str, Any]) -> Table:

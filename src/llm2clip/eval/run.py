@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Remembering
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.gallery import QUERIES, gallery
+from llm2clip.eval.named import Named, NoneBad, told
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.verdict import judge
 from llm2clip.hub import DTYPES, ModelFolder, find_model, pick_device
@@ -49,9 +51,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         >>> report["metrics"]["test/short/i2t_r@1"]                                    # doctest: +SKIP
         0.871
     """
-    out = Path(config.out)
+    if config.list:
+        sys.stdout.writelines(f"{line}\n" for line in told(config.benchmark))
+        return {}
+    out = Path(config.out or "")
     with open_output(out, "report", config=config.settings()):
-        sources = {name: open_source(part, images=config.needs_images) for name, part in parts_of(config).items()}
+        sources = open_all(config)
         if is_complete(out):
             done = dict(read_json(out / REPORT))
             check_current(done, config, sources)
@@ -69,24 +74,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def score_datasets(sources: Mapping[str, Source], config: EvaluateConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def open_all(config: EvaluateConfig) -> dict[str, Source | Named]:
+    """The datasets and benchmarks that the settings name; what is missing of them is told before a model is opened.
+
+    Raises:
+        UsageError: for a source that cannot be, or two of one name.
+        SourceError: for one that cannot be read.
+    """
+    needed = config.needs_images
+    sources: dict[str, Source | Named] = {
+        name: open_source(part, images=needed) for name, part in parts_of(config).items()
+    }
+    for name in dict.fromkeys(config.benchmark):
+        if name in sources:
+            raise UsageError(f"{setting('data')} {name} is called as the benchmark is; rename the file")
+        sources[name] = Named(name, str(config.root), images=needed)
+    return sources
+
+
+def score_datasets(
+    sources: Mapping[str, Source | Named], config: EvaluateConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `report.json` says of the datasets, and their galleries."""
     model, facts = open_encoder(config)
     other, baseline = open_baseline(config, facts)  # before anything is encoded: a wrong name is told at once
     report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
-    report |= {"intervals": {}, "baseline": baseline}
+    report |= {"intervals": {}, "baseline": baseline, "protocol": {}}
     galleries = {}
     for name, source in sources.items():
         samples, encoder = read_dataset(source, model, config)
-        add_scores(report, name, run_evaluators(samples, encoder))
-        report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, samples)}
-        report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
+        which = source.card.scores if isinstance(source, Named) else part_names(evaluators)
+        add_scores(report, name, run_evaluators(samples, encoder, which))
+        report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, source, samples)}
+        if isinstance(source, Named):
+            report["protocol"][name] = source.told()
+        else:
+            report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
         if encoder.sees_images:
             most = max(3, QUERIES // len(sources))
             galleries[name] = gallery(samples, encoder, seed=config.seed, most=most)
         if other is not None:
             beside = encoder_of(other, config, BadSamples(1.0, quiet=True))
-            add_scores(baseline, name, run_evaluators(samples, beside))
+            add_scores(baseline, name, run_evaluators(samples, beside, which))
             baseline["captions_cut"] = baseline.get("captions_cut", 0) + (beside.num_cut or 0)
     return report, galleries
 
@@ -103,10 +132,11 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
     Raises:
         UsageError: naming what has changed since.
     """
+    out = Path(config.out or "")
     if config.model is not None:
-        check_unchanged(config.out, config.model, done["model"].get("fingerprint"))
+        check_unchanged(out, config.model, done["model"].get("fingerprint"))
     elif config.teacher is not None:
-        check_unchanged(config.out, config.teacher, done["model"].get("teacher_fingerprint"))
+        check_unchanged(out, config.teacher, done["model"].get("teacher_fingerprint"))
     for name, source in sources.items():
         if source.fingerprint != done["datasets"][name]["fingerprint"]:
             raise UsageError(
@@ -120,14 +150,16 @@ def encoder_of(model: TextEncoder, config: EvaluateConfig, bad: BadSamples) -> R
     return Remembering(model, batch_size=config.batch_size, bad=bad, device=pick_device(config.device))
 
 
-def read_dataset(source: Source, model: TextEncoder, config: EvaluateConfig) -> tuple[list[Sample], Remembering]:
+def read_dataset(
+    source: Source | Named, model: TextEncoder, config: EvaluateConfig
+) -> tuple[list[Sample], Remembering]:
     """The usable samples of a dataset, and the model that has seen their images, where it sees any.
 
     Raises:
         SourceError: if there is no usable one.
         TooManyBadSamples: if too many images cannot be read.
     """
-    bad = BadSamples(config.max_bad_fraction)
+    bad = NoneBad() if isinstance(source, Named) else BadSamples(config.max_bad_fraction)
     encoder = encoder_of(model, config, bad)
     samples = encoder.read(source) if encoder.sees_images else list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad
@@ -138,9 +170,9 @@ def read_dataset(source: Source, model: TextEncoder, config: EvaluateConfig) -> 
     return samples, encoder
 
 
-def run_evaluators(samples: Sequence[Sample], encoder: Remembering) -> Iterator[Score]:
-    """What each evaluator finds on a dataset; for a text encoder alone those that need no images."""
-    for name in part_names(evaluators):
+def run_evaluators(samples: Sequence[Sample], encoder: Remembering, names: Iterable[str]) -> Iterator[Score]:
+    """What each of these evaluators finds on a dataset; for a text encoder alone those that need no images."""
+    for name in names:
         if encoder.sees_images or not find_part(evaluators, name, "NEEDS_IMAGES"):
             yield from find_part(evaluators, name, "EVALUATOR")(samples).run(encoder)
 
@@ -157,7 +189,7 @@ def add_scores(report: dict[str, Any], dataset: str, scores: Iterable[Score]) ->
             report.setdefault("intervals", {})[name] = [round(bound, 6) for bound in bounds]
 
 
-def facts_of(source: Source, samples: Sequence[Sample], encoder: Remembering) -> dict[str, Any]:
+def facts_of(source: Source | Named, samples: Sequence[Sample], encoder: Remembering) -> dict[str, Any]:
     """The counts of a dataset; what its model read only in part is logged."""
     rows = Captions.of(samples).rows
     facts: dict[str, Any] = {
@@ -172,10 +204,14 @@ def facts_of(source: Source, samples: Sequence[Sample], encoder: Remembering) ->
     return facts
 
 
-def notes_of(report: Mapping[str, Any], dataset: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
+def notes_of(
+    report: Mapping[str, Any], dataset: str, source: Source | Named, samples: Sequence[Sample]
+) -> dict[str, list[str]]:
     """What a reader must know of a dataset to read its scores, in words; logged as well."""
     here, trained, notes = list(Captions.of(samples).rows), report["model"].get("kinds", []), []
-    if trained and set(here) != set(trained):
+    if isinstance(source, Named):
+        notes += source.told()["found"]
+    elif trained and set(here) != set(trained):
         notes.append(f"captions here are of kind {', '.join(here)}; the model was trained on {', '.join(trained)}")
     if not any(name.startswith(f"{dataset}/") for name in report["metrics"]):
         notes.append(

@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llm2clip.data.rows import TABLES, BadRow
-from llm2clip.data.sample import ImageRef
+from llm2clip.data.sample import BASE64, ImageRef
 from llm2clip.data.tars import Tar, group
 from llm2clip.errors import SourceError
 from llm2clip.eval.places import Text
 
+READ_AT_ONCE = 1 << 20
+"""Letters of a large JSON file."""
 IMAGES = ("webp", "png", "jpg", "jpeg")
 """The endings that CLIP_benchmark's tars give their images."""
 TAGGED = re.compile(r"[/:_#][a-z]{1,2}$")
@@ -64,18 +66,53 @@ def parsed(text: Text) -> Any:
         raise SourceError(f"{text.name} is damaged JSON ({error}); fetch it again") from None
 
 
-def listed(text: Text, image: str = "image", caption: str = "caption") -> Iterator[Row]:
-    """A JSON list of objects, or one a line, each with an image and its captions: Salesforce's form, and others."""
+def objects(text: Text) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a list, or one a line, each with its place for messages."""
     if text.content.lstrip().startswith("["):
-        objects = parsed(text)
+        found = parsed(text)
     else:
         lines = (Text(f"{text.name} line {i}", line) for i, line in enumerate(text.lines(), 1) if line.strip())
-        objects = map(parsed, lines)
-    for number, found in enumerate(objects, 1):
+        found = map(parsed, lines)
+    for number, one in enumerate(found, 1):
         where = f"{text.name} row {number}"
-        if not isinstance(found, dict):
+        if not isinstance(one, dict):
             raise SourceError(f"{where} is no JSON object; fetch the file again")
-        yield row(found.get(image), found.get(caption), where)
+        yield where, one
+
+
+def first_objects(file: TextIO, name: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list one by one, no more of the file read than they take."""
+    decoder, buffer = json.JSONDecoder(), file.read(READ_AT_ONCE).lstrip().removeprefix("[")
+    while True:
+        buffer = buffer.lstrip(" \r\n\t,")
+        try:
+            found, end = decoder.raw_decode(buffer)
+        except ValueError:
+            if buffer.startswith("]"):
+                return
+            if not (more := file.read(READ_AT_ONCE)):
+                raise SourceError(f"{name} is damaged or cut off; fetch it again") from None
+            buffer += more
+            continue
+        if not isinstance(found, dict):
+            raise SourceError(f"{name} is no list of JSON objects; fetch it again")
+        yield found
+        buffer = buffer[end:]
+
+
+def listed(text: Text) -> Iterator[Row]:
+    """Salesforce's form: a JSON list of objects, each with an image and its captions."""
+    return (row(one.get("image"), one.get("caption"), where) for where, one in objects(text))
+
+
+def joined(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of one image as one, with the captions of all parts."""
+    first: dict[str | ImageRef, Row] = {}
+    captions: dict[str | ImageRef, dict[str, tuple[str, ...]]] = {}
+    for one in rows:
+        first.setdefault(one.image, one)
+        captions.setdefault(one.image, {}).update(one.captions)
+    return (Row(image, own, first[image].where) for image, own in captions.items())
 
 
 def coco(text: Text) -> Iterator[Row]:
@@ -154,6 +191,21 @@ def tars(paths: Sequence[Path]) -> Iterator[Row]:
                 raise SourceError(f"{where} is no image beside a .txt; fetch the tar again")
             text = Text(where, tar.text(members["txt"]).decode("utf-8", "replace"))
             yield row(tar.locate(image), text.lines(), where)
+
+
+def base64_lines(path: Path) -> dict[str, ImageRef]:
+    """Where the images of a TSV lie, by their ids: lines of an id, a tab and base64."""
+    found, offset = {}, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            name, tab, _ = line.partition(b"\t")
+            if not tab:
+                raise SourceError(f"{path} line {number} is no id and image; fetch it again")
+            start = len(name) + 1
+            length = len(line.rstrip(b"\r\n")) - start
+            found[name.decode("utf-8", "replace")] = ImageRef(str(path.resolve()), offset + start, length, BASE64)
+            offset += len(line)
+    return found
 
 
 def untagged(rows: Iterable[Row]) -> Iterator[Row]:

@@ -32,7 +32,7 @@ class Card:
         images: how many there are; a score on fewer is refused. None where that is not known.
         captions: how many there are, by language where there are such; likewise.
         notes: what else one should know.
-        scores: the evaluators that run, of `llm2clip.eval.evaluators`.
+        cra: whether captions are also sought among captions.
     """
 
     title: str
@@ -46,12 +46,12 @@ class Card:
     images: int | None
     captions: int | Mapping[str, int] | None
     notes: tuple[str, ...] = ()
-    scores: tuple[str, ...] = ("retrieval",)
+    cra: bool = False
 
     def told(self) -> dict[str, Any]:
         """What a report says of the protocol, JSON-ready."""
         return {
-            **{name: value for name, value in dataclasses.asdict(self).items() if name not in ("folders", "scores")},
+            **{name: value for name, value in dataclasses.asdict(self).items() if name not in ("folders", "cra")},
             "ties": TIES,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from llm2clip.eval import benchmarks
 from llm2clip.eval.annotations import Row
 from llm2clip.eval.card import Card, described, published
 from llm2clip.eval.places import Images, Place
+from llm2clip.eval.retrieval import NamedRetrieval
 from llm2clip.parts import find_part, part_names
+from llm2clip.protocols import Evaluator
+from llm2clip.scores import CaptionRetrieval
 
 
 def card_of(name: str) -> Card:
@@ -70,6 +74,7 @@ class Named:
         self._check(rows)
         refs = _located(rows, Images(place, self.card.folders), place) if images else [ImageRef("")] * len(rows)
         self._samples = [Sample(f"{name}: {one.where}", ref, one.captions) for one, ref in zip(rows, refs, strict=True)]
+        self._retrieval = NamedRetrieval(self._samples)
         names = [one.image if isinstance(one.image, str) else "" for one in rows]
         self.fingerprint = fingerprint([[n, dict(one.captions)] for n, one in zip(names, rows, strict=True)])
 
@@ -86,6 +91,22 @@ class Named:
         for sample in self._samples:
             counts.update({part: len(own) for part, own in sample.captions.items()})
         return dict(counts)
+
+    def shown(self) -> list[Sample]:
+        """The samples with the captions of one part alone, English where there is such: what a page shows."""
+        parts = list(self.counts)
+        part = "en" if "en" in parts else parts[0]
+        return [replace(sample, captions={part: sample.captions[part]}) for sample in self._samples]
+
+    def evaluators(self, *, images: bool) -> list[Evaluator]:
+        """What its protocol asks of a model; of one that sees no images what can be asked."""
+        scored: list[Evaluator] = [self._retrieval] if images else []
+        return [*scored, *([CaptionRetrieval(self._samples)] if self.card.cra else [])]
+
+    @property
+    def median_ranks(self) -> dict[str, float]:
+        """Of the model that was scored last, by part and direction."""
+        return dict(self._retrieval.median_ranks)
 
     def told(self) -> dict[str, Any]:
         """What a report says of it: the card, what is not known of it, and what others printed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,8 @@ class Images:
     """
 
     def __init__(self, place: Place, folders: Sequence[str]) -> None:
-        self._place, self._folders = place, [place.folder, *(place.folder / name for name in folders)]
+        self._place = place
+        self._there = [str(folder.resolve()) for name in ("", *folders) if (folder := place.folder / name).is_dir()]
 
     def find(self, name: str) -> ImageRef | None:
         """An image by its name in the annotations, with or without a folder before it; None if it is not there.
@@ -113,11 +115,12 @@ class Images:
         Raises:
             SourceError: if several in an archive could be meant.
         """
-        for folder in self._folders:
-            for path in (folder / name, folder / PurePosixPath(name).name):
-                if path.is_file():
-                    return ImageRef(str(path.resolve()))
-        choices = self._packed.get(PurePosixPath(name).name, [])
+        last = name.rpartition("/")[2]
+        for folder in self._there:
+            for path in dict.fromkeys((f"{folder}/{name}", f"{folder}/{last}")):
+                if os.path.isfile(path):
+                    return ImageRef(path)
+        choices = self._packed.get(last, [])
         exact = [ref for path, ref in choices if f"/{path}".endswith(f"/{name}")]
         if len(found := exact or [ref for _, ref in choices]) > 1:
             paths = " and ".join(path for path, _ in choices[:2])
@@ -126,8 +129,7 @@ class Images:
 
     def looked_in(self) -> str:
         """The places, for a message."""
-        there = [str(folder) for folder in self._folders if folder.is_dir()]
-        there += [path.name for path in self._place.paths("*.zip") + self._place.paths("*.tar")]
+        there = self._there + [path.name for path in self._place.paths("*.zip") + self._place.paths("*.tar")]
         packed = [path.name for path in self._place.folder.iterdir() if path.name.endswith(PACKED)]
         return ", ".join(there) + (f"; {', '.join(packed)} must be unpacked first" if packed else "")
 
@@ -136,7 +138,7 @@ class Images:
         """Last part of a name -> the members of zips and tars that have it."""
         found: dict[str, list[tuple[str, ImageRef]]] = defaultdict(list)
         for path, ref in self._members():
-            found[PurePosixPath(path).name].append((path, ref))
+            found[path.rpartition("/")[2]].append((path, ref))
         return found
 
     def _members(self) -> Iterator[tuple[str, ImageRef]]:

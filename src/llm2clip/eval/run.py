@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from llm2clip.eval.encode import Remembering
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
 from llm2clip.eval.gallery import QUERIES, gallery
 from llm2clip.eval.named import Named, NoneBad, told
+from llm2clip.eval.ranking import differences_of, intervals
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.verdict import judge
 from llm2clip.hub import DTYPES, ModelFolder, find_model, pick_device
@@ -103,11 +104,11 @@ def score_datasets(
     galleries = {}
     for name, source in sources.items():
         samples, encoder = read_dataset(source, model, config)
-        which = source.card.scores if isinstance(source, Named) else part_names(evaluators)
-        add_scores(report, name, run_evaluators(samples, encoder, which))
+        scores = run_evaluators(source, samples, encoder)
+        add_scores(report, name, scores)
         report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, source, samples)}
         if isinstance(source, Named):
-            report["protocol"][name] = source.told()
+            report["protocol"][name], samples = source.told(), source.shown()
         else:
             report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
         if encoder.sees_images:
@@ -115,7 +116,10 @@ def score_datasets(
             galleries[name] = gallery(samples, encoder, seed=config.seed, most=most)
         if other is not None:
             beside = encoder_of(other, config, BadSamples(1.0, quiet=True))
-            add_scores(baseline, name, run_evaluators(samples, beside, which))
+            theirs = run_evaluators(source, samples, beside)
+            add_scores(baseline, name, theirs)
+            for key, found in differences_of(scores, theirs).items():
+                baseline.setdefault("differences", {})[f"{name}/{key}"] = found
             baseline["captions_cut"] = baseline.get("captions_cut", 0) + (beside.num_cut or 0)
     return report, galleries
 
@@ -170,23 +174,32 @@ def read_dataset(
     return samples, encoder
 
 
-def run_evaluators(samples: Sequence[Sample], encoder: Remembering, names: Iterable[str]) -> Iterator[Score]:
-    """What each of these evaluators finds on a dataset; for a text encoder alone those that need no images."""
-    for name in names:
-        if encoder.sees_images or not find_part(evaluators, name, "NEEDS_IMAGES"):
-            yield from find_part(evaluators, name, "EVALUATOR")(samples).run(encoder)
+def run_evaluators(source: Source | Named, samples: Sequence[Sample], encoder: Remembering) -> list[Score]:
+    """What each evaluator finds on a dataset; for a text encoder alone those that need no images."""
+    sees = encoder.sees_images
+    if isinstance(source, Named):
+        found = source.evaluators(images=sees)
+    else:
+        names = [n for n in part_names(evaluators) if sees or not find_part(evaluators, n, "NEEDS_IMAGES")]
+        found = [find_part(evaluators, name, "EVALUATOR")(samples) for name in names]
+    return [score for evaluator in found for score in evaluator.run(encoder)]
 
 
-def add_scores(report: dict[str, Any], dataset: str, scores: Iterable[Score]) -> None:
-    """Put the scores of a dataset into a report, with chance and interval where there are such."""
+def add_scores(report: dict[str, Any], dataset: str, scores: Sequence[Score]) -> None:
+    """Put the scores of a dataset into a report, with chance and interval where there are such.
+
+    The interval is a bootstrap over images where a score says what each image adds, otherwise Wilson's.
+    """
+    shares = {score.name: score.shares for score in scores if score.shares is not None}
+    bounds = dict(zip(shares, intervals(list(shares.values())), strict=True)) if shares else {}
     for score in scores:
         name = f"{dataset}/{score.name}"
         report.setdefault("metrics", {})[name] = score.value
         if score.chance is not None:
             report.setdefault("chance", {})[name] = score.chance
         if score.num_images is not None:
-            bounds = interval(score.value, score.num_images)
-            report.setdefault("intervals", {})[name] = [round(bound, 6) for bound in bounds]
+            low, high = bounds.get(score.name) or interval(score.value, score.num_images)
+            report.setdefault("intervals", {})[name] = [round(low, 6), round(high, 6)]
 
 
 def facts_of(source: Source | Named, samples: Sequence[Sample], encoder: Remembering) -> dict[str, Any]:
@@ -198,6 +211,8 @@ def facts_of(source: Source | Named, samples: Sequence[Sample], encoder: Remembe
         "captions": {kind: len(own) for kind, own in rows.items()},
         "bad": encoder.bad.to_json(),
     }
+    if isinstance(source, Named):
+        facts["median_rank"] = source.median_ranks
     if encoder.num_cut is not None:
         facts["captions_cut"] = encoder.num_cut
         say_cut(encoder.num_cut, encoder.num_texts, getattr(encoder.model, "context", None))

@@ -21,6 +21,8 @@ def judge(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for dataset, facts in report["datasets"].items():
         names = [name for name in report["intervals"] if name.startswith(f"{dataset}/") and _is_judged(report, name)]
+        if dataset in report.get("protocol", {}) and len(facts["captions"]) > 1:  # of many languages the mean alone
+            names = [name for name in names if "/" not in name.removeprefix(f"{dataset}/")]
         found = [*_summary(report, names), *facts.get("notes", ()), *(_sentence(report, dataset, n) for n in names)]
         lines += [f"{dataset}: {line}" if several else line for line in found]
     why = report["baseline"].get("why")

@@ -28,7 +28,7 @@ CARD = Card(
         "cra: a caption finds another of its image among all 25,010; cra_second: the first caption finds the second "
         "among the second ones of all images. The paper names neither pool.",
     ),
-    scores=("retrieval", "text-retrieval"),
+    cra=True,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from llm2clip.data.rows import TABLES, BadRow
 from llm2clip.data.sample import BASE64, ImageRef
-from llm2clip.data.tars import Tar, group
+from llm2clip.data.tars import Member, Tar, group
 from llm2clip.errors import SourceError
 from llm2clip.eval.places import Text
 
@@ -177,14 +177,23 @@ def table(path: Path, image: str, caption: str, *, where: Mapping[str, str] | No
         )
 
 
+def members_of(tar: Tar) -> Iterator[tuple[str, dict[str, Member]]]:
+    """The samples of a tar, each with its members by their endings.
+
+    Raises:
+        SourceError: if it is damaged.
+    """
+    groups, _, damage = group(tar.members())
+    if damage is not None:
+        raise SourceError(f"{tar.path} {damage.detail}; fetch it again")
+    yield from groups.items()
+
+
 def tars(paths: Sequence[Path]) -> Iterator[Row]:
     """The tars that CLIP_benchmark makes of a retrieval set: an image beside a .txt with a caption a line."""
     for path in paths:
         tar = Tar(str(path.resolve()))
-        groups, _, damage = group(tar.members())
-        if damage is not None:
-            raise SourceError(f"{path} {damage.detail}; fetch it again")
-        for key, members in groups.items():
+        for key, members in members_of(tar):
             image = next((members[ending] for ending in IMAGES if ending in members), None)
             where = f"{path.name}: {key}"
             if image is None or "txt" not in members:

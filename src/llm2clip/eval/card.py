@@ -63,7 +63,7 @@ def described(name: str, card: Card) -> Iterator[str]:
     for label, value in (
         ("split", card.split),
         ("images", known(card.images)),
-        ("captions", f"{known(captions)}; {card.per_image}"),
+        ("captions", card.per_image if card.captions == {} else f"{known(captions)}; {card.per_image}"),
         ("text", card.text),
         ("ties", TIES),
         ("source", card.source),

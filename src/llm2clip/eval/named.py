@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from llm2clip.errors import SourceError
 from llm2clip.eval import benchmarks
 from llm2clip.eval.annotations import Row
 from llm2clip.eval.card import Card, described, published
+from llm2clip.eval.classification import Labelled, ZeroShot
 from llm2clip.eval.places import Images, Place
 from llm2clip.eval.retrieval import NamedRetrieval
 from llm2clip.parts import find_part, part_names
@@ -70,13 +72,19 @@ class Named:
         self.name, self.card, self.bad = name, card_of(name), NoneBad()
         place = Place(root, name, self.card.fetch)
         self._notes = place.notes
-        rows: list[Row] = list(find_part(benchmarks, name, "read")(place))
+        found = find_part(benchmarks, name, "read")(place)
+        self._labelled = found if isinstance(found, Labelled) else None
+        rows: list[Row] = list(found.rows if isinstance(found, Labelled) else found)
         self._check(rows)
         refs = _located(rows, Images(place, self.card.folders), place) if images else [ImageRef("")] * len(rows)
         self._samples = [Sample(f"{name}: {one.where}", ref, one.captions) for one, ref in zip(rows, refs, strict=True)]
         self._retrieval = NamedRetrieval(self._samples)
+        self._zero_shot = ZeroShot(self._samples, found) if isinstance(found, Labelled) else None
         names = [one.image if isinstance(one.image, str) else "" for one in rows]
-        self.fingerprint = fingerprint([[n, dict(one.captions)] for n, one in zip(names, rows, strict=True)])
+        labels = [] if self._labelled is None else [list(self._labelled.labels), list(self._labelled.names)]
+        self.fingerprint = fingerprint(
+            [*([n, dict(one.captions)] for n, one in zip(names, rows, strict=True)), *labels]
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self._samples)
@@ -95,18 +103,26 @@ class Named:
     def shown(self) -> list[Sample]:
         """The samples with the captions of one part alone, English where there is such: what a page shows."""
         parts = list(self.counts)
+        if not parts:
+            return []
         part = "en" if "en" in parts else parts[0]
         return [replace(sample, captions={part: sample.captions[part]}) for sample in self._samples]
 
     def evaluators(self, *, images: bool) -> list[Evaluator]:
         """What its protocol asks of a model; of one that sees no images what can be asked."""
-        scored: list[Evaluator] = [self._retrieval] if images else []
+        scored: list[Evaluator] = [self._zero_shot or self._retrieval] if images else []
         return [*scored, *([CaptionRetrieval(self._samples)] if self.card.cra else [])]
 
-    @property
-    def median_ranks(self) -> dict[str, float]:
-        """Of the model that was scored last, by part and direction."""
-        return dict(self._retrieval.median_ranks)
+    def facts(self) -> dict[str, Any]:
+        """What is no score, of the model that was scored last: median ranks, or the classes and those it confuses."""
+        if self._zero_shot is None:
+            return {"median_rank": dict(self._retrieval.median_ranks)}
+        found = self._zero_shot.found
+        return {
+            "classes": len(found.names),
+            "templates": list(found.templates),
+            "confused": self._zero_shot.confused,
+        }
 
     def told(self) -> dict[str, Any]:
         """What a report says of it: the card, what is not known of it, and what others printed."""
@@ -115,7 +131,8 @@ class Named:
         return {**self.card.told(), "not_checked": unknown, "found": self._notes, "published": rows}
 
     def _check(self, rows: Sequence[Row]) -> None:
-        what = f"{self.name}: {rows[0].where.partition(' row ')[0] if rows else 'its file'}"
+        named = re.split(r" (?:row|line|image) |: ", rows[0].where)[0] if rows and not self._labelled else "its folder"
+        what = f"{self.name}: {named}"
         if self.card.images not in (None, len(rows)):
             raise SourceError(
                 f"{what} gives {len(rows):,} images, the protocol has {self.card.images:,} ({self.card.split}); it is "

@@ -117,10 +117,12 @@ def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
         **{f"{name}/{kind}/cra": f"the same among {kind} captions alone" for kind in facts["captions"]},
     }
     if published := report.get("protocol", {}).get(name, {}).get("published"):
-        ours = [metrics.get(f"{name}/{way}_r@1") for way in DIRECTIONS]
+        both = ("i2t_r@1", "t2i_r@1") if facts["captions"] else ("top1",)
+        ours = [metrics.get(f"{name}/{key}") for key in both]
         rows = [["this model", *("" if value is None else percent(value) for value in ours), "measured here"]]
-        rows += [[row["model"], str(row["i2t"]), str(row["t2i"] or ""), row["source"]] for row in published]
-        yield Table("Beside what is printed, R@1, %", ["model", *DIRECTIONS.values(), "source"], rows)
+        rows += [[row["model"], *map(str, (row["i2t"], row["t2i"])[: len(both)]), row["source"]] for row in published]
+        columns = list(DIRECTIONS.values()) if len(both) > 1 else ["top-1"]
+        yield Table("Beside what is printed, %", ["model", *columns, "source"], rows)
     seen = {key for keys in recalls.values() for key in keys}
     left = [key for key in metrics if key.startswith(f"{name}/") and key not in seen]
     for title, keys in (
@@ -162,7 +164,11 @@ def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     rows += [[words, f"{profile[key]:.3f}"] for key, words in SIMILARITY.items() if profile.get(key) is not None]
     if "captions_cut" in facts:
         rows.append(["captions longer than the model reads, cut", f"{facts['captions_cut']:,}"])
-    yield Table("Captions", ["what", "value"], rows)
+    if rows:
+        yield Table("Captions", ["what", "value"], rows)
+    if confused := facts.get("confused"):
+        rows = [[own, other, f"{count:,}"] for own, other, count in confused]
+        yield Table("Classes taken for another most often", ["class", "taken for", "images"], rows, numbers=2)
     if facts["bad"]["counts"]:
         counts = [[cause, f"{count:,}"] for cause, count in facts["bad"]["counts"].items()]
         yield Table(f"Left out: {facts['bad']['num_bad']:,} bad samples", ["defect", "times"], counts)

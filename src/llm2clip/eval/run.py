@@ -111,7 +111,7 @@ def score_datasets(
             report["protocol"][name], samples = source.told(), source.shown()
         else:
             report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
-        if encoder.sees_images:
+        if encoder.sees_images and samples:
             most = max(3, QUERIES // len(sources))
             galleries[name] = gallery(samples, encoder, seed=config.seed, most=most)
         if other is not None:
@@ -212,7 +212,7 @@ def facts_of(source: Source | Named, samples: Sequence[Sample], encoder: Remembe
         "bad": encoder.bad.to_json(),
     }
     if isinstance(source, Named):
-        facts["median_rank"] = source.median_ranks
+        facts |= source.facts()
     if encoder.num_cut is not None:
         facts["captions_cut"] = encoder.num_cut
         say_cut(encoder.num_cut, encoder.num_texts, getattr(encoder.model, "context", None))

@@ -9,6 +9,7 @@ from typing import Any
 WHAT = {
     "i2t_r@1": "images that find a caption of their own first",
     "t2i_r@1": "captions that find their image first",
+    "top1": "images whose class is found first",
     "cra": "captions whose nearest other one is of the same image",
     "cra_second": "images whose first caption finds their second",
 }

@@ -28,12 +28,12 @@ SIZES = {
     "bank": (2_730, 17, 8.4),
     "student": (4_535, 26, 7.4),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms and intervals
-    "eval": (2_510, 17, 8.9),
+    "eval": (2_745, 18, 8.9),
     "eval/benchmarks": (1_040, 29, 17),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (430, 6, 13.1),
     "export/formats": (270, 4, 15.1),  # a format's imports are inside its functions
-    "*": (21_150, 159, 8.2),
+    "*": (21_370, 160, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

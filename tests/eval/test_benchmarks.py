@@ -191,7 +191,7 @@ def test_an_image_that_cannot_be_read_ends_the_score(
 ) -> None:
     write(tmp_path, {**flickr_images(), f"flickr30k-images/{FLICKR_NAMES[9]}": image(9)[:40]})
     (tmp_path / "flickr30k_test.json").symlink_to(flickr_root / "flickr30k_test.json")
-    with pytest.raises(SourceError, match=r"flickr30k: flickr30k_test.json row 10: not an image"):
+    with pytest.raises(SourceError, match=r"flickr30k: flickr30k-images/1000245.jpg: not an image"):
         scores("flickr30k", tmp_path, tmp_path / "report", monkeypatch)
 
 

@@ -38,7 +38,8 @@ class EvaluateConfig(SourceConfig):
     """Folder of report.json, report.md and report.html; made if it is not there."""
     model: str | None = None
     """The model: a student, an exported folder, a CLIP or SigLIP of transformers, or a SentenceTransformer that encodes
-    images; a local folder or a Hub id. Without it the teacher alone is scored, on captions."""
+    images; a local folder or a Hub id. open_clip:NAME/WEIGHTS is one of open_clip, vectors:DIR vectors of a benchmark
+    that lie in files. Without it the teacher alone is scored, on captions."""
     teacher: str | None = None
     """The student's teacher; or alone any text encoder: a teacher, an LLM, a SentenceTransformer; folder or Hub id."""
     model_revision: str | None = None
@@ -50,6 +51,9 @@ class EvaluateConfig(SourceConfig):
     baseline: str | None = None
     """What the scores are compared with: any `model` that needs no teacher beside it (a text encoder where the teacher
     alone is scored); none for nothing. By default the CLIP or SigLIP that a student's tower is of, if it is here."""
+    compare: tuple[str, ...] = ()
+    """More models, each scored on the same and set beside the first in one table, with the differences; any `baseline`
+    can be one."""
     precision: str = "auto"
     """Arithmetic of the models: fp32, bf16, fp16, or auto: as their weights are saved, but fp32 for a half precision
     that this CPU would emulate."""
@@ -89,8 +93,9 @@ class EvaluateConfig(SourceConfig):
 
     @property
     def needs_images(self) -> bool:
-        """A text encoder alone is scored on captions."""
-        return self.model is not None
+        """A text encoder alone is scored on captions; vectors that lie in files have seen their images."""
+        models = [self.model, *self.compare, *([self.baseline] if self.baseline not in (None, NO_BASELINE) else [])]
+        return self.model is not None and not all((name or "").startswith("vectors:") for name in models)
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""

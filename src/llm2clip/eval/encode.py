@@ -13,6 +13,7 @@ from llm2clip.data.bad import BadSamples
 from llm2clip.data.feeder import THREADS, batched, encoded
 from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import LLM2CLIPError, setting
+from llm2clip.eval.foreign import StoredVectors
 from llm2clip.progress import Progress
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
@@ -59,7 +60,11 @@ class Remembering:
         Raises:
             TooManyBadSamples: if too many cannot be read.
         """
-        good, vectors = encode_images(samples, self.model, batch_size=self._batch_size, bad=self.bad)
+        if isinstance(self.model, StoredVectors):
+            good = list(samples)
+            vectors = finite(self.model.of_images([sample.id for sample in good]), "images")
+        else:
+            good, vectors = encode_images(samples, self.model, batch_size=self._batch_size, bad=self.bad)
         self._images.update(zip((sample.image for sample in good), vectors, strict=True))
         return good
 

@@ -43,8 +43,9 @@ def told(names: Sequence[str]) -> Iterator[str]:
 class NoneBad(BadSamples):
     """Of a benchmark every image must be read: a score on a part is no score of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(0.0, quiet=True)
+        self.name = name
 
     def add(self, sample_id: str, cause: str, detail: str = "") -> None:
         """Stop.
@@ -52,7 +53,9 @@ class NoneBad(BadSamples):
         Raises:
             SourceError: naming the image.
         """
-        raise SourceError(f"{sample_id}: {cause}{detail and f': {detail}'}; every image of a benchmark must be there")
+        raise SourceError(
+            f"{self.name}: {sample_id}: {cause}{detail and f': {detail}'}; every image of a benchmark must be there"
+        )
 
 
 class Named:
@@ -69,15 +72,18 @@ class Named:
     """
 
     def __init__(self, name: str, root: str | Path, *, images: bool = True) -> None:
-        self.name, self.card, self.bad = name, card_of(name), NoneBad()
+        self.name, self.card, self.bad = name, card_of(name), NoneBad(name)
         place = Place(root, name, self.card.fetch)
         self._notes = place.notes
         found = find_part(benchmarks, name, "read")(place)
         self._labelled = found if isinstance(found, Labelled) else None
         rows: list[Row] = list(found.rows if isinstance(found, Labelled) else found)
         self._check(rows)
-        refs = _located(rows, Images(place, self.card.folders), place) if images else [ImageRef("")] * len(rows)
-        self._samples = [Sample(f"{name}: {one.where}", ref, one.captions) for one, ref in zip(rows, refs, strict=True)]
+        refs = _located(rows, Images(place, self.card.folders), place) if images else _unlooked(rows)
+        self._samples = [
+            Sample(one.image if isinstance(one.image, str) else one.where, ref, one.captions)
+            for one, ref in zip(rows, refs, strict=True)
+        ]
         self._retrieval = NamedRetrieval(self._samples)
         self._zero_shot = ZeroShot(self._samples, found) if isinstance(found, Labelled) else None
         names = [one.image if isinstance(one.image, str) else "" for one in rows]
@@ -152,6 +158,11 @@ class Named:
         twice = next((one for one, count in Counter(one.image for one in rows).items() if count > 1), None)
         if twice is not None:
             raise SourceError(f"{what}: image {twice} stands in several rows; fetch the file again")
+
+
+def _unlooked(rows: Sequence[Row]) -> list[ImageRef]:
+    """Places of images that nobody will look at."""
+    return [one.image if isinstance(one.image, ImageRef) else ImageRef(one.image) for one in rows]
 
 
 def _located(rows: Sequence[Row], images: Images, place: Place) -> list[ImageRef]:

@@ -76,6 +76,7 @@ def render(template: str, report: Mapping[str, Any], **more: Any) -> str:
             scores={name: list(score_tables(report, name)) for name in report["datasets"]},
             facts={name: list(fact_tables(report, name)) for name in report["datasets"]},
             model=model_table(report),
+            compare=list(compare_table(report)),
             similarity=report["similarity"],
             **more,
         )
@@ -191,6 +192,25 @@ def _words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {count:,}" for key, count in value.items())
     return " · ".join(value) if isinstance(value, tuple | list) else f"{value:,}" if isinstance(value, int) else value
+
+
+def compare_table(report: Mapping[str, Any]) -> Iterator[Table]:
+    """The main scores of all models side by side, with what each differs from the first, and p where that is known."""
+    others = report.get("compare", {})
+    if not others:
+        return
+    first = report["config"].get("model") or report["config"].get("teacher")
+    table = Table("Models side by side, % (difference to the first; p)", ["score", first, *others])
+    for key, value in report["metrics"].items():
+        if key.partition("_r@")[2] not in ("", "1"):
+            continue
+        row = [key, percent(value)]
+        for found in others.values():
+            change, other = found["differences"].get(key), found["metrics"].get(key)
+            told = f" ({100 * change['difference']:+.1f}; {change['p']:.3g})" if change else ""
+            row.append("" if other is None else f"{percent(other)}{told}")
+        table.rows.append(row)
+    yield table
 
 
 def model_table(report: Mapping[str, Any]) -> Table:

@@ -21,6 +21,7 @@ from llm2clip.eval.config import NO_BASELINE, EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Remembering
 from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
+from llm2clip.eval.foreign import is_foreign, open_foreign
 from llm2clip.eval.gallery import QUERIES, gallery
 from llm2clip.eval.named import Named, NoneBad, told
 from llm2clip.eval.ranking import differences_of, intervals
@@ -101,17 +102,17 @@ def score_datasets(
     other, baseline = open_baseline(config, facts)  # before anything is encoded: a wrong name is told at once
     report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
     report |= {"intervals": {}, "baseline": baseline, "protocol": {}}
-    galleries = {}
+    galleries, ours = {}, {}
     for name, source in sources.items():
         samples, encoder = read_dataset(source, model, config)
-        scores = run_evaluators(source, samples, encoder)
+        ours[name] = scores = run_evaluators(source, samples, encoder)
         add_scores(report, name, scores)
         report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, source, samples)}
         if isinstance(source, Named):
             report["protocol"][name], samples = source.told(), source.shown()
         else:
             report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
-        if encoder.sees_images and samples:
+        if encoder.sees_images and samples and config.needs_images:
             most = max(3, QUERIES // len(sources))
             galleries[name] = gallery(samples, encoder, seed=config.seed, most=most)
         if other is not None:
@@ -121,6 +122,8 @@ def score_datasets(
             for key, found in differences_of(scores, theirs).items():
                 baseline.setdefault("differences", {})[f"{name}/{key}"] = found
             baseline["captions_cut"] = baseline.get("captions_cut", 0) + (beside.num_cut or 0)
+    if config.compare:
+        report["compare"] = compare_models(sources, ours, config)
     return report, galleries
 
 
@@ -163,7 +166,7 @@ def read_dataset(
         SourceError: if there is no usable one.
         TooManyBadSamples: if too many images cannot be read.
     """
-    bad = NoneBad() if isinstance(source, Named) else BadSamples(config.max_bad_fraction)
+    bad = NoneBad(source.name) if isinstance(source, Named) else BadSamples(config.max_bad_fraction)
     encoder = encoder_of(model, config, bad)
     samples = encoder.read(source) if encoder.sees_images else list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad
@@ -257,6 +260,9 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         teacher = Teacher.from_pretrained(config.teacher, revision=config.teacher_revision, **options)
         teacher.warns = False
         return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
+    if is_foreign(config.model):
+        foreign = open_foreign(config.model, **options)
+        return foreign, {"encoder": type(foreign.model).__name__}
     folder = find_model(config.model, revision=config.model_revision)
     if folder.kind in ("student", "bundle"):
         model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
@@ -311,18 +317,51 @@ def open_baseline(config: EvaluateConfig, facts: Mapping[str, Any]) -> tuple[Tex
             return open_other(folder, options), {"model": folder.name}
         except LLM2CLIPError as error:
             return None, {"why": one_line(error)}
+    return open_beside("baseline", config.baseline, config), {"model": config.baseline}
+
+
+def open_beside(field: str, name: str, config: EvaluateConfig) -> TextEncoder:
+    """A model that another is compared with: it needs no teacher beside it.
+
+    Args:
+        field: the setting that names it.
+
+    Raises:
+        UsageError: if it cannot be one.
+    """
+    options = options_of(config)
     found: Any
     if config.model is None:
-        found = Teacher.from_pretrained(config.baseline, **options)
-    elif (folder := find_model(config.baseline)).kind == "student":
+        found = Teacher.from_pretrained(name, **options)
+    elif is_foreign(name):
+        return open_foreign(name, **options)
+    elif (folder := find_model(name)).kind == "student":
         raise UsageError(
-            f"{setting('baseline')} {config.baseline} needs its teacher beside it; export it to sentence-transformers, "
-            "and give that folder"
+            f"{setting(field)} {name} needs its teacher beside it; export it to sentence-transformers, and give that "
+            "folder"
         )
+    elif folder.kind != "bundle":
+        return open_other(folder, options)
     else:
-        found = LLM2CLIP.from_pretrained(folder, **options) if folder.kind == "bundle" else open_other(folder, options)
+        found = LLM2CLIP.from_pretrained(folder, **options)
     found.warns = False
-    return found, {"model": config.baseline}
+    return found
+
+
+def compare_models(
+    sources: Mapping[str, Source | Named], ours: Mapping[str, Sequence[Score]], config: EvaluateConfig
+) -> dict[str, Any]:
+    """What the other models get on the same datasets, and how that differs from `ours`; one is open at a time."""
+    report: dict[str, Any] = {}
+    for model in dict.fromkeys(config.compare):
+        other, found = open_beside("compare", model, config), report.setdefault(model, {"differences": {}})
+        for name, source in sources.items():
+            samples, encoder = read_dataset(source, other, config)
+            scores = run_evaluators(source, samples, encoder)
+            add_scores(found, name, scores)
+            changes = differences_of(scores, ours[name])
+            found["differences"] |= {f"{name}/{key}": change for key, change in changes.items()}
+    return report
 
 
 def plain_tower(name: str | None, *, revision: str | None) -> ModelFolder:

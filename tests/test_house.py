@@ -28,12 +28,12 @@ SIZES = {
     "bank": (2_730, 17, 8.4),
     "student": (4_535, 26, 7.4),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms and intervals
-    "eval": (2_745, 18, 8.9),
+    "eval": (2_950, 20, 8.9),
     "eval/benchmarks": (1_040, 29, 17),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (430, 6, 13.1),
     "export/formats": (270, 4, 15.1),  # a format's imports are inside its functions
-    "*": (21_370, 160, 8.2),
+    "*": (21_570, 162, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -59,7 +59,7 @@ ALLOWED = {
     "pipeline": {"data", "teacher", "student", "bundle", "opening"},
 }
 SPECIAL = {("bank", "teacher"): "llm2clip.teacher.model", ("student", "bank"): "llm2clip.bank.reader"}
-ENTRY_POINTS = {("eval", "pipeline"): "eval/run.py", ("eval", "opening"): "eval/run.py"}
+ENTRY_POINTS = {("eval", "pipeline"): "eval/models.py", ("eval", "opening"): "eval/models.py"}
 
 # imports that close a circle, each with its reason
 CIRCLES: set[tuple[str, str]] = set()
@@ -74,6 +74,7 @@ TESTED_IN: dict[str, str | None] = {
     "data/sample.py": None,
     "eval/annotations.py": "eval/test_benchmarks.py",
     "eval/config.py": "eval/test_run.py",
+    "eval/models.py": "eval/test_run.py",
     "eval/named.py": "eval/test_benchmarks.py",
     "eval/places.py": "eval/test_benchmarks.py",
     "eval/writing.py": "eval/test_more_benchmarks.py",

@@ -13,7 +13,7 @@ from llm2clip.eval import benchmarks
 from llm2clip.parts import part_names
 
 NO_BASELINE = "none"
-SPEED_FIELDS = ("out", "root", "list", "batch_size", "device")
+SPEED_FIELDS = ("out", "root", "list", "cache", "batch_size", "device")
 """Fields that do not decide the scores (beyond rounding)."""
 
 
@@ -54,6 +54,9 @@ class EvaluateConfig(SourceConfig):
     compare: tuple[str, ...] = ()
     """More models, each scored on the same and set beside the first in one table, with the differences; any `baseline`
     can be one."""
+    cache: str | None = None
+    """Folder where vectors are kept by the model that gave them: what was encoded once is not encoded again, whatever
+    benchmark it is of. By default nothing is kept."""
     precision: str = "auto"
     """Arithmetic of the models: fp32, bf16, fp16, or auto: as their weights are saved, but fp32 for a half precision
     that this CPU would emulate."""

@@ -15,24 +15,22 @@ from llm2clip.data.bad import BadSamples
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.sample import Sample
 from llm2clip.data.source import Source, open_source
-from llm2clip.errors import LLM2CLIPError, SourceError, UsageError, one_line, setting
+from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.eval import evaluators
-from llm2clip.eval.config import NO_BASELINE, EvaluateConfig
+from llm2clip.eval.cache import Features, model_digest
+from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Remembering
-from llm2clip.eval.encoders import ClipEncoder, SentenceTransformerEncoder
-from llm2clip.eval.foreign import is_foreign, open_foreign
 from llm2clip.eval.gallery import QUERIES, gallery
+from llm2clip.eval.models import check_same_model, open_baseline, open_beside, open_encoder
 from llm2clip.eval.named import Named, NoneBad, told
 from llm2clip.eval.ranking import differences_of, intervals
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.verdict import judge
-from llm2clip.hub import DTYPES, ModelFolder, find_model, pick_device
+from llm2clip.hub import pick_device
 from llm2clip.journal import LOG
 from llm2clip.metrics import similarity_profile
-from llm2clip.opening import check_images_fit, check_unchanged
 from llm2clip.parts import find_part, part_names
-from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import Encoder, Score, TextEncoder
 from llm2clip.scores import Captions, interval
 
@@ -103,8 +101,10 @@ def score_datasets(
     report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
     report |= {"intervals": {}, "baseline": baseline, "protocol": {}}
     galleries, ours = {}, {}
+    own = ((config.model, config.model_revision), (config.teacher, config.teacher_revision))
+    features, known = features_of(config, *own), features_of(config, (baseline.get("model"), None))
     for name, source in sources.items():
-        samples, encoder = read_dataset(source, model, config)
+        samples, encoder = read_dataset(source, model, config, features)
         ours[name] = scores = run_evaluators(source, samples, encoder)
         add_scores(report, name, scores)
         report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, source, samples)}
@@ -116,12 +116,14 @@ def score_datasets(
             most = max(3, QUERIES // len(sources))
             galleries[name] = gallery(samples, encoder, seed=config.seed, most=most)
         if other is not None:
-            beside = encoder_of(other, config, BadSamples(1.0, quiet=True))
+            beside = encoder_of(other, config, BadSamples(1.0, quiet=True), known)
             theirs = run_evaluators(source, samples, beside)
             add_scores(baseline, name, theirs)
             for key, found in differences_of(scores, theirs).items():
                 baseline.setdefault("differences", {})[f"{name}/{key}"] = found
             baseline["captions_cut"] = baseline.get("captions_cut", 0) + (beside.num_cut or 0)
+        for kept in filter(None, (features, known)):
+            kept.save()
     if config.compare:
         report["compare"] = compare_models(sources, ours, config)
     return report, galleries
@@ -139,11 +141,7 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
     Raises:
         UsageError: naming what has changed since.
     """
-    out = Path(config.out or "")
-    if config.model is not None:
-        check_unchanged(out, config.model, done["model"].get("fingerprint"))
-    elif config.teacher is not None:
-        check_unchanged(out, config.teacher, done["model"].get("teacher_fingerprint"))
+    check_same_model(done, config)
     for name, source in sources.items():
         if source.fingerprint != done["datasets"][name]["fingerprint"]:
             raise UsageError(
@@ -152,13 +150,23 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
             )
 
 
-def encoder_of(model: TextEncoder, config: EvaluateConfig, bad: BadSamples) -> Remembering:
+def encoder_of(
+    model: TextEncoder, config: EvaluateConfig, bad: BadSamples, features: Features | None = None
+) -> Remembering:
     """A model as evaluators see it."""
-    return Remembering(model, batch_size=config.batch_size, bad=bad, device=pick_device(config.device))
+    device = pick_device(config.device)
+    return Remembering(model, batch_size=config.batch_size, bad=bad, device=device, features=features)
+
+
+def features_of(config: EvaluateConfig, *models: tuple[str | None, str | None]) -> Features | None:
+    """What is kept of the vectors of a model and its teacher, each by name and revision, if anything is to be."""
+    if config.cache is None or (models[0][0] or "").startswith("vectors:"):
+        return None
+    return Features(Path(config.cache), model_digest(models, config.precision))
 
 
 def read_dataset(
-    source: Source | Named, model: TextEncoder, config: EvaluateConfig
+    source: Source | Named, model: TextEncoder, config: EvaluateConfig, features: Features | None = None
 ) -> tuple[list[Sample], Remembering]:
     """The usable samples of a dataset, and the model that has seen their images, where it sees any.
 
@@ -167,7 +175,7 @@ def read_dataset(
         TooManyBadSamples: if too many images cannot be read.
     """
     bad = NoneBad(source.name) if isinstance(source, Named) else BadSamples(config.max_bad_fraction)
-    encoder = encoder_of(model, config, bad)
+    encoder = encoder_of(model, config, bad, features)
     samples = encoder.read(source) if encoder.sees_images else list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad
     bad.merge(source.bad)
@@ -248,106 +256,6 @@ def similarity_of(samples: Sequence[Sample], encoder: Encoder, *, seed: int) -> 
     return similarity_profile(encoder.texts(captions.texts)[rows], owners, seed=seed)
 
 
-def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
-    """The encoder that the settings name, and what the report says of it.
-
-    Raises:
-        UsageError: if there is none, or a student comes without its teacher.
-    """
-    options = options_of(config)
-    if config.model is None:
-        assert config.teacher is not None
-        teacher = Teacher.from_pretrained(config.teacher, revision=config.teacher_revision, **options)
-        teacher.warns = False
-        return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
-    if is_foreign(config.model):
-        foreign = open_foreign(config.model, **options)
-        return foreign, {"encoder": type(foreign.model).__name__}
-    folder = find_model(config.model, revision=config.model_revision)
-    if folder.kind in ("student", "bundle"):
-        model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
-        if model.teacher is None:
-            wanted = model.origin.get("teacher_fingerprint", "unknown")
-            raise UsageError(
-                f"{setting('model')} {config.model} reads the vectors of its teacher (fingerprint {wanted}); add "
-                f"{setting('teacher', 'DIR')}"
-            )
-        model.warns = False
-        return model, {"encoder": "llm2clip", "dim": model.dim, **model.origin}
-    if config.teacher is not None:
-        raise UsageError(
-            f"{setting('model')} {config.model} encodes texts itself; leave {setting('teacher')} {config.teacher} out"
-        )
-    encoder = open_other(folder, options)
-    return encoder, {"encoder": type(encoder.model).__name__}
-
-
-def options_of(config: EvaluateConfig) -> dict[str, Any]:
-    """How models are loaded."""
-    return {
-        "device": pick_device(config.device),
-        "dtype": DTYPES.get(config.precision),  # auto: as saved, if the device computes in it
-        "trust_remote_code": config.trust_remote_code,
-    }
-
-
-def open_other(folder: ModelFolder, options: Mapping[str, Any]) -> ClipEncoder | SentenceTransformerEncoder:
-    """Another's model that encodes images and texts."""
-    check_images_fit(folder)
-    loader = SentenceTransformerEncoder if folder.kind == "sentence-transformers" else ClipEncoder
-    return loader.from_pretrained(folder, **options)
-
-
-def open_baseline(config: EvaluateConfig, facts: Mapping[str, Any]) -> tuple[TextEncoder | None, dict[str, Any]]:
-    """What the model is compared with, and its name; or nothing, and in words why.
-
-    Args:
-        facts: what is known of the model that is scored.
-
-    Raises:
-        UsageError: if the baseline that was asked for cannot be one.
-    """
-    options = options_of(config)
-    if config.baseline == NO_BASELINE or (config.baseline is None and facts.get("encoder") != "llm2clip"):
-        return None, {}
-    if config.baseline is None:
-        try:
-            folder = plain_tower(facts.get("tower"), revision=facts.get("tower_revision"))
-            options["trust_remote_code"] = False  # which was said of other models
-            return open_other(folder, options), {"model": folder.name}
-        except LLM2CLIPError as error:
-            return None, {"why": one_line(error)}
-    return open_beside("baseline", config.baseline, config), {"model": config.baseline}
-
-
-def open_beside(field: str, name: str, config: EvaluateConfig) -> TextEncoder:
-    """A model that another is compared with: it needs no teacher beside it.
-
-    Args:
-        field: the setting that names it.
-
-    Raises:
-        UsageError: if it cannot be one.
-    """
-    options = options_of(config)
-    found: Any
-    if config.model is None:
-        found = Teacher.from_pretrained(name, **options)
-    elif is_foreign(name):
-        return open_foreign(name, **options)
-    elif (folder := find_model(name)).kind == "student":
-        raise UsageError(
-            f"{setting(field)} {name} needs its teacher beside it; export it to sentence-transformers, and give that "
-            "folder"
-        )
-    elif folder.kind != "bundle":
-        return open_other(folder, options)
-    else:
-        found = LLM2CLIP.from_pretrained(folder, **options)
-    found.warns = False
-    return found
-
-
 def compare_models(
     sources: Mapping[str, Source | Named], ours: Mapping[str, Sequence[Score]], config: EvaluateConfig
 ) -> dict[str, Any]:
@@ -355,30 +263,13 @@ def compare_models(
     report: dict[str, Any] = {}
     for model in dict.fromkeys(config.compare):
         other, found = open_beside("compare", model, config), report.setdefault(model, {"differences": {}})
+        features = features_of(config, (model, None))
         for name, source in sources.items():
-            samples, encoder = read_dataset(source, other, config)
+            samples, encoder = read_dataset(source, other, config, features)
             scores = run_evaluators(source, samples, encoder)
             add_scores(found, name, scores)
             changes = differences_of(scores, ours[name])
             found["differences"] |= {f"{name}/{key}": change for key, change in changes.items()}
+            if features is not None:
+                features.save()
     return report
-
-
-def plain_tower(name: str | None, *, revision: str | None) -> ModelFolder:
-    """The model whose vision half a student's tower was, with its text half; nothing is downloaded.
-
-    Raises:
-        UsageError: if it is not here, or has no text half.
-    """
-    from huggingface_hub import snapshot_download
-
-    if name is None:
-        raise UsageError("the model does not say which tower it was trained from")
-    try:
-        here = name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        raise UsageError(f"the tower it was trained from, {name}, is not on this machine") from None
-    folder = dataclasses.replace(find_model(here), name=name)
-    if not {"text_config", "vision_config"} <= set(folder.config):
-        raise UsageError(f"the tower it was trained from, {name}, has no text half")
-    return folder

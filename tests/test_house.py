@@ -28,12 +28,12 @@ SIZES = {
     "bank": (2_730, 17, 8.4),
     "student": (4_535, 26, 7.4),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms and intervals
-    "eval": (2_950, 20, 8.9),
+    "eval": (3_040, 22, 8.9),
     "eval/benchmarks": (1_040, 29, 17),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (430, 6, 13.1),
     "export/formats": (270, 4, 15.1),  # a format's imports are inside its functions
-    "*": (21_570, 162, 8.2),
+    "*": (21_660, 164, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -75,6 +75,8 @@ TESTED_IN: dict[str, str | None] = {
     "eval/annotations.py": "eval/test_benchmarks.py",
     "eval/config.py": "eval/test_run.py",
     "eval/models.py": "eval/test_run.py",
+    "eval/beside.py": "eval/test_more_benchmarks.py",
+    "eval/tables.py": "eval/test_report.py",
     "eval/named.py": "eval/test_benchmarks.py",
     "eval/places.py": "eval/test_benchmarks.py",
     "eval/writing.py": "eval/test_more_benchmarks.py",

@@ -73,7 +73,7 @@ def test_vectors_in_files_are_scored_and_compared(urban: Path, tmp_path: Path) -
     assert same["differences"]["urban1k/i2t_r@1"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
     page = (tmp_path / "report" / "report.md").read_text()
     gain = 100 * (wanted["better"] - wanted["plain"])
-    row = f"| urban1k/i2t_r@1 | {100 * wanted['plain']:.1f} | {100 * wanted['better']:.1f} (+{gain:.1f}; 0.001) |"
+    row = f"| urban1k/i2t_r@1 | {100 * wanted['plain']:.1f} | {100 * wanted['better']:.1f} (+{gain:.1f}; p 0.001) |"
     assert row in page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +208,11 @@ def test_xtd10_is_scored_by_language_and_in_the_mean(
     assert report["datasets"]["xtd10"]["median_rank"].keys() == {f"{n}/{way}" for n in XTD for way in ("i2t", "t2i")}
     page = (tmp_path / "report" / "report.md").read_text()
     assert page.count("captions that find their image first") == 1  # the verdict is of the mean
+    row = [100 * report["metrics"][f"xtd10/jp/{way}_r@1"] for way in ("i2t", "t2i")]
+    assert f"| jp | 1,000 | {row[0]:.1f} | {row[1]:.1f} |" in page and "| xtd10/jp" not in page
+    bars = (tmp_path / "report" / "report.html").read_text().partition("by language, %.")[0]
+    best = max(XTD, key=lambda language: report["metrics"][f"xtd10/{language}/t2i_r@1"])
+    assert re.findall(r'text-anchor="end">(\w+)<', bars)[0] == best
 
 
 def test_languages_that_are_exchanged_are_told(xtd_root: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,21 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from llm2clip.artifacts import atomic_path
+from llm2clip.eval.beside import (
+    change_of,
+    compare_tables,
+    is_by_language,
+    language_values,
+    named_tables,
+    protocol_tables,
+)
+from llm2clip.eval.tables import DIRECTIONS, Table, percent
 from llm2clip.eval.verdict import judge
 from llm2clip.journal import logged
 from llm2clip.scores import KS
 
 PAGES = ("report.md", "report.html")
 TEMPLATES = Path(__file__).parent
-DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 CRA_NAMES = {
     "cra": "a caption finds another of its image, among all",
     "cra_second": "an image's first caption finds its second, among all second ones",
@@ -38,16 +45,6 @@ SIDES = ("95 % interval", "by chance", "baseline")
 """What stands beside a score."""
 POINTS = 300
 """Of a curve at most."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table; `numbers` is the first column that is right-aligned."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    numbers: int = 1
 
 
 def write_pages(folder: Path, report: Mapping[str, Any], galleries: Mapping[str, Any], *, log: Path | None) -> None:
@@ -76,7 +73,8 @@ def render(template: str, report: Mapping[str, Any], **more: Any) -> str:
             scores={name: list(score_tables(report, name)) for name in report["datasets"]},
             facts={name: list(fact_tables(report, name)) for name in report["datasets"]},
             model=model_table(report),
-            compare=list(compare_table(report)),
+            compare=list(compare_tables(report)),
+            languages={name: language_values(report, name) for name in report["datasets"]},
             similarity=report["similarity"],
             **more,
         )
@@ -96,9 +94,10 @@ def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     """The scores of a dataset, each with its interval, chance and the baseline's."""
     facts, metrics = report["datasets"][name], report["metrics"]
     kinds = ", ".join(f"{count:,} {kind}".strip() for kind, count in facts["captions"].items())
+    shown = ("",) if is_by_language(report, name) else facts["captions"]  # languages have a table of their own
     recalls = {
         (kind, way): ["/".join(filter(None, [name, kind, f"{way}_r@{k}"])) for k in KS]
-        for kind in facts["captions"]
+        for kind in shown
         for way in DIRECTIONS
     }
     recalls = {place: keys for place, keys in recalls.items() if keys[0] in metrics}
@@ -117,15 +116,11 @@ def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
         **{f"{name}/{key}": words for key, words in CRA_NAMES.items()},
         **{f"{name}/{kind}/cra": f"the same among {kind} captions alone" for kind in facts["captions"]},
     }
-    if published := report.get("protocol", {}).get(name, {}).get("published"):
-        both = ("i2t_r@1", "t2i_r@1") if facts["captions"] else ("top1",)
-        ours = [metrics.get(f"{name}/{key}") for key in both]
-        rows = [["this model", *("" if value is None else percent(value) for value in ours), "measured here"]]
-        rows += [[row["model"], *map(str, (row["i2t"], row["t2i"])[: len(both)]), row["source"]] for row in published]
-        columns = list(DIRECTIONS.values()) if len(both) > 1 else ["top-1"]
-        yield Table("Beside what is printed, %", ["model", *columns, "source"], rows)
+    yield from named_tables(report, name)
     seen = {key for keys in recalls.values() for key in keys}
     left = [key for key in metrics if key.startswith(f"{name}/") and key not in seen]
+    if is_by_language(report, name):
+        left = [key for key in left if "/" not in key.removeprefix(f"{name}/")]
     for title, keys in (
         ("Caption retrieval accuracy, %", [key for key in words if key in left]),
         ("Other scores, %", [key for key in left if key not in words]),
@@ -154,8 +149,14 @@ def _line(report: Mapping[str, Any], key: str) -> list[str]:
         percent(report["metrics"][key]),
         "" if low is None else f"{percent(low)} to {percent(high)}",
         "" if chance is None else percent(chance, digits=3),
-        "" if before is None else percent(before),
+        "" if before is None else f"{percent(before)}{_difference(report, key)}",
     ]
+
+
+def _difference(report: Mapping[str, Any], key: str) -> str:
+    """What the model has more than the baseline, where both were scored image by image."""
+    change = report["baseline"].get("differences", {}).get(key)
+    return f" ({change_of(change)})" if change else ""
 
 
 def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
@@ -175,42 +176,7 @@ def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
         yield Table(f"Left out: {facts['bad']['num_bad']:,} bad samples", ["defect", "times"], counts)
     if "fingerprint" in facts:
         yield Table("Source", ["what", "which"], [["fingerprint", facts["fingerprint"]]], numbers=2)
-    if protocol := report.get("protocol", {}).get(name):
-        yield Table("Protocol", ["what", "how"], [[what, _words(value)] for what, value in protocol_rows(protocol)], 2)
-
-
-def protocol_rows(protocol: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a protocol says, but for what is shown elsewhere; counts that nobody checked are marked."""
-    for what, value in protocol.items():
-        if what in protocol["not_checked"]:
-            yield what, "as found, not checked: the protocol's own count is not known"
-        elif value and what not in ("published", "not_checked", "found", "fetch"):
-            yield what.replace("_", " "), value
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {count:,}" for key, count in value.items())
-    return " · ".join(value) if isinstance(value, tuple | list) else f"{value:,}" if isinstance(value, int) else value
-
-
-def compare_table(report: Mapping[str, Any]) -> Iterator[Table]:
-    """The main scores of all models side by side, with what each differs from the first, and p where that is known."""
-    others = report.get("compare", {})
-    if not others:
-        return
-    first = report["config"].get("model") or report["config"].get("teacher")
-    table = Table("Models side by side, % (difference to the first; p)", ["score", first, *others])
-    for key, value in report["metrics"].items():
-        if key.partition("_r@")[2] not in ("", "1"):
-            continue
-        row = [key, percent(value)]
-        for found in others.values():
-            change, other = found["differences"].get(key), found["metrics"].get(key)
-            told = f" ({100 * change['difference']:+.1f}; {change['p']:.3g})" if change else ""
-            row.append("" if other is None else f"{percent(other)}{told}")
-        table.rows.append(row)
-    yield table
+    yield from protocol_tables(report, name)
 
 
 def model_table(report: Mapping[str, Any]) -> Table:
@@ -219,15 +185,6 @@ def model_table(report: Mapping[str, Any]) -> Table:
     named = {key: config.get(key) for key in ("model", "teacher", "precision")}
     rows = {**named, **report["model"], "baseline": report["baseline"].get("model")}
     return Table("Model", ["what", "which"], [[k.replace("_", " "), str(v)] for k, v in rows.items() if v], numbers=2)
-
-
-def percent(fraction: float, *, digits: int = 1) -> str:
-    """A fraction in per cent.
-
-    >>> percent(0.4567), percent(0.0002, digits=3)
-    ('45.7', '0.020')
-    """
-    return f"{100 * fraction:.{digits}f}"
 
 
 def curves(log: Path) -> list[tuple[str, list[tuple[float, float]]]]:

@@ -149,5 +149,8 @@ def test_a_member_of_a_zip_and_base64_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "images.tsv").write_bytes(line + b"\n")
     ref = ImageRef(str(tmp_path / "images.tsv"), 2, len(line) - 2, "base64")
     assert read_bytes(ref) == b"bytes of an image"
+    (tmp_path / "images.tsv").write_bytes(base64.urlsafe_b64encode(b"\xfb\xff\xfe"))  # as some write it: -__-
+    assert read_bytes(ImageRef(str(tmp_path / "images.tsv"), 0, 4, "base64")) == b"\xfb\xff\xfe"
+    (tmp_path / "images.tsv").write_bytes(line)
     with pytest.raises(BadImage, match="holds no base64"):
         read_bytes(ImageRef(str(tmp_path / "images.tsv"), 1, 5, "base64"))

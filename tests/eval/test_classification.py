@@ -199,3 +199,30 @@ def test_a_text_encoder_alone_gets_no_accuracy(folders: Path, tmp_path: Path, mo
     report = evaluate(config)
     assert report["metrics"] == {}
     assert "there is no score" in json.dumps(report["datasets"])
+
+
+def test_the_command_line_scores_a_student_and_its_baseline(
+    finished_student: Path, finished_teacher: Path, images_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags, a real student with its teacher, classes of drawn images, and how it differs from itself."""
+    from llm2clip import LLM2CLIP, cli
+    from llm2clip.bundle import save_bundle
+
+    model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    (tmp_path / "bundle").mkdir()
+    save_bundle(tmp_path / "bundle", model.student, model.transform, model.teacher, prompt=model.prompt)
+    for i, file in enumerate(sorted(images_csv.parent.glob("*.jpg"))):
+        write(tmp_path / "set", {f"{('red', 'green', 'blue', 'yellow')[i % 4]}/{file.name}": file.read_bytes()})
+    flags = f"--benchmark class-folders --root {tmp_path / 'set'} --cache {tmp_path / 'cache'} --device cpu"
+    flags += f" --model {finished_student} --teacher {finished_teacher} --baseline {tmp_path / 'bundle'}"
+    assert cli.run(["evaluate", *flags.split(), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    names = [f"a photo of a {name}." for name in ("blue", "green", "red", "yellow")]
+    images = model.encode_image(sorted((tmp_path / "set").rglob("*.jpg")))
+    best = (images @ model.encode_text(names).T).argmax(1)
+    assert report["metrics"]["class-folders/one-template/top1"] == (best == np.repeat(np.arange(4), 6)).mean()
+    assert report["baseline"]["differences"]["class-folders/top1"]["p"] == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert cli.run(["evaluate", "--list"]) == 0 and "xm3600-first" in capsys.readouterr().out
+    assert cli.run(["evaluate", "--benchmark", "docci", "--root", str(tmp_path), *flags.split()[-6:]]) == 2
+    assert "there is no --out DIR" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def _decoded(ref: ImageRef) -> bytes:
     """The image that stands as base64 in a byte range."""
     text = read_bytes(ImageRef(ref.path, ref.offset, ref.length))
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text, altchars=b"-_" if b"-" in text or b"_" in text else None, validate=True)
     except ValueError as error:
         raise BadImage("not an image", f"{ref.path} at {ref.offset} holds no base64: {error}") from None
 

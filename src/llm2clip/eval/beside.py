@@ -7,6 +7,9 @@ from typing import Any
 
 from llm2clip.eval.tables import DIRECTIONS, Table, percent
 
+MAIN = ("r@1", "top1", "cra", "cra_second")
+"""How the names of the scores end by which models are compared."""
+
 
 def is_by_language(report: Mapping[str, Any], name: str) -> bool:
     """Whether a dataset is a benchmark of several languages, with a mean over them."""
@@ -70,7 +73,8 @@ def compare_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     first = report["config"].get("model") or report["config"].get("teacher")
     table = Table("Models side by side, % (difference to the first; p)", ["score", first, *others])
     for key, value in report["metrics"].items():
-        if key.partition("_r@")[2] not in ("", "1"):
+        dataset, _, score = key.partition("/")
+        if not score.endswith(MAIN) or (is_by_language(report, dataset) and "/" in score):
             continue
         row = [key, percent(value)]
         for found in others.values():

@@ -213,6 +213,10 @@ def test_urban_scores_are_those_of_plain_numpy(tmp_path: Path, monkeypatch: pyte
     same(report["metrics"], URBAN, "urban1k")
     assert report["protocol"]["urban1k"]["found"] == ["1 of 1,000 files have more than one line; only the first counts"]
     assert "1 of 1,000 files have more than one line" in (tmp_path / "report" / "report.md").read_text()
+    assert scores("urban1k", tmp_path, tmp_path / "report", monkeypatch) == report  # which is not made again
+    write_zip(tmp_path / "Urban1k.zip", {**files, "Urban1k/caption/8.txt": "another"})
+    with pytest.raises(UsageError, match="urban1k has changed since"):
+        scores("urban1k", tmp_path, tmp_path / "report", monkeypatch)
 
 
 def test_urban_in_its_other_forms_and_with_a_gap(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from llm2clip.config import to_dict
 
 PUBLISHED = Path(__file__).parent / "published.tsv"
 FIVE = ("flickr30k", "coco-karpathy", "sharegpt4v-1k", "urban1k", "docci")
@@ -51,7 +52,7 @@ class Card:
     def told(self) -> dict[str, Any]:
         """What a report says of the protocol, JSON-ready."""
         return {
-            **{name: value for name, value in dataclasses.asdict(self).items() if name not in ("folders", "cra")},
+            **{name: value for name, value in to_dict(self).items() if name not in ("folders", "cra")},
             "ties": TIES,
         }
 

@@ -127,7 +127,7 @@ class Named:
         return {
             "classes": len(found.names),
             "templates": list(found.templates),
-            "confused": self._zero_shot.confused,
+            "confused": [list(pair) for pair in self._zero_shot.confused],
         }
 
     def told(self) -> dict[str, Any]:

@@ -160,9 +160,13 @@ def _zip(path: Path) -> zipfile.ZipFile:
         raise SourceError(f"{path} cannot be read as a zip: {error}; fetch it again") from None
 
 
-@functools.lru_cache(maxsize=8)
 def _members(path: Path) -> tuple[str, ...]:
     """The files in a zip, without folders and what macOS adds."""
+    return _members_at(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _members_at(path: Path, _changed: int) -> tuple[str, ...]:
     names = _zip(path).namelist()
     return tuple(name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/"))
 

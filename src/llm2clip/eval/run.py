@@ -240,10 +240,9 @@ def notes_of(
     elif trained and set(here) != set(trained):
         notes.append(f"captions here are of kind {', '.join(here)}; the model was trained on {', '.join(trained)}")
     if not any(name.startswith(f"{dataset}/") for name in report["metrics"]):
-        notes.append(
-            "there is no score: a text encoder alone is scored on images with two different captions, and here "
-            "none has two: name a second column"
-        )
+        why = "images with two different captions, and here none has two: name a second column"
+        why = "captions alone, and this benchmark takes images" if isinstance(source, Named) else why
+        notes.append(f"there is no score: a text encoder alone is scored on {why}")
     for note in notes:
         logger.warning("%s: %s", dataset, note)
     return {"notes": notes} if notes else {}

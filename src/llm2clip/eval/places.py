@@ -166,7 +166,7 @@ def _members(path: Path) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _members_at(path: Path, _changed: int) -> tuple[str, ...]:
+def _members_at(path: Path, changed: int) -> tuple[str, ...]:
     names = _zip(path).namelist()
     return tuple(name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/"))
 

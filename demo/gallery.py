@@ -46,7 +46,7 @@ def make_gallery(folder: Path, arms: Arms, seed: int) -> None:
 
 def _open(model: str, teacher: str | None) -> Any:
     from llm2clip.eval.config import EvaluateConfig
-    from llm2clip.eval.run import open_encoder
+    from llm2clip.eval.models import open_encoder
 
     config = EvaluateConfig(data=("captions.csv",), out=Path("unused"), model=model, teacher=teacher, precision="fp32")
     return open_encoder(config)[0]

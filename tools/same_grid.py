@@ -219,6 +219,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "teacher_revision": HUB,
         "trust_remote_code": HUB,
         "baseline": Because("the old code lacks it"),
+        **dict.fromkeys(("benchmark", "root", "list", "compare", "cache"), Because("the old code lacks it")),
         "precision": "--precision bf16",
         "batch_size": "= --batch-size 5",
         "device": "= --device cpu",
@@ -293,7 +294,11 @@ _READS = {
 ADDED: dict[str, dict[str, str]] = {
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
     **dict.fromkeys(("train-teacher", "build-bank", "bank add"), _READS),
-    "evaluate": {**_READS, "baseline": "adds to the report; the model's own scores are as before"},
+    "evaluate": {
+        **_READS,
+        "baseline": "adds to the report; the model's own scores are as before",
+        **dict.fromkeys(("benchmark", "root", "list", "compare", "cache"), "new: named benchmarks"),
+    },
 }
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""
 RENAMED_OUTPUT: dict[str, str] = {
@@ -360,7 +365,7 @@ ALLOWED: list[tuple[str, str, str]] = [
     ("evaluate/*", "report.md*", "the same; its scores are compared in report.json"),
     *(
         ("evaluate/*", f"report.json {place}", "new since 54488bc; scores and their chance are as before")
-        for place in ("intervals*", "baseline*", "chance/*cra*", "model/kinds*", "datasets/*/notes*")
+        for place in ("intervals*", "protocol*", "baseline*", "chance/*cra*", "model/kinds*", "datasets/*/notes*")
     ),
     ("evaluate/*", "manifest.json model/kinds*", "which kinds a student was trained on"),
     ("export/*", "manifest.json kinds*", "the same"),

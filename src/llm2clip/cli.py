@@ -102,8 +102,9 @@ def _look_first(config: Any) -> None:
     from llm2clip.data.config import SourceConfig
     from llm2clip.on_hub import check_model
 
-    given = {field: getattr(config, field, None) for field in REVISIONS}
-    names = {field: name for field, name in given.items() if name not in (None, "none")}  # as verify calls no teacher
+    given = {field: getattr(config, field, None) or ":" for field in REVISIONS}
+    # verify calls no teacher none; a name with a colon, such as open_clip:NAME, is for evaluate alone to judge
+    names = {field: name for field, name in given.items() if name != "none" and ":" not in name}
     for field, name in names.items():
         check_name(name, what=setting(field))
     if isinstance(config, SourceConfig):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,18 +94,54 @@ def match_ranks(
     Raises:
         UsageError: as `recall_at_k`.
     """
+    found = match(query, gallery, query_ids, gallery_ids, both=both)
+    return found.ranks, found.ranks_back
+
+
+class Match(NamedTuple):
+    """What one pass over all scores of queries [N] and gallery rows [M] tells; P right pairs."""
+
+    ranks: np.ndarray
+    """[N], from 1: of each query's best right gallery row."""
+    ranks_back: np.ndarray
+    """[M], from 1: of each gallery row's best right query; [0] unless asked for."""
+    rivals: np.ndarray
+    """[N, k]: the cosines of each query's best wrong gallery rows, best first; -inf where there are fewer."""
+    owners: np.ndarray
+    """[P]: the query of each right pair."""
+    cosines: np.ndarray
+    """[P]."""
+
+
+def match(
+    query: Vectors, gallery: Vectors, query_ids: Ids, gallery_ids: Ids, *, both: bool = True, rivals: int = 0
+) -> Match:
+    """Ranks as `match_ranks`, and what mean average precision and the like are made of.
+
+    Args:
+        rivals: how many of the best wrong gallery rows of each query are told.
+
+    Raises:
+        UsageError: as `recall_at_k`.
+
+    Example:
+        >>> match(np.eye(2), np.eye(2)[[0, 1, 1]], [0, 1], [0, 1, 0], rivals=1).rivals.tolist()
+        [[0.0], [1.0]]
+    """
     query_codes, gallery_codes = _codes(query_ids, gallery_ids)
     rows = _unit(query, len(query_codes), "query vectors")
     columns = _unit(gallery, len(gallery_codes), "gallery vectors").to(rows.device)
     if rows.shape[1] != columns.shape[1]:
         raise UsageError(f"query vectors have {rows.shape[1]} numbers, gallery vectors {columns.shape[1]}")
     right = _right_pairs(query_codes, gallery_codes)
-    row_best, column_best = _best_right(rows, columns, *right)
+    row_best, column_best, cosines = _best_right(rows, columns, *right)
     _check_answerable(row_best, query_ids, "query")
     if both:
         _check_answerable(column_best, gallery_ids, "gallery row")
-    above, above_back = _count_wrong(rows, columns, right, row_best, column_best if both else None)
-    return 1 + above, 1 + above_back if both else above_back[:0]
+    best = torch.full((len(rows), rivals), -torch.inf, device=rows.device)
+    above, above_back = _count_wrong(rows, columns, right, row_best, column_best if both else None, best)
+    ranks_back = 1 + above_back if both else above_back[:0]
+    return Match(1 + above, ranks_back, best.cpu().numpy(), right[0].numpy(), cosines.cpu().numpy())
 
 
 def best_columns(query: Vectors, gallery: Vectors, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +197,7 @@ def caption_retrieval_accuracy(vectors: Vectors, image_ids: Ids, pool: str = "al
     unit = _unit(vectors, len(codes), "vectors")
     row, column = _right_pairs(codes, codes)
     other = row != column
-    best, _ = _best_right(unit, unit, row[other], column[other])
+    best, *_ = _best_right(unit, unit, row[other], column[other])
     above, _ = _count_wrong(unit, unit, (row, column), best, None)
     return float(np.mean(above[counts[codes] > 1] == 0))
 
@@ -253,16 +289,18 @@ def _right_pairs(row_codes: np.ndarray, column_codes: np.ndarray) -> tuple[Tenso
     return torch.from_numpy(row), torch.from_numpy(order[np.repeat(first, counts) + within])
 
 
-def _best_right(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """The best cosine of each row with a right column [N] and the reverse [M]; -inf where there is none."""
+def _best_right(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best cosine of each row with a right column [N], the reverse [M], and of all pairs; -inf for none."""
     row, column = row.to(rows.device), column.to(rows.device)
     row_best = torch.full((len(rows),), -torch.inf, device=rows.device)
     column_best = torch.full((len(columns),), -torch.inf, device=rows.device)
+    every = [rows.new_empty(0)]
     for r, c in zip(row.split(PAIRS_AT_ONCE), column.split(PAIRS_AT_ONCE), strict=True):
         cosines = (rows[r] * columns[c]).sum(1)
         row_best.scatter_reduce_(0, r, cosines, "amax")
         column_best.scatter_reduce_(0, c, cosines, "amax")
-    return row_best, column_best
+        every.append(cosines)
+    return row_best, column_best, torch.cat(every)
 
 
 def _count_wrong(
@@ -271,8 +309,13 @@ def _count_wrong(
     right: tuple[Tensor, Tensor],
     row_best: Tensor,
     column_best: Tensor | None,
+    rivals: Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many wrong columns score at least `row_best` in each row, and wrong rows `column_best` in each column."""
+    """How many wrong columns score at least `row_best` in each row, and wrong rows `column_best` in each column.
+
+    The best wrong cosines of each row go to `rivals` [N, k].
+    """
+    most = 0 if rivals is None else rivals.shape[1]
     limits = (row_best - TIE)[:, None]
     above = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     above_back = torch.zeros(len(columns), dtype=torch.int64, device=rows.device)
@@ -284,6 +327,9 @@ def _count_wrong(
                 scores = rows[i : i + TILE_ROWS] @ columns[j : j + TILE_COLUMNS].T
                 inside = (column >= j) & (column < j + TILE_COLUMNS)
                 scores[row[inside] - i, column[inside] - j] = -torch.inf  # only wrong ones are counted
+                if rivals is not None and most:
+                    here = torch.cat([rivals[i : i + TILE_ROWS], scores.topk(min(most, scores.shape[1])).values], 1)
+                    rivals[i : i + TILE_ROWS] = here.topk(most).values
                 # compared into floats: torch sums those some ten times faster than booleans
                 hit = torch.ge(scores, limits[i : i + TILE_ROWS], out=torch.empty_like(scores))
                 above[i : i + TILE_ROWS] += hit.sum(1).long()

@@ -90,6 +90,8 @@ class Score(NamedTuple):
     """What a model that knows nothing would get, where that is known."""
     num_images: int | None = None
     """Of how many images it is a share: what an interval is made of."""
+    shares: tuple[np.ndarray, np.ndarray] | None = None
+    """By image what counts and out of how much, [N] each: the value is the one's sum by the other's."""
 
 
 class Evaluator(Protocol):

@@ -85,7 +85,7 @@ class CaptionRetrieval:
 
 
 def retrieval_scores(images: Tensor, texts: Tensor, captions: Captions, ks: Sequence[int] = KS) -> Iterator[Score]:
-    """R@k both ways for each kind of caption: "<kind>/i2t_r@1" and so on.
+    """R@k both ways for each kind of caption: "<kind>/i2t_r@1" and so on; of captions of no kind "i2t_r@1".
 
     Images without a caption of a kind are left out of that kind's pool.
 
@@ -100,10 +100,11 @@ def retrieval_scores(images: Tensor, texts: Tensor, captions: Captions, ks: Sequ
             continue
         pool, counts = np.unique(owners, return_counts=True)
         to_text, to_image = recall_both_ways(images[pool], texts[captions.rows[kind]], pool, owners, ks)
+        prefix = f"{kind}/" if kind else ""
         for k in ks:
             chance = chance_of_hit(counts, len(owners), k)
-            yield Score(f"{kind}/i2t_r@{k}", to_text[k], chance, len(pool))
-            yield Score(f"{kind}/t2i_r@{k}", to_image[k], min(1.0, k / len(pool)), len(pool))
+            yield Score(f"{prefix}i2t_r@{k}", to_text[k], chance, len(pool))
+            yield Score(f"{prefix}t2i_r@{k}", to_image[k], min(1.0, k / len(pool)), len(pool))
 
 
 def caption_scores(texts: Tensor, captions: Captions) -> Iterator[Score]:

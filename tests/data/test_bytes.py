@@ -129,3 +129,28 @@ def test_a_whole_file_that_is_too_large(file: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(reading, "MAX_IMAGE_BYTES", 99)
     with pytest.raises(BadImage, match="has 100 bytes"):
         read_bytes(ImageRef(file))
+
+
+def test_a_member_of_a_zip_and_base64_in_a_line(tmp_path: Path) -> None:
+    import base64
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images/1.jpg", b"one" * 99)
+    assert read_bytes(ImageRef(str(tmp_path / "a.zip"), column="images/1.jpg")) == b"one" * 99
+    with pytest.raises(BadImage, match=r"missing file: .*a\.zip holds no images/2\.jpg"):
+        read_bytes(ImageRef(str(tmp_path / "a.zip"), column="images/2.jpg"))
+    with pytest.raises(BadImage, match=r"missing file: .*b\.zip"):
+        read_bytes(ImageRef(str(tmp_path / "b.zip"), column="images/1.jpg"))
+    (tmp_path / "damaged.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-30])
+    with pytest.raises(BadImage, match="unreadable file"):
+        read_bytes(ImageRef(str(tmp_path / "damaged.zip"), column="images/1.jpg"))
+    line = b"7\t" + base64.b64encode(b"bytes of an image")
+    (tmp_path / "images.tsv").write_bytes(line + b"\n")
+    ref = ImageRef(str(tmp_path / "images.tsv"), 2, len(line) - 2, "base64")
+    assert read_bytes(ref) == b"bytes of an image"
+    (tmp_path / "images.tsv").write_bytes(base64.urlsafe_b64encode(b"\xfb\xff\xfe"))  # as some write it: -__-
+    assert read_bytes(ImageRef(str(tmp_path / "images.tsv"), 0, 4, "base64")) == b"\xfb\xff\xfe"
+    (tmp_path / "images.tsv").write_bytes(line)
+    with pytest.raises(BadImage, match="holds no base64"):
+        read_bytes(ImageRef(str(tmp_path / "images.tsv"), 1, 5, "base64"))

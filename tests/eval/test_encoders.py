@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llm2clip.errors import UsageError
-from llm2clip.eval import run
+from llm2clip.eval import models
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.encoders import SentenceTransformerEncoder
-from llm2clip.eval.run import evaluate, open_baseline, open_encoder
+from llm2clip.eval.models import open_baseline, open_encoder
+from llm2clip.eval.run import evaluate
 from llm2clip.pipeline import Teacher
 from llm2clip.two_towers import ClipEncoder
 
@@ -272,7 +273,7 @@ def test_a_tower_that_a_student_names_runs_no_code_of_its_own(
 ) -> None:
     """The flag was given for the teacher; and of a Hub id nothing is fetched."""
     asked = []
-    monkeypatch.setattr(run, "open_other", lambda folder, options: asked.append((folder, options)))
+    monkeypatch.setattr(models, "open_other", lambda folder, options: asked.append((folder, options)))
     config = EvaluateConfig(
         model=str(finished_student),
         teacher=str(finished_teacher),

@@ -17,7 +17,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.bundle import save_bundle
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
-from llm2clip.eval import run
+from llm2clip.eval import models, run
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.run import evaluate
 from llm2clip.hub import ModelFolder
@@ -113,11 +113,11 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
         asked.append((name, revision))
         return folders[name]
 
-    monkeypatch.setattr(run, "find_model", find_model)
-    monkeypatch.setattr(run.LLM2CLIP, "from_pretrained", opener)
-    monkeypatch.setattr(run.Teacher, "from_pretrained", opener)
-    monkeypatch.setattr(run.ClipEncoder, "from_pretrained", opener)
-    monkeypatch.setattr(run.SentenceTransformerEncoder, "from_pretrained", opener)
+    monkeypatch.setattr(models, "find_model", find_model)
+    monkeypatch.setattr(models.LLM2CLIP, "from_pretrained", opener)
+    monkeypatch.setattr(models.Teacher, "from_pretrained", opener)
+    monkeypatch.setattr(models.ClipEncoder, "from_pretrained", opener)
+    monkeypatch.setattr(models.SentenceTransformerEncoder, "from_pretrained", opener)
     settings: dict[str, Any] = {
         "data": ("a.csv",),
         "out": tmp_path,
@@ -139,12 +139,12 @@ def test_settings_of_the_models_are_handed_on(monkeypatch: pytest.MonkeyPatch, t
     ):
         asked.clear()
         with pytest.raises(Opened):
-            run.open_encoder(EvaluateConfig(**names, **settings))
+            models.open_encoder(EvaluateConfig(**names, **settings))
         assert asked == expected
-    assert {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} == run.DTYPES
+    assert {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} == models.DTYPES
     asked.clear()
     with pytest.raises(Opened):
-        run.open_encoder(EvaluateConfig(teacher="T", **{**settings, "precision": "auto"}))
+        models.open_encoder(EvaluateConfig(teacher="T", **{**settings, "precision": "auto"}))
     assert asked[0][1]["dtype"] is None
 
 

@@ -5,12 +5,15 @@ Open files are kept by process, so that a loader's workers read a member of a ta
 
 from __future__ import annotations
 
+import base64
 import bisect
 import errno
 import itertools
 import os
 import stat
 import threading
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.bad import BadImage
-from llm2clip.data.sample import ImageRef
+from llm2clip.data.sample import BASE64, ImageRef
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
 
 MAX_OPEN_FILES = 64
@@ -43,8 +46,10 @@ def read_bytes(ref: ImageRef, *, limit: int | None = None) -> bytes:
     Raises:
         BadImage: if it is missing, cut off or no file; the cause says which.
     """
+    if ref.column == BASE64:
+        return _decoded(ref)
     if ref.column:
-        return _read_cell(ref)
+        return _read_member(ref) if suffix(ref.path) == ".zip" else _read_cell(ref)
     if ref.length == 0:
         raise BadImage("empty image", f"{ref.path} has 0 bytes" + (f" at {ref.offset}" if ref.offset else ""))
     if ref.length > MAX_IMAGE_BYTES:
@@ -186,6 +191,33 @@ def open_cells(path: str) -> ParquetCells | pa.Table:
 
 _open_files = Kept(OpenFile, MAX_OPEN_FILES)
 _open_tables = KeptByThread(open_cells, MAX_OPEN_TABLES)
+
+
+_open_zips: Kept[str, zipfile.ZipFile] = Kept(zipfile.ZipFile, MAX_OPEN_TABLES)
+
+
+def _decoded(ref: ImageRef) -> bytes:
+    """The image that stands as base64 in a byte range."""
+    text = read_bytes(ImageRef(ref.path, ref.offset, ref.length))
+    try:
+        return base64.b64decode(text, altchars=b"-_" if b"-" in text or b"_" in text else None, validate=True)
+    except ValueError as error:
+        raise BadImage("not an image", f"{ref.path} at {ref.offset} holds no base64: {error}") from None
+
+
+def _read_member(ref: ImageRef) -> bytes:
+    """A member of a zip; several threads may read one."""
+    try:
+        archive = _open_zips.get(ref.path)
+        if archive.getinfo(ref.column).file_size > MAX_IMAGE_BYTES:
+            raise BadImage("image too large", f"{ref.path}: {ref.column}")
+        return archive.read(ref.column)
+    except FileNotFoundError:
+        raise BadImage("missing file", ref.path) from None
+    except KeyError:
+        raise BadImage("missing file", f"{ref.path} holds no {ref.column}") from None
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
+        raise BadImage("unreadable file", f"{ref.path}: {ref.column}: {error}") from None
 
 
 def _read_cell(ref: ImageRef) -> bytes:

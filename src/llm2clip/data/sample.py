@@ -8,14 +8,17 @@ from typing import Any, Protocol
 
 from llm2clip.data.bad import BadSamples
 
+BASE64 = "base64"
+"""The `column` of a byte range that holds an image as base64."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """Where the bytes of one encoded image lie; small and plain enough for a bank's table.
 
-    Three forms: a whole file (`path`), a byte range of a file such as a tar (`path`, `offset`, `length`), a cell of
-    a Parquet or Arrow table (`path`, `column`, `offset` = row number).
-
+    Five forms: a whole file (`path`), a byte range of a file such as a tar (`path`, `offset`, `length`), the same as
+    base64 (`column` = BASE64), a cell of a Parquet or Arrow table (`path`, `column`, `offset` = row number), a member
+    of a zip (`path`, `column` = its name).
     """
 
     path: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from llm2clip.data.bad import BadSamples
 from llm2clip.data.feeder import THREADS, batched, encoded
 from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.errors import LLM2CLIPError, setting
+from llm2clip.eval.cache import Features, image_key, text_key
+from llm2clip.eval.foreign import StoredVectors
 from llm2clip.progress import Progress
 from llm2clip.protocols import ImageEncoder, TextEncoder
 
@@ -28,11 +30,20 @@ class Remembering:
         batch_size: images or texts in it at once.
         bad: where images are counted that cannot be read.
         device: where scores are computed.
-
+        features: vectors of the model that are known already; new ones are added to them.
     """
 
-    def __init__(self, model: Any, *, batch_size: int, bad: BadSamples, device: torch.device) -> None:
-        self.model, self.bad = model, bad
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch_size: int,
+        bad: BadSamples,
+        device: torch.device,
+        features: Features | None = None,
+    ) -> None:
+        self.model, self.bad, self._features = model, bad, features
+        self._remembered = 0
         self._batch_size, self._device = batch_size, device
         self._cut_before = getattr(model, "num_cut", 0)
         self._images: dict[ImageRef, np.ndarray] = {}
@@ -45,8 +56,9 @@ class Remembering:
 
     @property
     def num_cut(self) -> int | None:
-        """How many texts the model read only the beginning of; None where it does not say."""
-        return self.model.num_cut - self._cut_before if hasattr(self.model, "num_cut") else None
+        """How many texts the model read only the beginning of; None where it does not say, or did not read all."""
+        counts = hasattr(self.model, "num_cut") and not self._remembered
+        return self.model.num_cut - self._cut_before if counts else None
 
     @property
     def num_texts(self) -> int:
@@ -59,9 +71,30 @@ class Remembering:
         Raises:
             TooManyBadSamples: if too many cannot be read.
         """
-        good, vectors = encode_images(samples, self.model, batch_size=self._batch_size, bad=self.bad)
-        self._images.update(zip((sample.image for sample in good), vectors, strict=True))
-        return good
+        if isinstance(self.model, StoredVectors):
+            good = list(samples)
+            vectors = finite(self.model.of_images([sample.id for sample in good]), "images")
+            self._images.update(zip((sample.image for sample in good), vectors, strict=True))
+            return good
+        met: list[Sample] = []
+        good, vectors = encode_images(
+            self._unknown(samples, met), self.model, batch_size=self._batch_size, bad=self.bad
+        )
+        for sample, vector in zip(good, vectors, strict=True):
+            self._images[sample.image] = vector
+            if self._features is not None and (key := image_key(sample.image)):
+                self._features.put(key, vector)
+        return [sample for sample in met if sample.image in self._images]
+
+    def _unknown(self, samples: Iterable[Sample], met: list[Sample]) -> Iterator[Sample]:
+        """Those whose image's vector lies nowhere; all go to `met`."""
+        for sample in samples:
+            met.append(sample)
+            found = self._features.get(image_key(sample.image)) if self._features is not None else None
+            if found is None:
+                yield sample
+            else:
+                self._images[sample.image] = found
 
     def images(self, samples: Sequence[Sample]) -> tuple[list[int], Tensor]:
         """The numbers of those samples whose image can be read, and their vectors [n, D]."""
@@ -72,9 +105,18 @@ class Remembering:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """[N, D], a row a text."""
-        if missing := [text for text in dict.fromkeys(texts) if text not in self._texts]:
-            vectors = encode_captions(missing, self.model, batch_size=self._batch_size)
-            self._texts.update(zip(missing, vectors, strict=True))
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if self._features is not None:
+            known = {text: found for text in new if (found := self._features.get(text_key(text))) is not None}
+            self._texts |= known
+            self._remembered += len(known)
+            new = [text for text in new if text not in known]
+        if new:
+            vectors = encode_captions(new, self.model, batch_size=self._batch_size)
+            self._texts.update(zip(new, vectors, strict=True))
+            if self._features is not None:
+                for text, vector in zip(new, vectors, strict=True):
+                    self._features.put(text_key(text), vector)
         return self._stacked([self._texts[text] for text in texts])
 
     def _stacked(self, rows: list[np.ndarray]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,21 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from llm2clip.artifacts import atomic_path
+from llm2clip.eval.beside import (
+    change_of,
+    compare_tables,
+    is_by_language,
+    language_values,
+    named_tables,
+    protocol_tables,
+)
+from llm2clip.eval.tables import DIRECTIONS, Table, percent
 from llm2clip.eval.verdict import judge
 from llm2clip.journal import logged
 from llm2clip.scores import KS
 
 PAGES = ("report.md", "report.html")
 TEMPLATES = Path(__file__).parent
-DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 CRA_NAMES = {
     "cra": "a caption finds another of its image, among all",
     "cra_second": "an image's first caption finds its second, among all second ones",
@@ -38,16 +45,6 @@ SIDES = ("95 % interval", "by chance", "baseline")
 """What stands beside a score."""
 POINTS = 300
 """Of a curve at most."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table; `numbers` is the first column that is right-aligned."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    numbers: int = 1
 
 
 def write_pages(folder: Path, report: Mapping[str, Any], galleries: Mapping[str, Any], *, log: Path | None) -> None:
@@ -76,6 +73,8 @@ def render(template: str, report: Mapping[str, Any], **more: Any) -> str:
             scores={name: list(score_tables(report, name)) for name in report["datasets"]},
             facts={name: list(fact_tables(report, name)) for name in report["datasets"]},
             model=model_table(report),
+            compare=list(compare_tables(report)),
+            languages={name: language_values(report, name) for name in report["datasets"]},
             similarity=report["similarity"],
             **more,
         )
@@ -94,9 +93,12 @@ def environment() -> Environment:
 def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     """The scores of a dataset, each with its interval, chance and the baseline's."""
     facts, metrics = report["datasets"][name], report["metrics"]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["captions"].items())
+    kinds = ", ".join(f"{count:,} {kind}".strip() for kind, count in facts["captions"].items())
+    shown = ("",) if is_by_language(report, name) else facts["captions"]  # languages have a table of their own
     recalls = {
-        (kind, way): [f"{name}/{kind}/{way}_r@{k}" for k in KS] for kind in facts["captions"] for way in DIRECTIONS
+        (kind, way): ["/".join(filter(None, [name, kind, f"{way}_r@{k}"])) for k in KS]
+        for kind in shown
+        for way in DIRECTIONS
     }
     recalls = {place: keys for place, keys in recalls.items() if keys[0] in metrics}
     if recalls:
@@ -114,8 +116,11 @@ def score_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
         **{f"{name}/{key}": words for key, words in CRA_NAMES.items()},
         **{f"{name}/{kind}/cra": f"the same among {kind} captions alone" for kind in facts["captions"]},
     }
+    yield from named_tables(report, name)
     seen = {key for keys in recalls.values() for key in keys}
     left = [key for key in metrics if key.startswith(f"{name}/") and key not in seen]
+    if is_by_language(report, name):
+        left = [key for key in left if "/" not in key.removeprefix(f"{name}/")]
     for title, keys in (
         ("Caption retrieval accuracy, %", [key for key in words if key in left]),
         ("Other scores, %", [key for key in left if key not in words]),
@@ -144,23 +149,34 @@ def _line(report: Mapping[str, Any], key: str) -> list[str]:
         percent(report["metrics"][key]),
         "" if low is None else f"{percent(low)} to {percent(high)}",
         "" if chance is None else percent(chance, digits=3),
-        "" if before is None else percent(before),
+        "" if before is None else f"{percent(before)}{_difference(report, key)}",
     ]
+
+
+def _difference(report: Mapping[str, Any], key: str) -> str:
+    """What the model has more than the baseline, where both were scored image by image."""
+    change = report["baseline"].get("differences", {}).get(key)
+    return f" ({change_of(change)})" if change else ""
 
 
 def fact_tables(report: Mapping[str, Any], name: str) -> Iterator[Table]:
     """What is known of a dataset beside its scores."""
-    facts, profile = report["datasets"][name], report["similarity"][name]
-    rows = [[f"{kind} captions", f"{count:,}"] for kind, count in facts["captions"].items()]
-    rows += [[words, f"{profile[key]:.3f}"] for key, words in SIMILARITY.items() if profile[key] is not None]
+    facts, profile = report["datasets"][name], report["similarity"].get(name, {})
+    rows = [[f"{kind} captions".strip(), f"{count:,}"] for kind, count in facts["captions"].items()]
+    rows += [[words, f"{profile[key]:.3f}"] for key, words in SIMILARITY.items() if profile.get(key) is not None]
     if "captions_cut" in facts:
         rows.append(["captions longer than the model reads, cut", f"{facts['captions_cut']:,}"])
-    yield Table("Captions", ["what", "value"], rows)
+    if rows:
+        yield Table("Captions", ["what", "value"], rows)
+    if confused := facts.get("confused"):
+        rows = [[own, other, f"{count:,}"] for own, other, count in confused]
+        yield Table("Classes taken for another most often", ["class", "taken for", "images"], rows, numbers=2)
     if facts["bad"]["counts"]:
         counts = [[cause, f"{count:,}"] for cause, count in facts["bad"]["counts"].items()]
         yield Table(f"Left out: {facts['bad']['num_bad']:,} bad samples", ["defect", "times"], counts)
     if "fingerprint" in facts:
         yield Table("Source", ["what", "which"], [["fingerprint", facts["fingerprint"]]], numbers=2)
+    yield from protocol_tables(report, name)
 
 
 def model_table(report: Mapping[str, Any]) -> Table:
@@ -169,15 +185,6 @@ def model_table(report: Mapping[str, Any]) -> Table:
     named = {key: config.get(key) for key in ("model", "teacher", "precision")}
     rows = {**named, **report["model"], "baseline": report["baseline"].get("model")}
     return Table("Model", ["what", "which"], [[k.replace("_", " "), str(v)] for k, v in rows.items() if v], numbers=2)
-
-
-def percent(fraction: float, *, digits: int = 1) -> str:
-    """A fraction in per cent.
-
-    >>> percent(0.4567), percent(0.0002, digits=3)
-    ('45.7', '0.020')
-    """
-    return f"{100 * fraction:.{digits}f}"
 
 
 def curves(log: Path) -> list[tuple[str, list[tuple[float, float]]]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,24 @@ from llm2clip.data.bad import BadSamples
 from llm2clip.data.config import SourceConfig
 from llm2clip.data.sample import Sample
 from llm2clip.data.source import Source, open_source
-from llm2clip.errors import LLM2CLIPError, SourceError, UsageError, one_line, setting
+from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.eval import evaluators
-from llm2clip.eval.config import NO_BASELINE, EvaluateConfig
+from llm2clip.eval.cache import Features, model_digest
+from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Remembering
-from llm2clip.eval.encoders import SentenceTransformerEncoder
 from llm2clip.eval.gallery import QUERIES, gallery
+from llm2clip.eval.models import check_same_model, open_baseline, open_beside, open_encoder
+from llm2clip.eval.named import Named, NoneBad, told
+from llm2clip.eval.ranking import differences_of, intervals
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.verdict import judge
-from llm2clip.hub import DTYPES, ModelFolder, find_model, pick_device
+from llm2clip.hub import pick_device
 from llm2clip.journal import LOG
 from llm2clip.metrics import similarity_profile
-from llm2clip.opening import check_images_fit, check_unchanged
 from llm2clip.parts import find_part, part_names
-from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import Encoder, Score, TextEncoder
 from llm2clip.scores import Captions, interval
-from llm2clip.two_towers import ClipEncoder
 
 logger = logging.getLogger("llm2clip")
 REPORT = "report.json"
@@ -50,9 +51,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         >>> report["metrics"]["test/short/i2t_r@1"]                                    # doctest: +SKIP
         0.871
     """
-    out = Path(config.out)
+    if config.list:
+        sys.stdout.writelines(f"{line}\n" for line in told(config.benchmark))
+        return {}
+    out = Path(config.out or "")
     with open_output(out, "report", config=config.settings()):
-        sources = {name: open_source(part, images=config.needs_images) for name, part in parts_of(config).items()}
+        sources = open_all(config)
         if is_complete(out):
             done = dict(read_json(out / REPORT))
             check_current(done, config, sources)
@@ -70,25 +74,58 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def score_datasets(sources: Mapping[str, Source], config: EvaluateConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def open_all(config: EvaluateConfig) -> dict[str, Source | Named]:
+    """The datasets and benchmarks that the settings name; what is missing of them is told before a model is opened.
+
+    Raises:
+        UsageError: for a source that cannot be, or two of one name.
+        SourceError: for one that cannot be read.
+    """
+    needed = config.needs_images
+    sources: dict[str, Source | Named] = {
+        name: open_source(part, images=needed) for name, part in parts_of(config).items()
+    }
+    for name in dict.fromkeys(config.benchmark):
+        if name in sources:
+            raise UsageError(f"{setting('data')} {name} is called as the benchmark is; rename the file")
+        sources[name] = Named(name, str(config.root), images=needed)
+    return sources
+
+
+def score_datasets(
+    sources: Mapping[str, Source | Named], config: EvaluateConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `report.json` says of the datasets, and their galleries."""
     model, facts = open_encoder(config)
     other, baseline = open_baseline(config, facts)  # before anything is encoded: a wrong name is told at once
     report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
-    report |= {"intervals": {}, "baseline": baseline}
-    galleries = {}
+    report |= {"intervals": {}, "baseline": baseline, "protocol": {}}
+    galleries, ours = {}, {}
+    own = ((config.model, config.model_revision), (config.teacher, config.teacher_revision))
+    features, known = features_of(config, *own), features_of(config, (baseline.get("model"), None))
     for name, source in sources.items():
-        samples, encoder = read_dataset(source, model, config)
-        add_scores(report, name, run_evaluators(samples, encoder))
-        report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, samples)}
-        report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
-        if encoder.sees_images:
+        samples, encoder = read_dataset(source, model, config, features)
+        ours[name] = scores = run_evaluators(source, samples, encoder)
+        add_scores(report, name, scores)
+        report["datasets"][name] = {**facts_of(source, samples, encoder), **notes_of(report, name, source, samples)}
+        if isinstance(source, Named):
+            report["protocol"][name], samples = source.told(), source.shown()
+        else:
+            report["similarity"][name] = similarity_of(samples, encoder, seed=config.seed)
+        if encoder.sees_images and samples and config.needs_images:
             most = max(3, QUERIES // len(sources))
             galleries[name] = gallery(samples, encoder, seed=config.seed, most=most)
         if other is not None:
-            beside = encoder_of(other, config, BadSamples(1.0, quiet=True))
-            add_scores(baseline, name, run_evaluators(samples, beside))
+            beside = encoder_of(other, config, BadSamples(1.0, quiet=True), known)
+            theirs = run_evaluators(source, samples, beside)
+            add_scores(baseline, name, theirs)
+            for key, found in differences_of(scores, theirs).items():
+                baseline.setdefault("differences", {})[f"{name}/{key}"] = found
             baseline["captions_cut"] = baseline.get("captions_cut", 0) + (beside.num_cut or 0)
+        for kept in filter(None, (features, known)):
+            kept.save()
+    if config.compare:
+        report["compare"] = compare_models(sources, ours, config)
     return report, galleries
 
 
@@ -104,10 +141,7 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
     Raises:
         UsageError: naming what has changed since.
     """
-    if config.model is not None:
-        check_unchanged(config.out, config.model, done["model"].get("fingerprint"))
-    elif config.teacher is not None:
-        check_unchanged(config.out, config.teacher, done["model"].get("teacher_fingerprint"))
+    check_same_model(done, config)
     for name, source in sources.items():
         if source.fingerprint != done["datasets"][name]["fingerprint"]:
             raise UsageError(
@@ -116,20 +150,32 @@ def check_current(done: Mapping[str, Any], config: EvaluateConfig, sources: Mapp
             )
 
 
-def encoder_of(model: TextEncoder, config: EvaluateConfig, bad: BadSamples) -> Remembering:
+def encoder_of(
+    model: TextEncoder, config: EvaluateConfig, bad: BadSamples, features: Features | None = None
+) -> Remembering:
     """A model as evaluators see it."""
-    return Remembering(model, batch_size=config.batch_size, bad=bad, device=pick_device(config.device))
+    device = pick_device(config.device)
+    return Remembering(model, batch_size=config.batch_size, bad=bad, device=device, features=features)
 
 
-def read_dataset(source: Source, model: TextEncoder, config: EvaluateConfig) -> tuple[list[Sample], Remembering]:
+def features_of(config: EvaluateConfig, *models: tuple[str | None, str | None]) -> Features | None:
+    """What is kept of the vectors of a model and its teacher, each by name and revision, if anything is to be."""
+    if config.cache is None or (models[0][0] or "").startswith("vectors:"):
+        return None
+    return Features(Path(config.cache), model_digest(models, config.precision))
+
+
+def read_dataset(
+    source: Source | Named, model: TextEncoder, config: EvaluateConfig, features: Features | None = None
+) -> tuple[list[Sample], Remembering]:
     """The usable samples of a dataset, and the model that has seen their images, where it sees any.
 
     Raises:
         SourceError: if there is no usable one.
         TooManyBadSamples: if too many images cannot be read.
     """
-    bad = BadSamples(config.max_bad_fraction)
-    encoder = encoder_of(model, config, bad)
+    bad = NoneBad(source.name) if isinstance(source, Named) else BadSamples(config.max_bad_fraction)
+    encoder = encoder_of(model, config, bad, features)
     samples = encoder.read(source) if encoder.sees_images else list(source)
     total = len(samples) + bad.num_bad + source.bad.num_bad
     bad.merge(source.bad)
@@ -139,26 +185,35 @@ def read_dataset(source: Source, model: TextEncoder, config: EvaluateConfig) -> 
     return samples, encoder
 
 
-def run_evaluators(samples: Sequence[Sample], encoder: Remembering) -> Iterator[Score]:
+def run_evaluators(source: Source | Named, samples: Sequence[Sample], encoder: Remembering) -> list[Score]:
     """What each evaluator finds on a dataset; for a text encoder alone those that need no images."""
-    for name in part_names(evaluators):
-        if encoder.sees_images or not find_part(evaluators, name, "NEEDS_IMAGES"):
-            yield from find_part(evaluators, name, "EVALUATOR")(samples).run(encoder)
+    sees = encoder.sees_images
+    if isinstance(source, Named):
+        found = source.evaluators(images=sees)
+    else:
+        names = [n for n in part_names(evaluators) if sees or not find_part(evaluators, n, "NEEDS_IMAGES")]
+        found = [find_part(evaluators, name, "EVALUATOR")(samples) for name in names]
+    return [score for evaluator in found for score in evaluator.run(encoder)]
 
 
-def add_scores(report: dict[str, Any], dataset: str, scores: Iterable[Score]) -> None:
-    """Put the scores of a dataset into a report, with chance and interval where there are such."""
+def add_scores(report: dict[str, Any], dataset: str, scores: Sequence[Score]) -> None:
+    """Put the scores of a dataset into a report, with chance and interval where there are such.
+
+    The interval is a bootstrap over images where a score says what each image adds, otherwise Wilson's.
+    """
+    shares = {score.name: score.shares for score in scores if score.shares is not None}
+    bounds = dict(zip(shares, intervals(list(shares.values())), strict=True)) if shares else {}
     for score in scores:
         name = f"{dataset}/{score.name}"
         report.setdefault("metrics", {})[name] = score.value
         if score.chance is not None:
             report.setdefault("chance", {})[name] = score.chance
         if score.num_images is not None:
-            bounds = interval(score.value, score.num_images)
-            report.setdefault("intervals", {})[name] = [round(bound, 6) for bound in bounds]
+            low, high = bounds.get(score.name) or interval(score.value, score.num_images)
+            report.setdefault("intervals", {})[name] = [round(low, 6), round(high, 6)]
 
 
-def facts_of(source: Source, samples: Sequence[Sample], encoder: Remembering) -> dict[str, Any]:
+def facts_of(source: Source | Named, samples: Sequence[Sample], encoder: Remembering) -> dict[str, Any]:
     """The counts of a dataset; what its model read only in part is logged."""
     rows = Captions.of(samples).rows
     facts: dict[str, Any] = {
@@ -167,22 +222,27 @@ def facts_of(source: Source, samples: Sequence[Sample], encoder: Remembering) ->
         "captions": {kind: len(own) for kind, own in rows.items()},
         "bad": encoder.bad.to_json(),
     }
+    if isinstance(source, Named):
+        facts |= source.facts()
     if encoder.num_cut is not None:
         facts["captions_cut"] = encoder.num_cut
         say_cut(encoder.num_cut, encoder.num_texts, getattr(encoder.model, "context", None))
     return facts
 
 
-def notes_of(report: Mapping[str, Any], dataset: str, samples: Sequence[Sample]) -> dict[str, list[str]]:
+def notes_of(
+    report: Mapping[str, Any], dataset: str, source: Source | Named, samples: Sequence[Sample]
+) -> dict[str, list[str]]:
     """What a reader must know of a dataset to read its scores, in words; logged as well."""
     here, trained, notes = list(Captions.of(samples).rows), report["model"].get("kinds", []), []
-    if trained and set(here) != set(trained):
+    if isinstance(source, Named):
+        notes += source.told()["found"]
+    elif trained and set(here) != set(trained):
         notes.append(f"captions here are of kind {', '.join(here)}; the model was trained on {', '.join(trained)}")
     if not any(name.startswith(f"{dataset}/") for name in report["metrics"]):
-        notes.append(
-            "there is no score: a text encoder alone is scored on images with two different captions, and here "
-            "none has two: name a second column"
-        )
+        why = "images with two different captions, and here none has two: name a second column"
+        why = "captions alone, and this benchmark takes images" if isinstance(source, Named) else why
+        notes.append(f"there is no score: a text encoder alone is scored on {why}")
     for note in notes:
         logger.warning("%s: %s", dataset, note)
     return {"notes": notes} if notes else {}
@@ -195,101 +255,20 @@ def similarity_of(samples: Sequence[Sample], encoder: Encoder, *, seed: int) -> 
     return similarity_profile(encoder.texts(captions.texts)[rows], owners, seed=seed)
 
 
-def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
-    """The encoder that the settings name, and what the report says of it.
-
-    Raises:
-        UsageError: if there is none, or a student comes without its teacher.
-    """
-    options = options_of(config)
-    if config.model is None:
-        assert config.teacher is not None
-        teacher = Teacher.from_pretrained(config.teacher, revision=config.teacher_revision, **options)
-        teacher.warns = False
-        return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
-    folder = find_model(config.model, revision=config.model_revision)
-    if folder.kind in ("student", "bundle"):
-        model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
-        if model.teacher is None:
-            wanted = model.origin.get("teacher_fingerprint", "unknown")
-            raise UsageError(
-                f"{setting('model')} {config.model} reads the vectors of its teacher (fingerprint {wanted}); add "
-                f"{setting('teacher', 'DIR')}"
-            )
-        model.warns = False
-        return model, {"encoder": "llm2clip", "dim": model.dim, **model.origin}
-    if config.teacher is not None:
-        raise UsageError(
-            f"{setting('model')} {config.model} encodes texts itself; leave {setting('teacher')} {config.teacher} out"
-        )
-    encoder = open_other(folder, options)
-    return encoder, {"encoder": type(encoder.model).__name__}
-
-
-def options_of(config: EvaluateConfig) -> dict[str, Any]:
-    """How models are loaded."""
-    return {
-        "device": pick_device(config.device),
-        "dtype": DTYPES.get(config.precision),  # auto: as saved, if the device computes in it
-        "trust_remote_code": config.trust_remote_code,
-    }
-
-
-def open_other(folder: ModelFolder, options: Mapping[str, Any]) -> ClipEncoder | SentenceTransformerEncoder:
-    """Another's model that encodes images and texts."""
-    check_images_fit(folder)
-    loader = SentenceTransformerEncoder if folder.kind == "sentence-transformers" else ClipEncoder
-    return loader.from_pretrained(folder, **options)
-
-
-def open_baseline(config: EvaluateConfig, facts: Mapping[str, Any]) -> tuple[TextEncoder | None, dict[str, Any]]:
-    """What the model is compared with, and its name; or nothing, and in words why.
-
-    Args:
-        facts: what is known of the model that is scored.
-
-    Raises:
-        UsageError: if the baseline that was asked for cannot be one.
-    """
-    options = options_of(config)
-    if config.baseline == NO_BASELINE or (config.baseline is None and facts.get("encoder") != "llm2clip"):
-        return None, {}
-    if config.baseline is None:
-        try:
-            folder = plain_tower(facts.get("tower"), revision=facts.get("tower_revision"))
-            options["trust_remote_code"] = False  # which was said of other models
-            return open_other(folder, options), {"model": folder.name}
-        except LLM2CLIPError as error:
-            return None, {"why": one_line(error)}
-    found: Any
-    if config.model is None:
-        found = Teacher.from_pretrained(config.baseline, **options)
-    elif (folder := find_model(config.baseline)).kind == "student":
-        raise UsageError(
-            f"{setting('baseline')} {config.baseline} needs its teacher beside it; export it to sentence-transformers, "
-            "and give that folder"
-        )
-    else:
-        found = LLM2CLIP.from_pretrained(folder, **options) if folder.kind == "bundle" else open_other(folder, options)
-    found.warns = False
-    return found, {"model": config.baseline}
-
-
-def plain_tower(name: str | None, *, revision: str | None) -> ModelFolder:
-    """The model whose vision half a student's tower was, with its text half; nothing is downloaded.
-
-    Raises:
-        UsageError: if it is not here, or has no text half.
-    """
-    from huggingface_hub import snapshot_download
-
-    if name is None:
-        raise UsageError("the model does not say which tower it was trained from")
-    try:
-        here = name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        raise UsageError(f"the tower it was trained from, {name}, is not on this machine") from None
-    folder = dataclasses.replace(find_model(here), name=name)
-    if not {"text_config", "vision_config"} <= set(folder.config):
-        raise UsageError(f"the tower it was trained from, {name}, has no text half")
-    return folder
+def compare_models(
+    sources: Mapping[str, Source | Named], ours: Mapping[str, Sequence[Score]], config: EvaluateConfig
+) -> dict[str, Any]:
+    """What the other models get on the same datasets, and how that differs from `ours`; one is open at a time."""
+    report: dict[str, Any] = {}
+    for model in dict.fromkeys(config.compare):
+        other, found = open_beside("compare", model, config), report.setdefault(model, {"differences": {}})
+        features = features_of(config, (model, None))
+        for name, source in sources.items():
+            samples, encoder = read_dataset(source, other, config, features)
+            scores = run_evaluators(source, samples, encoder)
+            add_scores(found, name, scores)
+            changes = differences_of(scores, ours[name])
+            found["differences"] |= {f"{name}/{key}": change for key, change in changes.items()}
+            if features is not None:
+                features.save()
+    return report

@@ -36,8 +36,8 @@ from llm2clip.student.checkpoint import (
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import BankDataset, Batch
 from llm2clip.student.ema import Average
-from llm2clip.student.inherit import TextHalf, inherit, open_text_half
-from llm2clip.student.keep import OwnView
+from llm2clip.student.inheritance.inherit import TextHalf, inherit, open_text_half
+from llm2clip.student.inheritance.keep import OwnView
 from llm2clip.student.loader import BankLoader
 from llm2clip.student.mix import check_banks, check_teacher
 from llm2clip.student.optim import build_optimizer

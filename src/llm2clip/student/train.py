@@ -30,8 +30,8 @@ from llm2clip.student.checkpoint import drop_checkpoints, tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.data import Batch
 from llm2clip.student.gradcache import cached_step
-from llm2clip.student.inherit import FILE as INHERITED
-from llm2clip.student.keep import Objective
+from llm2clip.student.inheritance.inherit import FILE as INHERITED
+from llm2clip.student.inheritance.keep import Objective
 from llm2clip.student.loss import contrastive_loss
 from llm2clip.student.mix import default_batch_size, wanted_kinds
 from llm2clip.student.model import Student, StudentModelConfig

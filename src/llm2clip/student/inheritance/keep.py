@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from llm2clip.student.gradcache import MicroBatch
-from llm2clip.student.inherit import distance
+from llm2clip.student.inheritance.inherit import distance
 from llm2clip.student.model import Student
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPVisionConfig
 
 from llm2clip.student.gradcache import cached_step
-from llm2clip.student.keep import Objective, OwnView
+from llm2clip.student.inheritance.keep import Objective, OwnView
 from llm2clip.student.loss import contrastive_loss
 from llm2clip.student.model import Student, StudentModelConfig
 

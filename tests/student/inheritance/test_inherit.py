@@ -16,14 +16,14 @@ from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
 from llm2clip.errors import LLM2CLIPError, UsageError
-from llm2clip.student import inherit as inheriting
 from llm2clip.student.config import StudentConfig
-from llm2clip.student.inherit import Inheritance, distance, fit, open_text_half, read, take_over
+from llm2clip.student.inheritance import inherit as inheriting
+from llm2clip.student.inheritance.inherit import Inheritance, distance, fit, open_text_half, read, take_over
 from llm2clip.student.model import Student
 from llm2clip.student.start import open_tower, start_student
 from llm2clip.student.train import train_student
 
-from .banks import small_run
+from ..banks import small_run
 
 SIDE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ["a red disc", "a blue square on the left", "two discs"]

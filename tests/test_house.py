@@ -22,16 +22,16 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 SIZES = {
     # with the bundle, of export before, the journal of both trainings, the table of verbs, the evaluators' scores,
     # and what runs say of themselves before, while and after they learn
-    "": (3_630, 23, 7.0),
+    "": (3_690, 23, 7.0),
     "data": (2_960, 18, 7.1),  # 2,300 before nothing of a source could get lost and missing images were found
-    "teacher": (2_980, 16, 7.6),
+    "teacher": (3_110, 17, 7.7),  # with adapters as teachers
     "bank": (2_730, 17, 8.4),
-    "student": (4_535, 26, 7.4),
-    "eval": (1_170, 9, 8.9),  # with the page of images, its verdict and the baseline; scores are beside the metrics
+    "student": (4_570, 26, 7.4),
+    "eval": (1_175, 9, 8.9),  # with the page of images, its verdict and the baseline; scores are beside the metrics
     "eval/evaluators": (20, 3, 12),  # one file each
-    "export": (430, 6, 13.1),
+    "export": (440, 6, 13.1),
     "export/formats": (270, 4, 15.1),  # a format's imports are inside its functions
-    "*": (18_690, 122, 7.8),
+    "*": (18_930, 123, 7.8),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

@@ -10,7 +10,7 @@ import torch
 
 from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import ArtifactError, UsageError, one_line, setting
-from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast
+from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast, drop_remote_code, listed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -110,4 +110,10 @@ def open_student(
         raise ArtifactError(
             f"{folder.name}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
         )
-    return cast(model, device, dtype).eval(), ImageTransform.from_pretrained(folder.path)
+    if report["unexpected_keys"]:
+        raise ArtifactError(
+            f"{folder.name} holds weights that the student does not have: {listed(report['unexpected_keys'])}"
+        )
+    drop_remote_code(model)
+    model = cast(model, device, dtype).eval()
+    return model, ImageTransform.from_pretrained(folder.path, name=folder.name)

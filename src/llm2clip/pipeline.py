@@ -252,7 +252,8 @@ def encode_texts(
             raise UsageError(f"encode_text takes texts; number {i} of {len(texts)} is {text!r}")
     if not len(texts):
         return np.empty((0, teacher.get_embedding_dimension() or 0), np.float32)
-    vectors = teacher.encode(list(texts), batch_size=batch_size, prompt=prompt, show_progress_bar=False)
+    read = [text.strip() for text in texts]  # as captions are read from tables
+    vectors = teacher.encode(read, batch_size=batch_size, prompt=prompt, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
 
 

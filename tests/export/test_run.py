@@ -51,9 +51,34 @@ def test_bundle_is_checked_in_a_fresh_process_without_llm2clip(bundle: Path) -> 
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["format"] == "llm2clip/export"
     assert manifest["to"] == "sentence-transformers"
-    assert set(manifest["checked"]) == {"text", "image"}
+    assert set(manifest["checked"]) == {"text", "query", "document", "image"}
     assert all(cosine > 0.9999 for cosine in manifest["checked"].values())
     assert not list(bundle.glob(".tower*"))
+
+
+def test_every_call_for_texts_puts_what_the_bank_put_before_them(
+    finished_student: Path, finished_teacher: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from llm2clip.bundle import save_bundle
+
+    source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    texts = ["a red disc", "a blue square on the left"]
+    plain = source.encode_text(texts)
+    for prompt in ("this image shows ", None):
+        source.prompt = prompt
+        if prompt is None:  # an embedder with prompts of its own, of which the bank took the default
+            source.teacher.prompts.update(caption="the scene . ", query="near ", document="against ")
+            source.teacher.default_prompt_name = "caption"
+        folder = tmp_path / str(prompt).strip()
+        folder.mkdir()
+        save_bundle(folder, source.student, source.transform, source.teacher, prompt=prompt)
+        bundle = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        expected = source.encode_text(texts)
+        assert least_cosine(expected, plain) < 0.9999, "the prompt changes nothing: nothing is shown"
+        for encode in (bundle.encode, bundle.encode_query, bundle.encode_document):
+            np.testing.assert_allclose(encode(texts), expected, atol=1e-5)
 
 
 def test_bundle_alone_is_the_model(bundle: Path, finished_student: Path, finished_teacher: Path) -> None:
@@ -394,3 +419,17 @@ def test_settings_and_revisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     }
     assert asked == [("M", "T", options)]
     assert set(config.settings()) == {field.name for field in dataclasses.fields(config)} - {"out", "device"}
+
+
+def test_what_fails_when_the_folder_is_opened_again_is_one_line(
+    finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm2clip.export.formats import tower
+
+    def reload(*_: object) -> None:
+        raise AssertionError("Input height (56) doesn't match\nmodel (84).")
+
+    monkeypatch.setattr(tower, "FORMAT", dataclasses.replace(tower.FORMAT, reload=reload))
+    config = ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower")
+    with pytest.raises(LLM2CLIPError, match=r"does not load again: Input height .56. doesn't match model .84.\.$"):
+        export_model(config)

@@ -20,7 +20,7 @@ from typing import Any
 from llm2clip.artifacts import is_output
 from llm2clip.data.bad import logger
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
-from llm2clip.errors import SourceError, UsageError, setting
+from llm2clip.errors import SourceError, UsageError, setting, shortened
 from llm2clip.on_hub import offline, unreachable
 
 MAX_EXPANSION = 1_000_000
@@ -183,4 +183,4 @@ def _load_dataset(what: str, name: str, config: str | None, revision: str | None
 
 
 def _flat(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return shortened(str(error))

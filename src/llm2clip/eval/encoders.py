@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, setting
-from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, one_line_errors
+from llm2clip.hub import ModelFolder, cast, compare_weights, find_model, listed, one_line_errors
 
 logger = logging.getLogger("llm2clip")
 
@@ -68,6 +68,7 @@ class ClipEncoder:
                 raise UsageError(
                     f"{setting('model')} {folder.name} lacks weights, such as {sorted(report['missing_keys'])[0]}"
                 )
+            say_left_out(folder, report["unexpected_keys"])
             tokenizer = AutoTokenizer.from_pretrained(folder.path, **options)
             processor = AutoImageProcessor.from_pretrained(folder.path, **options)
             encoder = cls(cast(model, torch.device(device), dtype), tokenizer, processor)
@@ -154,7 +155,8 @@ class SentenceTransformerEncoder:
                 trust_remote_code=trust_remote_code,
                 model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
-            missing = missing_weights(model, folder.path)
+            missing, left = compare_weights(model, folder.path)
+        say_left_out(folder, left)
         if missing:
             raise UsageError(f"{setting('model')} {folder.name} lacks weights, such as {missing[0]}")
         if "image" not in model.modalities:
@@ -176,6 +178,12 @@ class SentenceTransformerEncoder:
     def _encode(self, inputs: list[Any], batch_size: int) -> np.ndarray:
         vectors = self.model.encode(inputs, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=True)
         return np.asarray(vectors, dtype=np.float32)
+
+
+def say_left_out(folder: ModelFolder, names: Iterable[str]) -> None:
+    """Name in the log the weights of another's model that its class has no place for."""
+    if left := listed(names):
+        logger.info("%s %s: of its weights are left out: %s", setting("model"), folder.name, left)
 
 
 def _check_two_towers(model_class: Any, folder: ModelFolder) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
-from llm2clip.errors import UsageError, setting
+from llm2clip.errors import LLM2CLIPError, UsageError, setting, shortened
 from llm2clip.export.card import read_scores, write_card
 from llm2clip.export.check import compare
 from llm2clip.export.config import ExportConfig
-from llm2clip.export.format import find_format
-from llm2clip.hub import cast, is_emulated, pick_device
+from llm2clip.export.format import Format, Vectors, find_format
+from llm2clip.hub import LOAD_ERRORS, cast, is_emulated, pick_device
 from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP
 from llm2clip.student.tower import load_options
@@ -60,11 +60,25 @@ def export_model(config: ExportConfig) -> Path:
         del model  # its copy in the fresh process needs the room
         gc.collect()
         torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
-        found = form.reload(out, facts, device, in_float32)
+        found = _reload(form, out, facts, device, in_float32)
         checked = compare(out, expected, found)
         logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))
         write_manifest(out, "export", config=config.settings(), **facts, checked=_rounded(checked))
     return out
+
+
+def _reload(form: Format, out: Path, facts: dict[str, Any], device: torch.device, in_float32: bool) -> Vectors:
+    """The vectors that the written folder gives.
+
+    Raises:
+        LLM2CLIPError: in one line, whatever the library that opens it says.
+    """
+    try:
+        return form.reload(out, facts, device, in_float32)
+    except (*LOAD_ERRORS, AssertionError) as error:
+        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
+            raise
+        raise LLM2CLIPError(f"{out} was written, and does not load again: {shortened(str(error))}") from error
 
 
 def _open(config: ExportConfig, device: torch.device) -> LLM2CLIP:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImagePro
 from llm2clip.artifacts import check_name
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
-from llm2clip.hub import one_line_errors, quiet_transformers
+from llm2clip.hub import drop_remote_code, listed, one_line_errors, quiet_transformers
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.tower import (
     POOLINGS,
@@ -178,6 +178,9 @@ def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
             trust_remote_code=False,
             **options,
         )
+    drop_remote_code(model)
+    if left := listed(report["unexpected_keys"]):
+        logger.info("%s: of its weights are left out: %s", tower, left)
     return model, set(report["missing_keys"])
 
 

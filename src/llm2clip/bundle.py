@@ -87,7 +87,9 @@ def _text_leg(student: Student, teacher: SentenceTransformer) -> list[torch.nn.M
                 f"hold; use {setting('to', 'transformers')} and keep the teacher beside it"
             )
     config = student.config
-    adaptor = AdaptorModule(config.teacher_dim, config.projection_dim, config.adaptor_blocks)
+    adaptor = AdaptorModule(
+        config.teacher_dim, config.projection_dim, config.adaptor_blocks, normalize=config.adaptor_norm
+    )
     adaptor.adaptor.load_state_dict(student.adaptor.state_dict())
     return [*modules, adaptor, Normalize()]
 
@@ -95,7 +97,7 @@ def _text_leg(student: Student, teacher: SentenceTransformer) -> list[torch.nn.M
 def _image_leg(
     student: Student, tower: str, options: dict[str, bool], *, image_size: tuple[int, int]
 ) -> list[torch.nn.Module]:
-    """The tower in the folder `tower`, read off as the student does, its projection, unit length."""
+    """The tower in the folder `tower`, read off as the student does, its projection if any, unit length."""
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -108,15 +110,19 @@ def _image_leg(
         modality_config={"image": {"method": "forward", "method_output_name": output}},
         module_output_name="token_embeddings" if pooling else "sentence_embedding",
     )
-    projection = Dense(
-        config.tower_dim,
-        config.projection_dim,
-        bias=False,
-        activation_function=torch.nn.Identity(),
-        init_weight=student.visual_projection.weight.detach().cpu().clone(),
-    )
-    pool = [Pooling(config.tower_dim, pooling_mode=pooling)] if pooling else []
-    return [transformer, *pool, projection, Normalize()]
+    between: list[torch.nn.Module] = [Pooling(config.tower_dim, pooling_mode=pooling)] if pooling else []
+    if isinstance(student.visual_projection, torch.nn.Linear):
+        values = {name: value.detach().cpu().clone() for name, value in student.visual_projection.named_parameters()}
+        projection = Dense(
+            config.tower_dim,
+            config.projection_dim,
+            bias="bias" in values,
+            activation_function=torch.nn.Identity(),
+            init_weight=values["weight"],
+            init_bias=values.get("bias"),
+        )
+        between.append(projection)
+    return [transformer, *between, Normalize()]
 
 
 def _read_off(student: Student, image_size: tuple[int, int]) -> tuple[str, Any]:
@@ -171,7 +177,8 @@ def bundle_parts(folder: Path, *, name: str = "") -> dict[str, Any]:
     """Where the parts of an exported folder lie, relative to it; messages call it `name`.
 
     Returns:
-        `tower`, `projection` and `adaptor`: folders; `teacher`: class and folder of each of its modules.
+        `tower`, `projection` (if the student has one) and `adaptor`: folders; `teacher`: class and folder of each of
+            its modules.
 
     Raises:
         ArtifactError: if it has no router.
@@ -198,8 +205,11 @@ def _student_of(folder: Path, parts: dict[str, Any]) -> Student:
 
     tower = Transformer.load(str(folder), subfolder=parts["tower"], model_kwargs={"use_safetensors": True}).model
     student = Student(StudentModelConfig.from_dict(read_json(folder / STUDENT_CONFIG)), tower=tower)
-    weight = load_file(folder / parts["projection"] / "model.safetensors")["linear.weight"]
-    student.visual_projection.load_state_dict({"weight": weight})
+    if student.config.projection == "linear":
+        projection = load_file(folder / parts["projection"] / "model.safetensors")
+        student.visual_projection.load_state_dict(
+            {name.removeprefix("linear."): value for name, value in projection.items()}
+        )
     adaptor = load_file(folder / parts["adaptor"] / "model.safetensors")
     student.adaptor.load_state_dict({name.removeprefix("adaptor."): value for name, value in adaptor.items()})
     return student

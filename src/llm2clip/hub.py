@@ -22,6 +22,7 @@ from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line, shortened
 from llm2clip.on_hub import model_folder
+from llm2clip.released import is_released
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +49,8 @@ class ModelFolder:
         path: where it lies on this machine; of a Hub id, its snapshot.
         name: the folder or Hub id as it was given, for messages.
         kind: "student" or "bundle" (both ours; a bundle holds its teacher too), "sentence-transformers" (our teachers
-            are such), "adapter" (peft's, on another model's weights) or "transformers".
+            are such), "adapter" (peft's, on another model's weights), "released" (a student of the paper's authors,
+            see `llm2clip.released`) or "transformers".
         config: its config.json, of an adapter its adapter_config.json; empty without one.
         manifest: its manifest.json, if llm2clip made it; else empty.
 
@@ -88,6 +90,8 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
     path = model_folder(str(name), revision=revision)
     check_finished(path, str(name))
     config, manifest = (read_json(path / file) if (path / file).exists() else {} for file in ("config.json", MANIFEST))
+    if is_released(config, (file.name for file in path.iterdir())):
+        return ModelFolder(path, str(name), "released", config, manifest)  # its pickles are read for tensors alone
     if (path / "modules.json").exists():
         kind = "bundle" if (path / STUDENT_CONFIG).exists() else "sentence-transformers"
     elif not config and (path / ADAPTER_CONFIG).exists():

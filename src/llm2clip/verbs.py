@@ -135,6 +135,12 @@ VERBS = {
         memory=("--device cpu",),
         example="llm2clip export --model student --teacher teacher --to sentence-transformers --out bundle",
     ),
+    "convert": Verb(
+        summary="write a student that the paper's authors released as one of llm2clip's own",
+        config="llm2clip.export.config:ConvertConfig",
+        function="llm2clip.export.convert:convert",
+        example="llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 --out student",
+    ),
     "demo": Verb(
         summary="the whole pipeline on generated images with mini models (in a checkout of the repository)",
         config="demo.config:DemoConfig",

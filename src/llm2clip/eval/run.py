@@ -207,7 +207,7 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         teacher.warns = False
         return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
     folder = find_model(config.model, revision=config.model_revision)
-    if folder.kind in ("student", "bundle"):
+    if folder.kind in ("student", "bundle", "released"):
         model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
         if model.teacher is None:
             wanted = model.origin.get("teacher_fingerprint", "unknown")
@@ -269,7 +269,8 @@ def open_baseline(config: EvaluateConfig, facts: Mapping[str, Any]) -> tuple[Tex
             "and give that folder"
         )
     else:
-        found = LLM2CLIP.from_pretrained(folder, **options) if folder.kind == "bundle" else open_other(folder, options)
+        ours = folder.kind in ("bundle", "released")
+        found = LLM2CLIP.from_pretrained(folder, **options) if ours else open_other(folder, options)
     found.warns = False
     return found, {"model": config.baseline}
 

@@ -1,4 +1,4 @@
-"""The settings of `export`."""
+"""The settings of `export` and `convert`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from llm2clip.config import check_choice, to_dict
 from llm2clip.errors import UsageError, setting
 from llm2clip.export.format import find_format, format_names
+from llm2clip.released import known_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class ExportConfig:
             UsageError: for an impossible value or combination.
         """
         check_choice(setting("to"), self.to, format_names())
-        if find_format(self.to).needs_teacher and self.teacher is None:
+        if find_format(self.to).needs_teacher and self.teacher is None and known_teacher(self.model) is None:
             raise UsageError(
                 f"{setting('to', self.to)} puts the teacher into the folder: add {setting('teacher', 'DIR')}"
             )
@@ -53,3 +56,22 @@ class ExportConfig:
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""
         return {key: value for key, value in to_dict(self).items() if key not in ("out", "device")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Write a student that the paper's authors released as a folder of llm2clip's own, with all its weights.
+
+    Every verb opens it without that, too. The folder is read without pickles, and says what it was made of.
+    """
+
+    model: Positional[str]
+    """The released student: a Hub id (microsoft/LLM2CLIP-Openai-L-14-336, say), or the folder of a download."""
+    out: Path
+    """Folder to write; made if it is not there."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide what is written, JSON-ready."""
+        return {key: value for key, value in to_dict(self).items() if key != "out"}

@@ -47,11 +47,11 @@ def export_model(config: ExportConfig) -> Path:
         facts = facts_of(model, config)
         if form.needs_teacher and model.teacher is None:
             raise UsageError(f"the model has no teacher; add {setting('teacher', 'DIR')}")
-        emulated = any(is_emulated(part, device) for part in _parts(model))
-        for part in _parts(model):
+        emulated = any(is_emulated(part, device) for part in model.parts)
+        for part in model.parts:
             cast(part, device)  # where its precision would be emulated: to float32
         expected = form.expect(model)
-        in_float32 = all(weight.dtype == torch.float32 for part in _parts(model) for weight in part.parameters())
+        in_float32 = all(weight.dtype == torch.float32 for part in model.parts for weight in part.parameters())
         if emulated:  # what is written is what was saved
             del model
             model = _open(config, device)
@@ -91,10 +91,6 @@ def _open(config: ExportConfig, device: torch.device) -> LLM2CLIP:
         teacher_revision=config.teacher_revision,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def _parts(model: LLM2CLIP) -> list[torch.nn.Module]:
-    return [part for part in (model.student, model.teacher) if part is not None]
 
 
 def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from llm2clip import hub
 from llm2clip.errors import UsageError, setting
 from llm2clip.hub import ModelFolder, cast, compare_weights, drop_remote_code, find_model, listed, quiet_transformers
+from llm2clip.released import known_teacher
 from llm2clip.teacher.adapter import adapter_digest, base_and_adapter, merged
 from llm2clip.teacher.chat import speaks_llama_3, strip_ends, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
@@ -311,6 +312,10 @@ def find_text_model(name: str | Path | ModelFolder, *, revision: str | None = No
         ArtifactError: if it is a teacher that is not finished.
     """
     folder = find_model(name, revision=revision)
+    if folder.kind == "released":
+        raise UsageError(
+            f"{folder.name} is a student, which sees images; give its teacher, {known_teacher(folder.name) or 'an LLM'}"
+        )
     if folder.made not in ("teacher", ""):
         raise UsageError(
             f"{folder.name} is no teacher (found: {folder.made}); give the folder that train-teacher made, or an LLM"

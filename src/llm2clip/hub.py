@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line, shortened
-from llm2clip.on_hub import model_folder
+from llm2clip.on_hub import MODULE_FOLDER, check_no_pickle, model_folder
 from llm2clip.released import is_released
 
 Config = TypeVar("Config")
@@ -36,9 +35,6 @@ LOAD_ERRORS = (
     *(AttributeError, IndexError, KeyError, TypeError),
 )
 """What loading a damaged or foreign model, and trying it, raises."""
-PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
-MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
-"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +97,9 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
         raise UsageError(f"{name} is no model: it holds {f'a {found}' if found else 'no config.json'}")
     else:
         kind = "student" if config.get("model_type") == "llm2clip" else "transformers"
-    _check_no_pickle(path, str(name))
+    inside = (file for part in model_parts(path) for file in part.iterdir())
+    check_no_pickle([file.relative_to(path).as_posix() for file in inside], str(name))
     return ModelFolder(path, str(name), kind, config, manifest)
-
-
-def _check_no_pickle(folder: Path, name: str) -> None:
-    """Raise if the weights of a model, or of one of its modules, lie in a pickle: reading one can run any code."""
-    for part in model_parts(folder):
-        pickles = [path for pattern in PICKLES for path in part.glob(pattern)]
-        if pickles and not any(part.glob("*.safetensors")):
-            raise UsageError(
-                f"{name} keeps its weights in a pickle ({pickles[0].relative_to(folder)}), which is never loaded; give "
-                "a model with safetensors, or have save_pretrained write this one again where you trust it"
-            )
 
 
 def model_parts(folder: Path) -> Iterator[Path]:

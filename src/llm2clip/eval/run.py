@@ -26,6 +26,7 @@ from llm2clip.eval.verdict import judge
 from llm2clip.hub import DTYPES, ModelFolder, find_model, pick_device
 from llm2clip.journal import LOG
 from llm2clip.metrics import similarity_profile
+from llm2clip.on_hub import cached_folder
 from llm2clip.opening import check_images_fit, check_unchanged
 from llm2clip.parts import find_part, part_names
 from llm2clip.pipeline import LLM2CLIP, Teacher
@@ -281,14 +282,11 @@ def plain_tower(name: str | None, *, revision: str | None) -> ModelFolder:
     Raises:
         UsageError: if it is not here, or has no text half.
     """
-    from huggingface_hub import snapshot_download
-
     if name is None:
         raise UsageError("the model does not say which tower it was trained from")
-    try:
-        here = name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        raise UsageError(f"the tower it was trained from, {name}, is not on this machine") from None
+    here = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
+    if here is None:
+        raise UsageError(f"the tower it was trained from, {name}, is not on this machine")
     folder = dataclasses.replace(find_model(here), name=name)
     if not {"text_config", "vision_config"} <= set(folder.config):
         raise UsageError(f"the tower it was trained from, {name}, has no text half")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from llm2clip.artifacts import check_name, read_json
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
 from llm2clip.hub import ModelFolder, drop_remote_code, find_model, listed, one_line_errors, quiet_transformers
+from llm2clip.on_hub import is_pickled
 from llm2clip.released import is_released, known_teacher, released
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.official import open_released
@@ -40,8 +43,7 @@ DEFAULT_IMAGE_SIZE = 224
 class Tower(NamedTuple):
     """A vision tower that was found and can be a student's; its weights and image processor are read from its name.
 
-    They are left to transformers, which fetches of a Hub id only what it reads, and safetensors that the Hub made
-    where a repository has none.
+    They are left to transformers, which fetches of a Hub id only what it reads.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Tower(NamedTuple):
     revision: str | None
     config: Any
     """Of its vision half."""
+    pickled: bool = False
+    """Whether its weights are a `pytorch_model.bin` alone, which is read for tensors and nothing else."""
     whole: tuple[Student, ImageTransform] | None = None
     """The student that it is a part of, if that is one of those that the paper's authors released."""
 
@@ -143,12 +147,12 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
     check_name(name, what=setting("tower"))
     if (folder := _released_folder(name, revision)) is not None:
         whole = open_released(folder)
-        return Tower(name, revision, whole[0].config.vision_config, whole)
+        return Tower(name, revision, whole[0].config.vision_config, whole=whole)
     with one_line_errors(f"{what} cannot be used"):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if is_released(config.to_dict(), []):  # a copy under another name
         whole = open_released(find_model(name, revision=revision))
-        return Tower(name, revision, whole[0].config.vision_config, whole)
+        return Tower(name, revision, whole[0].config.vision_config, whole=whole)
     if config.model_type == "llm2clip":
         raise UsageError(f"{what} is a student; write its tower with `llm2clip export --to tower` first")
     config = getattr(config, "vision_config", config)  # the vision half of CLIP-like models
@@ -159,7 +163,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
             f"{what} is no vision model (model_type {config.model_type!r}); name a CLIP, SigLIP, DINOv2, ViT or timm "
             "tower (an LLM goes to `llm2clip train-teacher --model`)"
         )
-    return Tower(name, revision, config)
+    return Tower(name, revision, config, pickled=is_pickled(name, revision=revision))
 
 
 def _released_folder(name: str, revision: str | None) -> ModelFolder | None:
@@ -226,15 +230,25 @@ def load_tower(tower: Tower, *, pooling: str) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def _no_code_from(tower: Tower) -> Iterator[None]:
+    """Say of a pickle that holds code what it is, and not how others would let it run."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise ValueError("its pytorch_model.bin holds more than tensors, which would run its code") from None
+
+
 def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
     """A model in the tower's folder, and the names of its weights that are not there."""
-    with quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
+    with quiet_transformers(), _no_code_from(tower):  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
             tower.name,
             revision=tower.revision,
             dtype=torch.float32,
             output_loading_info=True,
-            use_safetensors=True,  # never a pickle
+            use_safetensors=not tower.pickled,
+            weights_only=True,  # of a pickle the tensors, and no code
             trust_remote_code=False,
             **options,
         )

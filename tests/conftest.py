@@ -213,6 +213,7 @@ def hub(hub_server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     hub_server.repositories.clear()
     hub_server.forget()
+    hub_server.close_writing = False
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub_server.endpoint)
     template = hub_server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

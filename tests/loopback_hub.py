@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -42,6 +44,7 @@ class LoopbackHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.files: list[str] = []
+        self.close_writing = False
         hub = self
 
         class Handler(_Handler):
@@ -96,6 +99,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urllib.parse.unquote(self.path.split("?")[0])
         self.hub.requests.append((self.command, path))
+        if self.hub.close_writing and self.command == "POST":
+            return self._error(403, "Forbidden")
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path.startswith("/api/whoami"):
@@ -128,8 +133,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if repository is None:
             return None
         if what in ("", "revision"):
-            facts = {"id": name, "modelId": name, "sha": repository.commit, "private": repository.private}
+            facts: dict[str, Any] = {
+                "id": name,
+                "modelId": name,
+                "sha": repository.commit,
+                "private": repository.private,
+            }
             siblings = [{"rfilename": file} for file in sorted(repository.files)]
+            front = re.match(rb"---\n(.*?)\n---", repository.files.get("README.md", b""), re.DOTALL)
+            facts |= {"cardData": yaml.safe_load(front[1])} if front else {}
             return self._json({**facts, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings, "gated": False})
         if what == "tree":
             return self._tree(repository, below)
@@ -189,7 +201,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = "/".join(filter(None, [wanted.get("organization") or "org", wanted["name"]]))
         kind = wanted.get("type") or "model"
         if (kind, name) in self.hub.repositories:
-            return self._error(409, "RepoExists")
+            there = json.dumps({"url": f"{self.hub.endpoint}/{name}"}).encode()
+            return self._send(409, there, {"Content-Type": "application/json"})
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.hub.add(name, {}, kind=kind, private=private)
         return self._json({"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name})

@@ -237,6 +237,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "device": "= --device cpu",
     },
     "convert": dict.fromkeys(("model", "out", "model_revision"), NEW),
+    "push": dict.fromkeys(("folder", "name", "private"), NEW),
     "demo": {
         "out": PLACE,
         "seed": Because("minutes a run; base shows all its parts"),
@@ -294,6 +295,7 @@ _READS = {
 }
 ADDED: dict[str, dict[str, str]] = {
     "convert": {"*": "a new verb"},
+    "push": {"*": "a new verb"},
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
     **dict.fromkeys(("train-teacher", "build-bank", "bank add"), _READS),
     "evaluate": {**_READS, "baseline": "adds to the report; the model's own scores are as before"},

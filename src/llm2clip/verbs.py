@@ -135,6 +135,12 @@ VERBS = {
         memory=("--device cpu",),
         example="llm2clip export --model student --teacher teacher --to sentence-transformers --out bundle",
     ),
+    "push": Verb(
+        summary="put an exported folder or a teacher onto the Hub, with its card",
+        config="llm2clip.export.config:PushConfig",
+        function="llm2clip.export.push:push",
+        example="llm2clip push bundle me/my-bundle --private",
+    ),
     "convert": Verb(
         summary="write a student that the paper's authors released as one of llm2clip's own",
         config="llm2clip.export.config:ConvertConfig",

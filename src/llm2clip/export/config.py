@@ -1,4 +1,4 @@
-"""The settings of `export` and `convert`."""
+"""The settings of `export`, `convert` and `push`."""
 
 from __future__ import annotations
 
@@ -75,3 +75,28 @@ class ConvertConfig:
     def settings(self) -> dict[str, Any]:
         """The fields that decide what is written, JSON-ready."""
         return {key: value for key, value in to_dict(self).items() if key != "out"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Put an exported folder, or a teacher, onto the Hub, with a model card filled from its manifest.
+
+    The card has the folder's name there in its code, what it was made of, scores if it was exported with some, and the
+    licences of its parts, as far as their own cards state them.
+    """
+
+    folder: Positional[Path]
+    """The folder that export, train-teacher or join-teachers made."""
+    name: Positional[str]
+    """Its name on the Hub, org/name; made if it is not there."""
+    private: bool = False
+    """Let nobody else read it."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without asking the Hub.
+
+        Raises:
+            UsageError: for a name that can be none.
+        """
+        if self.name.count("/") != 1 or not all(self.name.split("/")):
+            raise UsageError(f"{setting('name')} {self.name} is no name on the Hub; give org/name")

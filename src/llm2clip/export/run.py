@@ -11,7 +11,7 @@ import torch
 
 from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
 from llm2clip.errors import LLM2CLIPError, UsageError, setting, shortened
-from llm2clip.export.card import read_scores, write_card
+from llm2clip.export.card import llm_of, read_scores, write_card
 from llm2clip.export.check import compare
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.format import Format, Vectors, find_format
@@ -35,7 +35,7 @@ def export_model(config: ExportConfig) -> Path:
         >>> export_model(settings)                                                     # doctest: +SKIP
     """
     form = find_format(config.to)
-    scores = None if config.report is None else read_scores(config.report)
+    scores, protocol = (None, []) if config.report is None else read_scores(config.report)
     out = Path(config.out)
     with open_output(out, "export", config=config.settings()):
         if is_complete(out):
@@ -56,7 +56,7 @@ def export_model(config: ExportConfig) -> Path:
             del model
             model = _open(config, device)
         form.write(model, out)
-        write_card(out, form, facts, scores=scores)
+        write_card(out, form, facts, scores=scores, protocol=protocol)
         del model  # its copy in the fresh process needs the room
         gc.collect()
         torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
@@ -106,6 +106,7 @@ def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:
         "pooling": student.pooling,
         "load_options": load_options(type(model.student.tower), student.pooling),
         "image_size": list(model.transform.image_size),
+        "llm": llm_of(config.teacher),
         **model.origin,
     }
 

@@ -19,13 +19,14 @@ class ExportConfig:
     """Write a trained student as a folder that other programs load; it is loaded again and compared before it is done.
 
     sentence-transformers: one folder that encodes texts and images. transformers: the student alone, for AutoModel;
-    texts need the teacher beside it. tower: the vision tower alone, in the format of its own family.
+    texts need the teacher beside it. tower: the vision tower alone, in the format of its own family. onnx: the tower
+    and the adaptor as graphs.
     """
 
     model: str
     """The student: a folder made by train-student, or a Hub id."""
     to: str
-    """sentence-transformers, transformers or tower."""
+    """sentence-transformers, transformers, tower or onnx (needs the extra onnx)."""
     out: Path
     """Folder to write; made if it is not there."""
     teacher: str | None = None

@@ -115,7 +115,9 @@ def card_of(folder: Path, manifest: Mapping[str, Any], name: str) -> str:
     card.data.license, card.data.license_name = "other", "those-of-its-parts"
     if bases := [part for part in parts.values() if part.count("/") == 1 and not is_place(part)]:
         card.data.base_model = bases
-    text = card.text.replace('"."', f'"{name}"').replace("  # this folder", "").replace("THIS_FOLDER", f'"{name}"')
+    fetched = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{name}")'
+    text = card.text.replace('folder = "."', fetched)  # for what opens files, and no names
+    text = text.replace('"."', f'"{name}"').replace("  # this folder", "").replace("THIS_FOLDER", f'"{name}"')
     card.text = f"{text.rstrip()}\n\n{licences}\n"
     return str(card)
 

@@ -30,8 +30,8 @@ SIZES = {
     "eval": (1_176, 9, 8.9),  # with the page of images, its verdict and the baseline; scores are beside the metrics
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (725, 8, 13.1),
-    "export/formats": (400, 5, 15.1),  # a format's imports are inside its functions
-    "*": (20_010, 128, 7.8),
+    "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
+    "*": (20_200, 129, 7.8),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -82,6 +82,7 @@ TESTED_IN: dict[str, str | None] = {
     "export/config.py": "export/test_run.py",
     "export/format.py": "export/test_run.py",
     "export/formats/onnx.py": "export/test_onnx.py",
+    "export/formats/open_clip.py": "export/test_open_clip.py",
     "export/formats/sentence_transformers.py": "export/test_run.py",
     "export/formats/tower.py": "export/test_towers.py",
     "export/formats/transformers.py": "export/test_towers.py",

@@ -295,7 +295,7 @@ FORMAT = Format(
 def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llm2clip.export import formats
 
-    assert format_names() == ["onnx", "sentence-transformers", "tower", "transformers"]
+    assert format_names() == ["onnx", "open-clip", "sentence-transformers", "tower", "transformers"]
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a_number.py").write_text(DUMMY)
     with monkeypatch.context() as added:
@@ -304,7 +304,7 @@ def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatc
         out = export_model(ExportConfig(model=str(finished_student), to="a-number", out=tmp_path / "out"))
         assert (out / "number.txt").read_text() == "1" and "# A number\n\nOne of " in (out / "README.md").read_text()
         assert json.loads((out / "manifest.json").read_text())["checked"] == {"image": 1.0}
-    with pytest.raises(UsageError, match="'a-number' is unknown; choose from onnx, sentence-transformers, tower"):
+    with pytest.raises(UsageError, match="'a-number' is unknown; choose from onnx, open-clip, sentence-transformers"):
         ExportConfig(model=str(finished_student), to="a-number", out=out)
 
 
@@ -356,7 +356,7 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sentence-transformers", "transformers", "tower", "onnx"])
+@pytest.mark.parametrize("kind", ["sentence-transformers", "transformers", "tower", "onnx", "open-clip"])
 def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
     write_card(tmp_path, find_format(kind), {**FACTS, "to": kind}, scores={"b/r@1": 0.25, "a/r@1": 0.5})
     card = (tmp_path / "README.md").read_text()
@@ -365,6 +365,7 @@ def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
         "transformers": ("transformers", "image-feature-extraction"),
         "tower": ("transformers", "image-feature-extraction"),
         "onnx": ("onnx", "image-feature-extraction"),
+        "open-clip": ("open_clip", "zero-shot-image-classification"),
     }[kind]
     assert card.startswith(f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- llm2clip\n")
     assert "images of 336 x 224 px" in card

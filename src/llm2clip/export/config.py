@@ -20,13 +20,13 @@ class ExportConfig:
 
     sentence-transformers: one folder that encodes texts and images. transformers: the student alone, for AutoModel;
     texts need the teacher beside it. tower: the vision tower alone, in the format of its own family. onnx: the tower
-    and the adaptor as graphs.
+    and the adaptor as graphs. open-clip: the image half, for open_clip.
     """
 
     model: str
     """The student: a folder made by train-student, or a Hub id."""
     to: str
-    """sentence-transformers, transformers, tower or onnx (needs the extra onnx)."""
+    """sentence-transformers, transformers, tower, onnx (needs the extra onnx) or open-clip (needs open_clip_torch)."""
     out: Path
     """Folder to write; made if it is not there."""
     teacher: str | None = None

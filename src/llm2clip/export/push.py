@@ -117,7 +117,12 @@ def card_of(folder: Path, manifest: Mapping[str, Any], name: str) -> str:
         card.data.base_model = bases
     fetched = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{name}")'
     text = card.text.replace('folder = "."', fetched)  # for what opens files, and no names
-    text = text.replace('"."', f'"{name}"').replace("  # this folder", "").replace("THIS_FOLDER", f'"{name}"')
+    text = (
+        text.replace("local-dir:.", f"hf-hub:{name}")
+        .replace('"."', f'"{name}"')
+        .replace("  # this folder", "")
+        .replace("THIS_FOLDER", f'"{name}"')
+    )
     card.text = f"{text.rstrip()}\n\n{licences}\n"
     return str(card)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, and a child waits f
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LLM2CLIP_TEST_GPUS", ""))
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.loopback_hub import LoopbackHub
 
 REQUIRED = "LLM2CLIP_TEST_REQUIRE"
 """Packages (a list with commas) whose absence stops the tests, where the tests that need them would be skipped."""
@@ -188,3 +193,34 @@ def renames(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", rename)
     return seen
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[LoopbackHub]:
+    """A Hub on this machine, for the whole session; see `hub`."""
+    from tests.loopback_hub import LoopbackHub
+
+    server = LoopbackHub()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(hub_server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """An empty Hub, which all libraries of this process go to, with empty caches."""
+    import datasets
+    from huggingface_hub import constants, hf_api
+
+    hub_server.repositories.clear()
+    hub_server.forget()
+    hub_server.close_writing = False
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.endpoint)
+    template = hub_server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(hf_api.api, "endpoint", hub_server.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub_server.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    return hub_server

@@ -269,3 +269,17 @@ def test_protocols(model: LLM2CLIP, finished_teacher: Path) -> None:
     teacher = Teacher.from_pretrained(finished_teacher)
     assert isinstance(model, ImageTextEncoder) and isinstance(teacher, TextEncoder)
     assert not isinstance(teacher, ImageEncoder)
+
+
+def test_texts_are_read_as_captions_of_a_table_are(
+    finished_student: Path, finished_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """White space around a text is no part of it, whatever the teacher would make of it."""
+    model = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    read: list[str] = []
+    encode = model.teacher.encode
+    monkeypatch.setattr(
+        model.teacher, "encode", lambda texts, **options: read.extend(texts) or encode(texts, **options)
+    )
+    np.testing.assert_array_equal(model.encode_text([" a red disc \n"]), model.encode_text(["a red disc"]))
+    assert read == ["a red disc"] * 2

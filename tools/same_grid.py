@@ -16,6 +16,7 @@ class Because(str):
 HUB = Because("names a commit on the Hub or runs code from it; there is no network here")
 PLACE = Because("every row has a folder of its own")
 GPU = Because("needs a GPU")
+NEW = Because("the old code lacks the verb")
 BASE = Because("is in the usual words of every row of the verb")
 SOURCE = {
     "data": [f"= --data $S/captions.{kind}" for kind in ("tsv", "jsonl", "parquet")]
@@ -236,6 +237,8 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "trust_remote_code": HUB,
         "device": "= --device cpu",
     },
+    "convert": dict.fromkeys(("model", "out", "model_revision"), NEW),
+    "push": dict.fromkeys(("folder", "name", "private"), NEW),
     "demo": {
         "out": PLACE,
         "seed": Because("minutes a run; base shows all its parts"),
@@ -292,6 +295,8 @@ _READS = {
     "image_root": "images beside the table as before, where it is not given",
 }
 ADDED: dict[str, dict[str, str]] = {
+    "convert": {"*": "a new verb"},
+    "push": {"*": "a new verb"},
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
     **dict.fromkeys(("train-teacher", "build-bank", "bank add"), _READS),
     "evaluate": {

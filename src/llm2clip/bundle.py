@@ -15,7 +15,7 @@ import torch
 
 from llm2clip.artifacts import read_json, write_json
 from llm2clip.errors import ArtifactError, UsageError, one_line, setting
-from llm2clip.hub import LOAD_ERRORS, STUDENT_CONFIG, ModelFolder, cast, missing_weights
+from llm2clip.hub import LOAD_ERRORS, STUDENT_CONFIG, ModelFolder, cast, compare_weights, listed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -53,8 +53,7 @@ def save_bundle(
 
     options = load_options(type(student.tower), student.config.pooling)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tower-") as tower:
-        student.tower.save_pretrained(tower)
-        transform.save(Path(tower))
+        transform.save_with(student.tower, Path(tower))
         legs = {
             "text": _text_leg(student, teacher),
             "image": _image_leg(student, tower, options, image_size=transform.image_size),
@@ -88,7 +87,9 @@ def _text_leg(student: Student, teacher: SentenceTransformer) -> list[torch.nn.M
                 f"hold; use {setting('to', 'transformers')} and keep the teacher beside it"
             )
     config = student.config
-    adaptor = AdaptorModule(config.teacher_dim, config.projection_dim, config.adaptor_blocks)
+    adaptor = AdaptorModule(
+        config.teacher_dim, config.projection_dim, config.adaptor_blocks, normalize=config.adaptor_norm
+    )
     adaptor.adaptor.load_state_dict(student.adaptor.state_dict())
     return [*modules, adaptor, Normalize()]
 
@@ -96,7 +97,7 @@ def _text_leg(student: Student, teacher: SentenceTransformer) -> list[torch.nn.M
 def _image_leg(
     student: Student, tower: str, options: dict[str, bool], *, image_size: tuple[int, int]
 ) -> list[torch.nn.Module]:
-    """The tower in the folder `tower`, read off as the student does, its projection, unit length."""
+    """The tower in the folder `tower`, read off as the student does, its projection if any, unit length."""
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -109,15 +110,19 @@ def _image_leg(
         modality_config={"image": {"method": "forward", "method_output_name": output}},
         module_output_name="token_embeddings" if pooling else "sentence_embedding",
     )
-    projection = Dense(
-        config.tower_dim,
-        config.projection_dim,
-        bias=False,
-        activation_function=torch.nn.Identity(),
-        init_weight=student.visual_projection.weight.detach().cpu().clone(),
-    )
-    pool = [Pooling(config.tower_dim, pooling_mode=pooling)] if pooling else []
-    return [transformer, *pool, projection, Normalize()]
+    between: list[torch.nn.Module] = [Pooling(config.tower_dim, pooling_mode=pooling)] if pooling else []
+    if isinstance(student.visual_projection, torch.nn.Linear):
+        values = {name: value.detach().cpu().clone() for name, value in student.visual_projection.named_parameters()}
+        projection = Dense(
+            config.tower_dim,
+            config.projection_dim,
+            bias="bias" in values,
+            activation_function=torch.nn.Identity(),
+            init_weight=values["weight"],
+            init_bias=values.get("bias"),
+        )
+        between.append(projection)
+    return [transformer, *between, Normalize()]
 
 
 def _read_off(student: Student, image_size: tuple[int, int]) -> tuple[str, Any]:
@@ -132,10 +137,11 @@ def _read_off(student: Student, image_size: tuple[int, int]) -> tuple[str, Any]:
 
 
 def _prompts(teacher: Any, prompt: str | None) -> tuple[dict[str, str] | None, str | None]:
-    """The prompts of the folder and the name of the one put before every text."""
-    if prompt:
-        return {"caption": prompt}, "caption"
-    return teacher.prompts or None, teacher.default_prompt_name if prompt is None else None
+    """The prompts of the folder, all of them what the adaptor knows, and the name of the one put before every text."""
+    from llm2clip.teacher.model import prompts_of
+
+    prompts = prompts_of(prompt if prompt is not None else teacher.prompts.get(teacher.default_prompt_name or "") or "")
+    return prompts, "caption" if prompts else None
 
 
 def open_bundle(
@@ -149,34 +155,37 @@ def open_bundle(
     """
     from llm2clip.student.transform import ImageTransform
 
-    parts = bundle_parts(folder.path)
+    parts = bundle_parts(folder.path, name=folder.name)
     try:
         student: Any = _student_of(folder.path, parts)
-        teacher: Any = _teacher_of(folder.path, parts)
-        missing = [name for model in (student.tower, teacher) for name in missing_weights(model, folder.path)]
+        teacher: Any = _teacher_of(folder, parts)
+        (missing, left), (others, more) = (compare_weights(part, folder.path) for part in (student.tower, teacher))
     except LOAD_ERRORS as error:
         if isinstance(error, UsageError):
             raise
         raise ArtifactError(f"{folder.name} cannot be loaded: {one_line(error)}; export it again") from None
-    if missing:
-        raise ArtifactError(f"{folder.name} lacks weights, such as {missing[0]}; export it again")
-    transform = ImageTransform.from_pretrained(folder.path / parts["tower"])
+    if missing or others:
+        raise ArtifactError(f"{folder.name} lacks weights, such as {[*missing, *others][0]}; export it again")
+    if left or more:
+        raise ArtifactError(f"{folder.name} holds weights that its models do not have: {listed([*left, *more])}")
+    transform = ImageTransform.from_pretrained(folder.path / parts["tower"], name=folder.name)
     student, teacher = (cast(model, device, dtype).eval() for model in (student, teacher))
     return student, transform, teacher
 
 
-def bundle_parts(folder: Path) -> dict[str, Any]:
-    """Where the parts of an exported folder lie, relative to it.
+def bundle_parts(folder: Path, *, name: str = "") -> dict[str, Any]:
+    """Where the parts of an exported folder lie, relative to it; messages call it `name`.
 
     Returns:
-        `tower`, `projection` and `adaptor`: folders; `teacher`: class and folder of each of its modules.
+        `tower`, `projection` (if the student has one) and `adaptor`: folders; `teacher`: class and folder of each of
+            its modules.
 
     Raises:
         ArtifactError: if it has no router.
     """
     router = next(folder.rglob(ROUTER), None)
     if router is None:
-        raise ArtifactError(f"{folder} holds no {ROUTER}; export it again")
+        raise ArtifactError(f"{name or folder} holds no {ROUTER}; export it again")
     settings, root = read_json(router), router.parent.relative_to(folder)
     place = {name: (root / name).as_posix() for name in settings["types"]}
     image, text = settings["structure"]["image"], settings["structure"]["text"]
@@ -196,17 +205,20 @@ def _student_of(folder: Path, parts: dict[str, Any]) -> Student:
 
     tower = Transformer.load(str(folder), subfolder=parts["tower"], model_kwargs={"use_safetensors": True}).model
     student = Student(StudentModelConfig.from_dict(read_json(folder / STUDENT_CONFIG)), tower=tower)
-    weight = load_file(folder / parts["projection"] / "model.safetensors")["linear.weight"]
-    student.visual_projection.load_state_dict({"weight": weight})
+    if student.config.projection == "linear":
+        projection = load_file(folder / parts["projection"] / "model.safetensors")
+        student.visual_projection.load_state_dict(
+            {name.removeprefix("linear."): value for name, value in projection.items()}
+        )
     adaptor = load_file(folder / parts["adaptor"] / "model.safetensors")
     student.adaptor.load_state_dict({name.removeprefix("adaptor."): value for name, value in adaptor.items()})
     return student
 
 
-def _teacher_of(folder: Path, parts: dict[str, Any]) -> SentenceTransformer:
+def _teacher_of(folder: ModelFolder, parts: dict[str, Any]) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    facts = read_json(folder / "config_sentence_transformers.json")
+    facts = read_json(folder.path / "config_sentence_transformers.json")
     return SentenceTransformer(
         modules=[_load_module(folder, kind, place) for kind, place in parts["teacher"]],
         prompts=facts.get("prompts"),
@@ -215,18 +227,18 @@ def _teacher_of(folder: Path, parts: dict[str, Any]) -> SentenceTransformer:
     )
 
 
-def _load_module(folder: Path, kind: str, place: str) -> Any:
+def _load_module(folder: ModelFolder, kind: str, place: str) -> Any:
     """One of a teacher's modules, if it is sentence-transformers' own or ours."""
     from sentence_transformers.util import import_from_string
 
     from llm2clip.teacher.joined_module import Joined
 
     if kind == f"{Joined.__module__}.{Joined.__name__}":
-        return Joined.load(str(folder), subfolder=place)
+        return Joined.load(str(folder.path), subfolder=place)
     if not kind.startswith("sentence_transformers."):
         raise UsageError(
-            f"{folder}: the teacher in it has a module of its own ({kind}); open the folder with "
+            f"{folder.name}: the teacher in it has a module of its own ({kind}); open the folder with "
             "SentenceTransformer(folder, trust_remote_code=True) if you trust it"
         )
     module: Any = import_from_string(kind)
-    return module.load(str(folder), subfolder=place)
+    return module.load(str(folder.path), subfolder=place)

@@ -12,6 +12,7 @@ Every message is one line: what was wrong, its value, and what to do about it.
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -104,6 +105,15 @@ def shown(value: object, *, most: int = 80) -> str:
     """
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 1]}... ({len(text):,} characters)"
+
+
+def shortened(text: str, *, most: int = 300) -> str:
+    r"""What another library says, in one line of at most `most` characters that ends with a whole word.
+
+    >>> shortened("is no model,\nread the docs", most=16)
+    'is no model, ...'
+    """
+    return textwrap.shorten(text, most, placeholder=" ...")
 
 
 def one_line(error: BaseException) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,22 +19,22 @@ from safetensors import SafetensorError
 
 from llm2clip.artifacts import MANIFEST, RUN, check_finished, made_as, read_json
 from llm2clip.compat import cpu_has_bf16
-from llm2clip.errors import LLM2CLIPError, UsageError, one_line
-from llm2clip.on_hub import model_folder
+from llm2clip.errors import LLM2CLIPError, UsageError, one_line, shortened
+from llm2clip.on_hub import MODULE_FOLDER, check_no_pickle, model_folder
+from llm2clip.released import is_released
 
 Config = TypeVar("Config")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each precision that a setting can name, but for "auto"."""
 STUDENT_CONFIG = "student_config.json"
 """What an exported bundle keeps of its student's config; no other SentenceTransformer has it."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""What peft writes beside an adapter's weights."""
 LOAD_ERRORS = (
     *(OSError, ValueError, RuntimeError, ImportError, SafetensorError),
     *(AttributeError, IndexError, KeyError, TypeError),
 )
 """What loading a damaged or foreign model, and trying it, raises."""
-PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
-MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
-"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class ModelFolder:
         path: where it lies on this machine; of a Hub id, its snapshot.
         name: the folder or Hub id as it was given, for messages.
         kind: "student" or "bundle" (both ours; a bundle holds its teacher too), "sentence-transformers" (our teachers
-            are such), or "transformers".
-        config: its config.json; empty without one.
+            are such), "adapter" (peft's, on another model's weights), "released" (a student of the paper's authors,
+            see `llm2clip.released`) or "transformers".
+        config: its config.json, of an adapter its adapter_config.json; empty without one.
         manifest: its manifest.json, if llm2clip made it; else empty.
 
     Example:
@@ -85,26 +86,20 @@ def find_model(name: str | Path | ModelFolder, *, revision: str | None = None) -
     path = model_folder(str(name), revision=revision)
     check_finished(path, str(name))
     config, manifest = (read_json(path / file) if (path / file).exists() else {} for file in ("config.json", MANIFEST))
+    if is_released(config, (file.name for file in path.iterdir())):
+        return ModelFolder(path, str(name), "released", config, manifest)  # its pickles are read for tensors alone
     if (path / "modules.json").exists():
         kind = "bundle" if (path / STUDENT_CONFIG).exists() else "sentence-transformers"
+    elif not config and (path / ADAPTER_CONFIG).exists():
+        kind, config = "adapter", read_json(path / ADAPTER_CONFIG)
     elif not config:
         found = made_as(manifest)
         raise UsageError(f"{name} is no model: it holds {f'a {found}' if found else 'no config.json'}")
     else:
         kind = "student" if config.get("model_type") == "llm2clip" else "transformers"
-    _check_no_pickle(path, str(name))
+    inside = (file for part in model_parts(path) for file in part.iterdir())
+    check_no_pickle([file.relative_to(path).as_posix() for file in inside], str(name))
     return ModelFolder(path, str(name), kind, config, manifest)
-
-
-def _check_no_pickle(folder: Path, name: str) -> None:
-    """Raise if the weights of a model, or of one of its modules, lie in a pickle: reading one can run any code."""
-    for part in model_parts(folder):
-        pickles = [path for pattern in PICKLES for path in part.glob(pattern)]
-        if pickles and not any(part.glob("*.safetensors")):
-            raise UsageError(
-                f"{name} keeps its weights in a pickle ({pickles[0].relative_to(folder)}), which is never loaded; give "
-                "a model with safetensors, or have save_pretrained write this one again where you trust it"
-            )
 
 
 def model_parts(folder: Path) -> Iterator[Path]:
@@ -114,11 +109,12 @@ def model_parts(folder: Path) -> Iterator[Path]:
         yield from model_parts(module)
 
 
-def missing_weights(model: torch.nn.Module, folder: Path) -> list[str]:
-    """The weights of the transformers models in `model` that the files in `folder` lack: they were drawn at random.
+def compare_weights(model: torch.nn.Module, folder: Path) -> tuple[list[str], list[str]]:
+    """The weights of the transformers models in `model` that the files in `folder` lack, and those they hold beyond.
 
-    Each part is opened once more without its numbers, by the class that `model` has for it, for transformers to say
-    what it misses. Poolers may be missing: many encoders are saved without.
+    What is lacking was drawn at random. Each part is opened once more without its numbers, by the class that `model`
+    has for it, for transformers to say so. Poolers may be missing: many encoders are saved without. An LLM's output
+    layer may be there: most are saved with it.
     """
     from transformers import PreTrainedModel
 
@@ -127,6 +123,7 @@ def missing_weights(model: torch.nn.Module, folder: Path) -> list[str]:
         if isinstance(module, PreTrainedModel):
             classes.setdefault(module.config.model_type, type(module))
     missing: list[str] = []
+    left: list[str] = []
     for part in model_parts(folder):
         config = read_json(part / "config.json") if (part / "config.json").exists() else {}
         kind = config.get("model_type", "")
@@ -136,7 +133,36 @@ def missing_weights(model: torch.nn.Module, folder: Path) -> list[str]:
             with quiet_transformers(bars=False):
                 _, report = classes[kind].from_pretrained(part, **options)
             missing += sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    return missing
+            left += sorted(name for name in report["unexpected_keys"] if not name.startswith("lm_head."))
+    return missing, left
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of weights by their first part, as a message lists them.
+
+    >>> listed(["text_model.a.weight", "text_model.a.bias", "logit_scale"])
+    'logit_scale, text_model (2 weights)'
+    """
+    counts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(name if number == 1 else f"{name} ({number} weights)" for name, number in sorted(counts.items()))
+
+
+def drop_remote_code(model: torch.nn.Module) -> None:
+    """Let the configs in `model` name no code of others where transformers' own classes run, so that none is saved.
+
+    A folder that names some is not opened without a network and `trust_remote_code`, or runs it.
+    """
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module).__module__.startswith("transformers."):
+            module.config.architectures = [type(module).__name__]
+            for config in (module.config, *vars(module.config).values()):
+                if isinstance(config, PreTrainedConfig):
+                    vars(config).pop("auto_map", None)
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if type(tokenizer).__module__.startswith("transformers."):
+            tokenizer.init_kwargs.pop("auto_map", None)
 
 
 @contextlib.contextmanager
@@ -167,7 +193,7 @@ def one_line_errors(what: str) -> Iterator[None]:
     except LOAD_ERRORS as error:
         if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
             raise
-        raise UsageError(f"{what}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        raise UsageError(f"{what}: {shortened(str(error)) or type(error).__name__}") from error
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

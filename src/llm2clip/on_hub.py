@@ -7,17 +7,27 @@ should not have to wait for that.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import glob
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import check_name
+from llm2clip.artifacts import check_name, read_json
 from llm2clip.errors import UsageError, one_line
+from llm2clip.released import is_released, weight_files
 
 SECONDS = 2.5
 """How long the Hub has to answer."""
-NOT_READ = ("*.gguf", "*.onnx", "original/*")
-"""Other formats of the weights that a model's repository may hold, as large again."""
+OTHERS = re.compile(r"(original|onnx|openvino|coreml|gguf|runs|checkpoint-\d+)/")
+"""Folders of a model's repository with what other programs read."""
+WEIGHTS = ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .gguf .onnx .onnx_data .tflite .npz".split()
+"""Endings of weights; a repository may hold the same ones in several formats, each as large as the others."""
+READ = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors")
+"""The weights that transformers and peft read, where there are others beside them (of half the precision, say)."""
+PICKLED = re.compile(r"pytorch_model.*\.bin|adapter_model\.bin")
+MODULE_FOLDER = re.compile(r"(.+_)?\d+_\w+")
+"""What sentence-transformers calls the folder of a module ("1_Pooling"), or of one in a Router ("query_0_Dense")."""
 
 
 def check_model(name: str, *, revision: str | None = None, what: str = "") -> None:
@@ -31,7 +41,7 @@ def check_model(name: str, *, revision: str | None = None, what: str = "") -> No
         UsageError: with what to do.
     """
     check_name(name, what=what)
-    if Path(name).is_dir() or _cached(name, revision) is not None:
+    if Path(name).is_dir() or cached_folder(name, revision) is not None:
         return
     given = f"{what} {name}".lstrip()
     if why := unreachable(name, revision=revision, given=given):
@@ -49,14 +59,74 @@ def model_folder(name: str, *, revision: str | None = None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    if why := unreachable(name, revision=revision):
-        if (cached := _cached(name, revision)) is None:
+    files, why = _look_up(name, revision=revision)
+    if why:
+        if (cached := cached_folder(name, revision)) is None:
             raise UsageError(f"{name} is no folder here, and {why}")
         return cached
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=list(NOT_READ)))
+        wanted = files_to_read(files, _config(name, revision) if "config.json" in files else {})
+        if not any(Path(file).suffix in WEIGHTS for file in wanted):
+            check_no_pickle(files, name)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]))
+    except UsageError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{name} cannot be fetched from the Hub: {one_line(error)}") from None
+
+
+def _config(name: str, revision: str | None) -> Mapping[str, Any]:
+    """The `config.json` of a Hub id, which says what its other files are."""
+    from huggingface_hub import hf_hub_download
+
+    return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))  # type: ignore[no-any-return]
+
+
+def files_to_read(files: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """Of a model's files those that are read: its weights in one format, and what is no weight.
+
+    >>> files_to_read(["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx"], {})
+    ['config.json', 'model.safetensors']
+    """
+    files = [file for file in files if not OTHERS.match(file)]
+    plain = [file for file in files if Path(file).suffix not in WEIGHTS]
+    if is_released(config, files):
+        return plain + weight_files(config, files)
+    weights = []
+    for folder in sorted({str(Path(file).parent) for file in files}):
+        own = [file for file in files if str(Path(file).parent) == folder and file.endswith(".safetensors")]
+        weights += [file for file in own if READ.fullmatch(Path(file).name)] or own
+    return plain + weights
+
+
+def check_no_pickle(files: Sequence[str], name: str) -> None:
+    """Raise if the weights of a model, or of one of its modules, lie in a pickle: reading one can run any code.
+
+    Args:
+        files: relative to the model's folder; what lies in folders that are no module's is not looked at.
+
+    Raises:
+        UsageError: naming the pickle.
+    """
+    for file in sorted(files):
+        folder = Path(file).parent
+        is_part = all(MODULE_FOLDER.fullmatch(part) for part in folder.parts)
+        beside = [each for each in files if Path(each).parent == folder and each.endswith(".safetensors")]
+        if is_part and PICKLED.fullmatch(Path(file).name) and not beside:
+            raise UsageError(
+                f"{name} keeps its weights in a pickle ({file}), which is never loaded; give a model with safetensors, "
+                "or have save_pretrained write this one again where you trust it"
+            )
+
+
+def is_pickled(name: str, *, revision: str | None = None) -> bool:
+    """Whether the weights in a folder, or of a Hub id, are there as `pytorch_model.bin` alone."""
+    here = Path(name) if Path(name).is_dir() else None
+    files, why = ([], "") if here else _look_up(name, revision=revision)
+    if here or why:
+        folder = here or cached_folder(name, revision)
+        files = [path.name for path in folder.iterdir()] if folder else []
+    return any(PICKLED.fullmatch(file) for file in files) and not any(file.endswith(".safetensors") for file in files)
 
 
 def unreachable(name: str, *, revision: str | None = None, kind: str = "model", given: str = "") -> str:
@@ -68,12 +138,17 @@ def unreachable(name: str, *, revision: str | None = None, kind: str = "model", 
     Raises:
         UsageError: if it has none of that name.
     """
+    return _look_up(name, revision=revision, kind=kind, given=given)[1]
+
+
+def _look_up(name: str, *, revision: str | None = None, kind: str = "model", given: str = "") -> tuple[list[str], str]:
+    """The files of a model or dataset on the Hub; or none, and why it cannot be asked. See `unreachable`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     here = f"{given or name} is no folder here, and" if kind == "model" else f"{given or name}:"
     try:
-        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=SECONDS)
+        found = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=SECONDS)
     except RevisionNotFoundError:
         raise UsageError(f"{here} the Hub has no revision {revision!r} of it; look at its branches and tags") from None
     except ValueError as error:  # no name at all
@@ -82,8 +157,8 @@ def unreachable(name: str, *, revision: str | None = None, kind: str = "model", 
         if isinstance(error, RepositoryNotFoundError) or _status(error) == 404:
             advice = "look at its spelling; a private or gated one needs: hf auth login"
             raise UsageError(f"{here} the Hub has no {kind} of that name that you may read; {advice}") from None
-        return f"the Hub cannot be reached ({one_line(error)}); give what lies here, or go where there is a network"
-    return ""
+        return [], f"the Hub cannot be reached ({one_line(error)}); give what lies here, or go where there is a network"
+    return [file.rfilename for file in getattr(found, "siblings", None) or []], ""
 
 
 def _status(error: Exception) -> int:
@@ -91,12 +166,14 @@ def _status(error: Exception) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def cached_folder(name: str, revision: str | None) -> Path | None:
     """The snapshot of a Hub id on this machine, as far as it was downloaded."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        # of which files there must be only the first is asked for: what is not read was not downloaded
+        options: dict[str, Any] = {"local_files_only": True, "allow_patterns": ["config.json"]}
+        return Path(snapshot_download(name, revision=revision, **options))
     except (OSError, ValueError):
         return None
 

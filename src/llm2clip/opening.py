@@ -10,7 +10,8 @@ import torch
 
 from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import ArtifactError, UsageError, one_line, setting
-from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast
+from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast, drop_remote_code, listed
+from llm2clip.released import released
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -56,13 +57,24 @@ def check_images_fit(folder: ModelFolder) -> None:
             raise UsageError(f"{setting('model')} {folder.name} is {family.refused}")
 
 
-def origin_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a student's or an export's manifest, what says where the model comes from."""
+def origin_of(manifest: Mapping[str, Any], folder: ModelFolder | None = None) -> dict[str, Any]:
+    """Of a student's or an export's manifest, what says where the model comes from; of a released one, its name."""
     config = manifest.get("config", {})
-    kept = ["fingerprint", "teacher_fingerprint", "prompt", "tower", "tower_revision", "kinds"]
+    kept = ["fingerprint", "teacher_fingerprint", "prompt", "source", "teacher", "tower", "tower_revision", "kinds"]
     kept += ["steps", "num_samples", "batch_size"]
     found = {name: manifest.get(name, config.get(name)) for name in kept}
+    if not isinstance(found["teacher"], str):  # of some runs the setting that names one is of another kind
+        found["teacher"] = None
+    if folder is not None and folder.kind == "released":
+        known = released(folder.name)
+        found |= {"source": source_of(folder), **({} if known is None else known._asdict())}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def source_of(folder: ModelFolder) -> str:
+    """A model's name, with the commit where it is a snapshot of the Hub's cache."""
+    is_snapshot = folder.path.parent.name == "snapshots"
+    return f"{folder.name}@{folder.path.name}" if is_snapshot else Path(folder.name).name
 
 
 def check_unchanged(out: Path, model: str | Path, before: str | None) -> None:
@@ -90,8 +102,12 @@ def open_student(
         ArtifactError: if it is damaged or lacks weights.
     """
     from llm2clip.student.model import Student
+    from llm2clip.student.official import open_released
     from llm2clip.student.transform import ImageTransform
 
+    if folder.kind == "released":
+        model, transform = open_released(folder)
+        return cast(model, device, dtype), transform
     if folder.kind != "student":
         found = folder.made or f"a model for {folder.kind}"
         raise UsageError(
@@ -110,4 +126,10 @@ def open_student(
         raise ArtifactError(
             f"{folder.name}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
         )
-    return cast(model, device, dtype).eval(), ImageTransform.from_pretrained(folder.path)
+    if report["unexpected_keys"]:
+        raise ArtifactError(
+            f"{folder.name} holds weights that the student does not have: {listed(report['unexpected_keys'])}"
+        )
+    drop_remote_code(model)
+    model = cast(model, device, dtype).eval()
+    return model, ImageTransform.from_pretrained(folder.path, name=folder.name)

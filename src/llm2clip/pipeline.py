@@ -9,7 +9,7 @@ Letters: N images or texts, T teacher width, D shared width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -71,7 +71,8 @@ class LLM2CLIP(CountsCuts):
     Args:
         student: tower, projection and adaptor.
         transform: how images are resized and cropped for it.
-        teacher: gives the vectors that the adaptor reads; None if only images will be encoded.
+        teacher: gives the vectors that the adaptor reads, or a function that opens it at the first text; None if only
+            images will be encoded.
         prompt: what the bank put before each caption; None for the teacher's own default.
         origin: what the model's manifest says of where it comes from.
 
@@ -87,12 +88,13 @@ class LLM2CLIP(CountsCuts):
         self,
         student: Student,
         transform: ImageTransform,
-        teacher: SentenceTransformer | None = None,
+        teacher: SentenceTransformer | Callable[[], SentenceTransformer] | None = None,
         *,
         prompt: str | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
-        self.student, self.transform, self.teacher, self.prompt = student.eval(), transform, teacher, prompt
+        self.student, self.transform, self.prompt = student.eval(), transform, prompt
+        self._teacher: Any = teacher
         self.origin = dict(origin or {})
 
     @classmethod
@@ -108,6 +110,9 @@ class LLM2CLIP(CountsCuts):
         trust_remote_code: bool = False,
     ) -> LLM2CLIP:
         """Load a student's folder or Hub id, or one exported for sentence-transformers, which needs no teacher.
+
+        Of the students that the paper's authors released (`microsoft/LLM2CLIP-Openai-L-14-336` and others) the teacher
+        is known; it is opened at the first text.
 
         Args:
             student: the model.
@@ -125,19 +130,37 @@ class LLM2CLIP(CountsCuts):
         from llm2clip.teacher.model import load_teacher
 
         folder, device = find_model(student, revision=revision), pick_device(device)
-        origin = origin_of(folder.manifest)
+        origin = origin_of(folder.manifest, folder)
         if folder.kind == "bundle":
             if teacher is not None:
                 raise UsageError(f"{folder.name} holds its own teacher; leave the teacher {teacher} out")
             return cls(*open_bundle(folder, device=device, dtype=dtype), origin=origin)
         model, transform = open_student(folder, device=device, dtype=dtype)
-        if teacher is None:
+        prompt, name = folder.manifest.get("prompt"), teacher or origin.get("teacher")
+        if name is None:
             return cls(model, transform, origin=origin)
-        text = load_teacher(
-            teacher, revision=teacher_revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        check_match(model, folder, text, teacher_name=teacher)
-        return cls(model, transform, text, prompt=folder.manifest.get("prompt"), origin=origin)
+
+        def load() -> SentenceTransformer:
+            text = load_teacher(
+                name, revision=teacher_revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            check_match(model, folder, text, teacher_name=name)
+            return text
+
+        return cls(model, transform, load() if teacher is not None else load, prompt=prompt, origin=origin)
+
+    @property
+    def teacher(self) -> SentenceTransformer | None:
+        """The teacher, opened now if it was not yet; None without one."""
+        if self._teacher is not None and not isinstance(self._teacher, torch.nn.Module):
+            self._teacher = self._teacher()
+        teacher: Any = self._teacher
+        return teacher
+
+    @property
+    def parts(self) -> list[torch.nn.Module]:
+        """The student, and the teacher if it is open."""
+        return [self.student, *([self._teacher] if isinstance(self._teacher, torch.nn.Module) else [])]
 
     @property
     def dim(self) -> int:
@@ -147,7 +170,7 @@ class LLM2CLIP(CountsCuts):
     @property
     def device(self) -> torch.device:
         """Where the student lies."""
-        return self.student.visual_projection.weight.device
+        return self.student.adaptor.projection.weight.device
 
     def prepare_image(self, image: ImageInput) -> Tensor:
         """The pixels uint8 [3, H, W] that the tower sees of an image; such pixels stay as they are.
@@ -194,10 +217,11 @@ class LLM2CLIP(CountsCuts):
         Raises:
             UsageError: if the model was loaded without its teacher, or something is no text.
         """
-        if self.teacher is None:
+        teacher = self.teacher
+        if teacher is None:
             raise UsageError("this model was opened without its teacher, so it encodes images only; add the teacher")
-        vectors = torch.from_numpy(encode_texts(self.teacher, texts, batch_size=batch_size, prompt=self.prompt))
-        self._count_cut(self.teacher, texts, self.prompt)
+        vectors = torch.from_numpy(encode_texts(teacher, texts, batch_size=batch_size, prompt=self.prompt))
+        self._count_cut(teacher, texts, self.prompt)
         rows = [np.empty((0, self.dim), np.float32)]
         for batch in vectors.split(4 * batch_size):
             features = self.student.get_text_features(batch.to(self.device))
@@ -252,7 +276,8 @@ def encode_texts(
             raise UsageError(f"encode_text takes texts; number {i} of {len(texts)} is {text!r}")
     if not len(texts):
         return np.empty((0, teacher.get_embedding_dimension() or 0), np.float32)
-    vectors = teacher.encode(list(texts), batch_size=batch_size, prompt=prompt, show_progress_bar=False)
+    read = [text.strip() for text in texts]  # as captions are read from tables
+    vectors = teacher.encode(read, batch_size=batch_size, prompt=prompt, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
 
 

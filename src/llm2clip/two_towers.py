@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.nn.functional import normalize
 
 from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, setting
-from llm2clip.hub import ModelFolder, cast, find_model, one_line_errors
+from llm2clip.hub import ModelFolder, cast, find_model, listed, one_line_errors
+
+logger = logging.getLogger("llm2clip")
 
 
 class ClipEncoder:
@@ -65,6 +68,7 @@ class ClipEncoder:
                 raise UsageError(
                     f"{setting('model')} {folder.name} lacks weights, such as {sorted(report['missing_keys'])[0]}"
                 )
+            say_left_out(folder, report["unexpected_keys"])
             tokenizer = AutoTokenizer.from_pretrained(folder.path, **options)
             processor = AutoImageProcessor.from_pretrained(folder.path, **options)
             encoder = cls(cast(model, torch.device(device), dtype), tokenizer, processor)
@@ -115,6 +119,12 @@ class ClipEncoder:
     def _unit(self, features: Any) -> np.ndarray:
         vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
         return normalize(vectors.float(), dim=-1).cpu().numpy()
+
+
+def say_left_out(folder: ModelFolder, names: Iterable[str]) -> None:
+    """Name in the log the weights of another's model that its class has no place for."""
+    if left := listed(names):
+        logger.info("%s %s: of its weights are left out: %s", setting("model"), folder.name, left)
 
 
 def _check_two_towers(model_class: Any, folder: ModelFolder) -> None:

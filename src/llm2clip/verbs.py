@@ -129,11 +129,23 @@ VERBS = {
         example="llm2clip evaluate --data test.csv --model student --teacher teacher --out report",
     ),
     "export": Verb(
-        summary="write a folder for transformers, sentence-transformers, or the plain tower",
+        summary="write a folder for transformers, sentence-transformers or ONNX, or the plain tower",
         config="llm2clip.export.config:ExportConfig",
         function="llm2clip.export.run:export_model",
         memory=("--device cpu",),
         example="llm2clip export --model student --teacher teacher --to sentence-transformers --out bundle",
+    ),
+    "push": Verb(
+        summary="put an exported folder or a teacher onto the Hub, with its card",
+        config="llm2clip.export.config:PushConfig",
+        function="llm2clip.export.push:push",
+        example="llm2clip push bundle me/my-bundle --private",
+    ),
+    "convert": Verb(
+        summary="write a student that the paper's authors released as one of llm2clip's own",
+        config="llm2clip.export.config:ConvertConfig",
+        function="llm2clip.export.convert:convert",
+        example="llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 --out student",
     ),
     "demo": Verb(
         summary="the whole pipeline on generated images with mini models (in a checkout of the repository)",

@@ -289,7 +289,7 @@ def test_a_tower_that_a_student_names_runs_no_code_of_its_own(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or here)
     here = str(folders["siglip"])
     _, facts = open_baseline(config, {"encoder": "llm2clip", "tower": "org/siglip", "tower_revision": "v1"})
-    assert asked[1] == {"revision": "v1", "local_files_only": True}
+    assert asked[1] == {"revision": "v1", "local_files_only": True, "allow_patterns": ["config.json"]}
     assert asked[2][0].path == folders["siglip"] and facts == {"model": "org/siglip"}
 
 

@@ -51,9 +51,34 @@ def test_bundle_is_checked_in_a_fresh_process_without_llm2clip(bundle: Path) -> 
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["format"] == "llm2clip/export"
     assert manifest["to"] == "sentence-transformers"
-    assert set(manifest["checked"]) == {"text", "image"}
+    assert set(manifest["checked"]) == {"text", "query", "document", "image"}
     assert all(cosine > 0.9999 for cosine in manifest["checked"].values())
     assert not list(bundle.glob(".tower*"))
+
+
+def test_every_call_for_texts_puts_what_the_bank_put_before_them(
+    finished_student: Path, finished_teacher: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from llm2clip.bundle import save_bundle
+
+    source = LLM2CLIP.from_pretrained(finished_student, finished_teacher, device="cpu")
+    texts = ["a red disc", "a blue square on the left"]
+    plain = source.encode_text(texts)
+    for prompt in ("this image shows ", None):
+        source.prompt = prompt
+        if prompt is None:  # an embedder with prompts of its own, of which the bank took the default
+            source.teacher.prompts.update(caption="the scene . ", query="near ", document="against ")
+            source.teacher.default_prompt_name = "caption"
+        folder = tmp_path / str(prompt).strip()
+        folder.mkdir()
+        save_bundle(folder, source.student, source.transform, source.teacher, prompt=prompt)
+        bundle = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        expected = source.encode_text(texts)
+        assert least_cosine(expected, plain) < 0.9999, "the prompt changes nothing: nothing is shown"
+        for encode in (bundle.encode, bundle.encode_query, bundle.encode_document):
+            np.testing.assert_allclose(encode(texts), expected, atol=1e-5)
 
 
 def test_bundle_alone_is_the_model(bundle: Path, finished_student: Path, finished_teacher: Path) -> None:
@@ -270,7 +295,7 @@ FORMAT = Format(
 def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llm2clip.export import formats
 
-    assert format_names() == ["sentence-transformers", "tower", "transformers"]
+    assert format_names() == ["onnx", "open-clip", "sentence-transformers", "tower", "transformers"]
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a_number.py").write_text(DUMMY)
     with monkeypatch.context() as added:
@@ -279,7 +304,7 @@ def test_a_format_is_one_file(finished_student: Path, tmp_path: Path, monkeypatc
         out = export_model(ExportConfig(model=str(finished_student), to="a-number", out=tmp_path / "out"))
         assert (out / "number.txt").read_text() == "1" and "# A number\n\nOne of " in (out / "README.md").read_text()
         assert json.loads((out / "manifest.json").read_text())["checked"] == {"image": 1.0}
-    with pytest.raises(UsageError, match="'a-number' is unknown; choose from sentence-transformers, tower, transf"):
+    with pytest.raises(UsageError, match="'a-number' is unknown; choose from onnx, open-clip, sentence-transformers"):
         ExportConfig(model=str(finished_student), to="a-number", out=out)
 
 
@@ -331,7 +356,7 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sentence-transformers", "transformers", "tower"])
+@pytest.mark.parametrize("kind", ["sentence-transformers", "transformers", "tower", "onnx", "open-clip"])
 def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
     write_card(tmp_path, find_format(kind), {**FACTS, "to": kind}, scores={"b/r@1": 0.25, "a/r@1": 0.5})
     card = (tmp_path / "README.md").read_text()
@@ -339,6 +364,8 @@ def test_a_card_by_hand(kind: str, tmp_path: Path) -> None:
         "sentence-transformers": ("sentence-transformers", "sentence-similarity"),
         "transformers": ("transformers", "image-feature-extraction"),
         "tower": ("transformers", "image-feature-extraction"),
+        "onnx": ("onnx", "image-feature-extraction"),
+        "open-clip": ("open_clip", "zero-shot-image-classification"),
     }[kind]
     assert card.startswith(f"---\nlibrary_name: {library}\npipeline_tag: {task}\ntags:\n- llm2clip\n")
     assert "images of 336 x 224 px" in card
@@ -394,3 +421,17 @@ def test_settings_and_revisions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     }
     assert asked == [("M", "T", options)]
     assert set(config.settings()) == {field.name for field in dataclasses.fields(config)} - {"out", "device"}
+
+
+def test_what_fails_when_the_folder_is_opened_again_is_one_line(
+    finished_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm2clip.export.formats import tower
+
+    def reload(*_: object) -> None:
+        raise AssertionError("Input height (56) doesn't match\nmodel (84).")
+
+    monkeypatch.setattr(tower, "FORMAT", dataclasses.replace(tower.FORMAT, reload=reload))
+    config = ExportConfig(model=str(finished_student), to="tower", out=tmp_path / "tower")
+    with pytest.raises(LLM2CLIPError, match=r"does not load again: Input height .56. doesn't match model .84.\.$"):
+        export_model(config)

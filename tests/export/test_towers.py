@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from llm2clip import LLM2CLIP
 from llm2clip.bundle import save_bundle
 from llm2clip.export.check import PROBE_TEXTS, least_cosine, probe_images
 from llm2clip.export.formats import tower
-from llm2clip.student.start import start_student
+from llm2clip.student.start import open_transform, start_student
 from llm2clip.student.transform import ImageTransform
 
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
@@ -84,3 +85,33 @@ def test_tower_and_bundle_are_the_model(model: LLM2CLIP, tmp_path: Path) -> None
     assert least_cosine(texts, np.asarray(bundle.encode(list(PROBE_TEXTS)))) > 0.9999
     opened = LLM2CLIP.from_pretrained(tmp_path / "bundle", device="cpu")
     assert least_cosine(expected, opened.encode_image(probe_images())) > 0.9999
+
+
+@pytest.mark.parametrize("image_size", [28, 42])
+def test_a_timm_tower_with_a_margin_of_an_odd_size_and_at_another_size(image_size: int, tmp_path: Path) -> None:
+    """What timm's config says of images, and its processor does, gives way to what the student was trained with."""
+    pytest.importorskip("timm")
+    torch.manual_seed(1)
+    arguments = {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4}
+    pretrained = {"input_size": [3, 28, 28], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = t.TimmWrapperConfig(
+        architecture="eva02_tiny_patch14_224",
+        model_args=arguments,
+        pretrained_cfg={**pretrained, "crop_mode": "center"},
+    )
+    original = t.TimmWrapperModel(config)
+    awaken(original)
+    original.save_pretrained(tmp_path / "timm")
+    student = start_student(str(tmp_path / "timm"), teacher_dim=32, projection_dim=24, image_size=image_size)
+    transform = open_transform(str(tmp_path / "timm"), image_size=image_size)
+    assert transform.resize == {28: 31, 42: 46}[image_size], "an odd margin, and an even one"
+    model = LLM2CLIP(student, transform)
+    (tmp_path / "alone").mkdir()
+    tower.write(model, tmp_path / "alone")
+    again = tower.reload(tmp_path / "alone", {"pooling": student.config.pooling}, torch.device("cpu"), True)
+    assert least_cosine(tower.expect(model)["image"], again["image"]) > 0.99999
+    processor = t.AutoImageProcessor.from_pretrained(tmp_path / "alone")
+    assert type(processor).__name__.startswith("CLIPImageProcessor")
+    found = json.loads((tmp_path / "alone" / "config.json").read_text())["pretrained_cfg"]
+    assert found["input_size"] == [3, image_size, image_size]
+    assert open_transform(str(tmp_path / "alone")) == transform

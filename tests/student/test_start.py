@@ -102,3 +102,28 @@ def test_a_student_normalises_images_as_its_towers_folder_says(tiny_tower, tmp_p
     assert list(student.config.image_mean) == [0.1, 0.2, 0.3] and list(student.config.image_std) == [0.4, 0.5, 0.6]
     torch.testing.assert_close(student.pixel_mean.flatten(), 255 * torch.tensor([0.1, 0.2, 0.3]))
     torch.testing.assert_close(student.pixel_std.flatten(), 255 * torch.tensor([0.4, 0.5, 0.6]))
+
+
+def test_what_of_a_checkpoint_is_not_taken_is_named(towers, caplog) -> None:
+    with caplog.at_level("INFO", logger="llm2clip"):
+        start_student(str(towers["clip"]), teacher_dim=8, projection_dim=4)
+    assert "of its weights are left out: logit_scale, text_model (" in caplog.text
+    assert "text_projection, visual_projection" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="llm2clip"):
+        start_student(str(towers["dinov2"]), teacher_dim=8, projection_dim=4)
+    assert "left out" not in caplog.text
+
+
+def test_a_tower_whose_config_names_code_of_others_does_not_pass_it_on(tiny_tower, tmp_path) -> None:
+    import shutil
+
+    tower = shutil.copytree(tiny_tower, tmp_path / "tower")
+    config = json.loads((tower / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "org/else--modeling.EvilModel"}, "architectures": ["EvilModel"]}
+    (tower / "config.json").write_text(json.dumps(config))
+    student = start_student(str(tower), teacher_dim=8, projection_dim=4)
+    student.save_pretrained(tmp_path / "student")
+    student.tower.save_pretrained(tmp_path / "again")
+    assert "Evil" not in (tmp_path / "student" / "config.json").read_text()
+    assert "Evil" not in (tmp_path / "again" / "config.json").read_text()

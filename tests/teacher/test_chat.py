@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llm2clip.errors import UsageError
-from llm2clip.teacher.chat import turn_of
+from llm2clip.teacher.chat import strip_ends, turn_of
 from llm2clip.teacher.model import llm_as_encoder
 from llm2clip.teacher.trainer import check_prompt
 
@@ -99,3 +99,20 @@ def test_an_instruction_is_left_out_of_the_pooling(chat_llm):
         torch.testing.assert_close(vector, states[-pooled:].mean(0), rtol=1e-4, atol=1e-6)
     with pytest.raises(Exception, match="melts into"):
         check_prompt(llm_as_encoder(chat_llm), "image ")
+
+
+@pytest.mark.parametrize("template", [LLAMA_3, QWEN, GEMMA, MISTRAL], ids=["llama-3", "qwen", "gemma", "mistral"])
+def test_the_white_space_behind_a_caption_is_dropped_and_that_of_the_header_stays(template, chat_llm, tmp_path):
+    folder = shutil.copytree(chat_llm, tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    encoder = llm_as_encoder(folder, chat_template=True, dtype="float32")
+    strip_ends(encoder[0].tokenizer, encoder.prompts["caption"])
+    check_prompt(encoder, encoder.prompts["caption"])
+    for tidy in ("a red disc", "user", "two\nlines"):
+        rows = [
+            encoder.preprocess([text], prompt=encoder.prompts["caption"])["input_ids"][0].tolist()
+            for text in (tidy, f"{tidy} ", f"{tidy} \n\t")
+        ]
+        assert rows[0] == rows[1] == rows[2]

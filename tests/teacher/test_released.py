@@ -142,3 +142,29 @@ def test_only_llama_3_from_llm2vec_is_wrapped_unasked(chat_llm, released):
     assert (
         cosine(teacher.encode(CAPTIONS), llm2vec(released, CAPTIONS, chat=False, skip_instruction=False)).min() > 0.99
     )
+
+
+def test_the_header_stands_before_every_text_whatever_the_call(released, chat_llm, tmp_path):
+    """sentence-transformers' retrieval calls take prompts of their own, and do not fall back to the default one."""
+    expected = llm2vec(chat_llm, CAPTIONS, chat=True, skip_instruction=True)
+    save(load_teacher(released), tmp_path / "teacher", attention="two-way")
+    for teacher in (load_teacher(released), SentenceTransformer(str(tmp_path / "teacher"), device="cpu")):
+        for encode in (teacher.encode, teacher.encode_query, teacher.encode_document):
+            assert cosine(encode(CAPTIONS), expected).min() > 0.99999
+
+
+def test_white_space_at_a_captions_end_is_not_read(released, chat_llm, tmp_path):
+    untidy = [f"{caption}{end}" for caption, end in zip(CAPTIONS, (" \n", "\n\n", "  "), strict=True)]
+    teacher = load_teacher(released)
+    np.testing.assert_allclose(teacher.encode(untidy), teacher.encode(CAPTIONS), atol=1e-6)
+    expected = llm2vec(chat_llm, untidy, chat=True, skip_instruction=True)
+    assert cosine(teacher.encode(untidy), expected).min() > 0.99999
+    save(teacher, tmp_path / "teacher", attention="two-way")
+    saved = SentenceTransformer(str(tmp_path / "teacher"), device="cpu")
+    np.testing.assert_allclose(saved.encode(untidy), teacher.encode(CAPTIONS), atol=1e-6)
+
+
+def test_what_is_written_names_no_code_of_others(released, tmp_path):
+    save(load_teacher(released), tmp_path / "teacher", attention="two-way")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert "auto_map" not in config and config["architectures"] == ["LlamaModel"]

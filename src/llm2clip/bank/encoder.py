@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llm2clip.bank.dtypes import Stored, pack, read_dtype, unpack
 from llm2clip.cuts import CutCounter
-from llm2clip.errors import LLM2CLIPError, UsageError, setting
+from llm2clip.errors import LLM2CLIPError, UsageError, setting, shortened
 
 logger = logging.getLogger("llm2clip")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -122,7 +122,7 @@ class CaptionEncoder:
         try:
             self._forward(self._own_features(["a", "b"]))
         except (RuntimeError, OSError) as error:
-            detail = " ".join(str(error).split())[:200]
+            detail = shortened(str(error), most=200)
             raise UsageError(f"{setting('compile')} does not work here ({detail}); leave it out") from error
 
     def prepare(self, texts: list[str]) -> Prepared:

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llm2clip.compat import attention_of
 from llm2clip.config import check_choice
-from llm2clip.errors import UsageError, setting
+from llm2clip.errors import UsageError, setting, shortened
 from llm2clip.hub import DTYPES
 from llm2clip.teacher.model import load_teacher, teacher_fingerprint
 
@@ -74,7 +74,7 @@ def use_flash_attention(teacher: SentenceTransformer) -> bool:
         after = torch.as_tensor(teacher.encode(PROBES, convert_to_tensor=True)).float()
         same = float(torch.cosine_similarity(before, after).min()) > SAME_COSINE
     except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
-        logger.info("flash attention does not fit this teacher (%s)", " ".join(str(error).split())[:200])
+        logger.info("flash attention does not fit this teacher (%s)", shortened(str(error), most=200))
         same = False
     if not same:
         first.model.set_attn_implementation(earlier)

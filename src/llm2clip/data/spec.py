@@ -13,14 +13,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm2clip.artifacts import is_output
 from llm2clip.data.bad import logger
 from llm2clip.data.urls import filesystem_of, is_url, suffix, url_errors
-from llm2clip.errors import SourceError, UsageError, setting
+from llm2clip.errors import SourceError, UsageError, setting, shortened
 from llm2clip.on_hub import offline, unreachable
 
 MAX_EXPANSION = 1_000_000
@@ -36,6 +36,8 @@ class File:
     size: int
     label: str = ""
     """What its samples are called by, if not by its path."""
+    also: str = ""
+    """A folder where what it names may lie, beside its own."""
 
     @property
     def kind(self) -> str:
@@ -144,11 +146,16 @@ def _find_hub(spec: str, word: str, revision: str | None, wanted: str | None) ->
     form = HUB_ID.fullmatch(spec)
     if form is None:
         raise UsageError(f"{word} {spec} is no Hub dataset; write hf:org/name or hf:org/name:split")
+    from huggingface_hub import constants
+
     dataset = _load_dataset(f"{word} {spec}", form["id"], form["config"], revision)
     split = choose_split(f"{word} {spec}", list(dataset), form["split"] or wanted, usual="train")
     label = f"{form['id']}{'/' + form['config'] if form['config'] else ''}:{split}"
     paths = [cached["filename"] for cached in dataset[split].cache_files]
-    return [local_file(path, word=word, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
+    # its images are files of the Hub's cache, and the table that names them lies in that of `datasets`
+    cache = os.path.join(constants.HF_HUB_CACHE, f"datasets--{form['id'].replace('/', '--')}")
+    files = [local_file(path, word=word, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
+    return [replace(file, also=cache) for file in files]
 
 
 def choose_split(what: str, splits: Sequence[str], wanted: str | None, *, usual: str | None = None) -> str:
@@ -183,4 +190,4 @@ def _load_dataset(what: str, name: str, config: str | None, revision: str | None
 
 
 def _flat(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return shortened(str(error))

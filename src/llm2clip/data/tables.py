@@ -48,6 +48,7 @@ class Places:
 
     Args:
         root: what relative names are relative to, and where images may lie, too; by default the table's folder.
+        also: another folder where images may lie.
 
     >>> Places("/data/captions.csv", allow_outside=False).resolve("a/1.jpg").path
     '/data/a/1.jpg'
@@ -55,14 +56,14 @@ class Places:
     '/images/a/1.jpg'
     """
 
-    def __init__(self, table: str, *, allow_outside: bool, root: str | None = None) -> None:
+    def __init__(self, table: str, *, allow_outside: bool, root: str | None = None, also: str = "") -> None:
         self.table, self.allow_outside = table, allow_outside
         own = posixpath.dirname(table)
         self.folder = own if root is None else root.rstrip("/") if is_url(root) else os.path.abspath(root)
         if not is_url(self.folder):
             # the Hub cache keeps files as links to blobs: beside the table's target lie its images' targets
             beside = set() if is_url(table) else {os.path.realpath(own), os.path.dirname(os.path.realpath(table))}
-            self._roots = {os.path.realpath(self.folder), *beside}
+            self._roots = {os.path.realpath(self.folder), *beside, *([os.path.realpath(also)] if also else [])}
             self._real_folder = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
     def resolve(self, name: str) -> ImageRef:
@@ -105,7 +106,7 @@ class TablePart:
     def __init__(self, file: File, reading: Reading) -> None:
         self.path, self.size, self.reading = file.path, file.size, reading
         self.name = file.label or file.path
-        self._places = Places(file.path, allow_outside=reading.allow_outside, root=reading.image_root)
+        self._places = Places(file.path, allow_outside=reading.allow_outside, root=reading.image_root, also=file.also)
 
     def check(self) -> str:
         """Check its columns, and that not all of its images lie outside its folder."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from PIL import Image
 
 from llm2clip.data.images import load_image
 from llm2clip.errors import UsageError, setting
-from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, one_line_errors
-
-logger = logging.getLogger("llm2clip")
+from llm2clip.hub import ModelFolder, cast, compare_weights, find_model, one_line_errors
+from llm2clip.two_towers import say_left_out
 
 
 class SentenceTransformerEncoder:
@@ -52,7 +50,8 @@ class SentenceTransformerEncoder:
                 trust_remote_code=trust_remote_code,
                 model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
             )
-            missing = missing_weights(model, folder.path)
+            missing, left = compare_weights(model, folder.path)
+        say_left_out(folder, left)
         if missing:
             raise UsageError(f"{setting('model')} {folder.name} lacks weights, such as {missing[0]}")
         if "image" not in model.modalities:

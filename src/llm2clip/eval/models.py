@@ -12,6 +12,7 @@ from llm2clip.eval.config import NO_BASELINE, EvaluateConfig
 from llm2clip.eval.encoders import SentenceTransformerEncoder
 from llm2clip.eval.foreign import is_foreign, open_foreign
 from llm2clip.hub import DTYPES, ModelFolder, find_model, pick_device
+from llm2clip.on_hub import cached_folder
 from llm2clip.opening import check_images_fit, check_unchanged
 from llm2clip.pipeline import LLM2CLIP, Teacher
 from llm2clip.protocols import TextEncoder
@@ -34,7 +35,7 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         foreign = open_foreign(config.model, **options)
         return foreign, {"encoder": type(foreign.model).__name__}
     folder = find_model(config.model, revision=config.model_revision)
-    if folder.kind in ("student", "bundle"):
+    if folder.kind in ("student", "bundle", "released"):
         model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
         if model.teacher is None:
             wanted = model.origin.get("teacher_fingerprint", "unknown")
@@ -110,7 +111,7 @@ def open_beside(field: str, name: str, config: EvaluateConfig) -> TextEncoder:
             f"{setting(field)} {name} needs its teacher beside it; export it to sentence-transformers, and give that "
             "folder"
         )
-    elif folder.kind != "bundle":
+    elif folder.kind not in ("bundle", "released"):
         return open_other(folder, options)
     else:
         found = LLM2CLIP.from_pretrained(folder, **options)
@@ -124,14 +125,11 @@ def plain_tower(name: str | None, *, revision: str | None) -> ModelFolder:
     Raises:
         UsageError: if it is not here, or has no text half.
     """
-    from huggingface_hub import snapshot_download
-
     if name is None:
         raise UsageError("the model does not say which tower it was trained from")
-    try:
-        here = name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        raise UsageError(f"the tower it was trained from, {name}, is not on this machine") from None
+    here = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
+    if here is None:
+        raise UsageError(f"the tower it was trained from, {name}, is not on this machine")
     folder = dataclasses.replace(find_model(here), name=name)
     if not {"text_config", "vision_config"} <= set(folder.config):
         raise UsageError(f"the tower it was trained from, {name}, has no text half")

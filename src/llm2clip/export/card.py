@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import read_json
+from llm2clip.artifacts import MANIFEST, read_json
 from llm2clip.errors import ArtifactError, UsageError, setting
 from llm2clip.export.format import Format
 
@@ -13,13 +14,21 @@ TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["llm2clip", "image-text-retrieval", "clip"]
 
 
-def write_card(folder: Path, form: Format, facts: dict[str, Any], *, scores: dict[str, float] | None) -> None:
+def write_card(
+    folder: Path,
+    form: Format,
+    facts: dict[str, Any],
+    *,
+    scores: dict[str, float] | None,
+    protocol: Sequence[str] = (),
+) -> None:
     """Write `folder/README.md`.
 
     Args:
         form: the folder's format.
         facts: as in the manifest.
         scores: metric name to fraction, from a report; None leaves the section out.
+        protocol: what each dataset of it was, a sentence each.
     """
     from huggingface_hub import ModelCard, ModelCardData
     from jinja2 import Template
@@ -38,25 +47,25 @@ def write_card(folder: Path, form: Format, facts: dict[str, Any], *, scores: dic
         use=Template(form.use).render(words),
         origin=origin(facts),
         scores=scores,
+        protocol=protocol,
     )
     card.save(folder / "README.md")
 
 
 def origin(facts: dict[str, Any]) -> dict[str, Any]:
     """Tower, teacher, bank and steps, as far as the student's manifest tells."""
-    tower = str(facts.get("tower") or "unknown")
-    if tower.startswith(("/", ".", "~")):  # a path says nothing elsewhere
-        tower = Path(tower).name
     found = {
-        "tower": f"{tower} ({facts['tower_type']})",
+        "student": facts.get("source"),
+        "LLM of the teacher": shown_name(facts["llm"]) if facts.get("llm") else None,
+        "tower": f"{shown_name(facts.get('tower') or 'unknown')} ({facts['tower_type']})",
         "fingerprint of the teacher": facts.get("teacher_fingerprint"),
         **{name.replace("_", " "): facts.get(name) for name in ("fingerprint", "num_samples", "steps", "batch_size")},
     }
     return {name: value for name, value in found.items() if value}
 
 
-def read_scores(report: Path) -> dict[str, float]:
-    """The metrics of a `report.json`.
+def read_scores(report: Path) -> tuple[dict[str, float], list[str]]:
+    """The metrics of a `report.json`, and what each of its datasets was.
 
     Raises:
         UsageError: if it is no report.
@@ -69,4 +78,31 @@ def read_scores(report: Path) -> dict[str, float]:
         data = None
     if not isinstance(data, dict) or not isinstance(data.get("metrics"), dict):
         raise UsageError(f"{setting('report')} {report} holds no metrics; give the report.json that evaluate wrote")
-    return dict(data["metrics"])
+    return dict(data["metrics"]), [
+        f"{name}: {facts['images']:,} images, captions: "
+        + ", ".join(f"{number:,} {kind}" for kind, number in facts["captions"].items())
+        for name, facts in (data.get("datasets") or {}).items()
+    ]
+
+
+def is_place(name: str) -> bool:
+    """Whether a setting names a place on this machine, and not something on the Hub or a text."""
+    return name.startswith(("/", "./", "../", "~")) or (len(name) < 256 and "\n" not in name and Path(name).exists())
+
+
+def shown_name(part: Any) -> str:
+    """A model's name, or several, as others can read it: of a folder here the last part."""
+    if isinstance(part, (list, tuple)):
+        return ", ".join(map(shown_name, part))
+    return Path(part).name if is_place(str(part)) else str(part)
+
+
+def llm_of(teacher: str | None) -> str | None:
+    """The LLM that a teacher's folder was trained from; of a Hub id the id."""
+    if teacher is None:
+        return None
+    manifest = Path(teacher) / MANIFEST
+    config = read_json(manifest).get("config", {}) if manifest.is_file() else {}
+    if members := config.get("teachers"):
+        return ", ".join(map(shown_name, members))
+    return str(config.get("model") or teacher)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
-from llm2clip.errors import UsageError, setting
-from llm2clip.export.card import read_scores, write_card
+from llm2clip.errors import LLM2CLIPError, UsageError, setting, shortened
+from llm2clip.export.card import llm_of, read_scores, write_card
 from llm2clip.export.check import compare
 from llm2clip.export.config import ExportConfig
-from llm2clip.export.format import find_format
-from llm2clip.hub import cast, is_emulated, pick_device
+from llm2clip.export.format import Format, Vectors, find_format
+from llm2clip.hub import LOAD_ERRORS, cast, is_emulated, pick_device
 from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP
 from llm2clip.student.tower import load_options
@@ -35,7 +35,7 @@ def export_model(config: ExportConfig) -> Path:
         >>> export_model(settings)                                                     # doctest: +SKIP
     """
     form = find_format(config.to)
-    scores = None if config.report is None else read_scores(config.report)
+    scores, protocol = (None, []) if config.report is None else read_scores(config.report)
     out = Path(config.out)
     with open_output(out, "export", config=config.settings()):
         if is_complete(out):
@@ -47,24 +47,38 @@ def export_model(config: ExportConfig) -> Path:
         facts = facts_of(model, config)
         if form.needs_teacher and model.teacher is None:
             raise UsageError(f"the model has no teacher; add {setting('teacher', 'DIR')}")
-        emulated = any(is_emulated(part, device) for part in _parts(model))
-        for part in _parts(model):
+        emulated = any(is_emulated(part, device) for part in model.parts)
+        for part in model.parts:
             cast(part, device)  # where its precision would be emulated: to float32
         expected = form.expect(model)
-        in_float32 = all(weight.dtype == torch.float32 for part in _parts(model) for weight in part.parameters())
+        in_float32 = all(weight.dtype == torch.float32 for part in model.parts for weight in part.parameters())
         if emulated:  # what is written is what was saved
             del model
             model = _open(config, device)
         form.write(model, out)
-        write_card(out, form, facts, scores=scores)
+        write_card(out, form, facts, scores=scores, protocol=protocol)
         del model  # its copy in the fresh process needs the room
         gc.collect()
         torch.cuda.empty_cache()  # what torch keeps of a GPU's memory for itself; nothing where there is none
-        found = form.reload(out, facts, device, in_float32)
+        found = _reload(form, out, facts, device, in_float32)
         checked = compare(out, expected, found)
         logger.info("%s: loaded again and equal, least cosine %s", out, _listed(checked))
         write_manifest(out, "export", config=config.settings(), **facts, checked=_rounded(checked))
     return out
+
+
+def _reload(form: Format, out: Path, facts: dict[str, Any], device: torch.device, in_float32: bool) -> Vectors:
+    """The vectors that the written folder gives.
+
+    Raises:
+        LLM2CLIPError: in one line, whatever the library that opens it says.
+    """
+    try:
+        return form.reload(out, facts, device, in_float32)
+    except (*LOAD_ERRORS, AssertionError) as error:
+        if isinstance(error, (LLM2CLIPError, torch.OutOfMemoryError)):
+            raise
+        raise LLM2CLIPError(f"{out} was written, and does not load again: {shortened(str(error))}") from error
 
 
 def _open(config: ExportConfig, device: torch.device) -> LLM2CLIP:
@@ -77,10 +91,6 @@ def _open(config: ExportConfig, device: torch.device) -> LLM2CLIP:
         teacher_revision=config.teacher_revision,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def _parts(model: LLM2CLIP) -> list[torch.nn.Module]:
-    return [part for part in (model.student, model.teacher) if part is not None]
 
 
 def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:
@@ -96,6 +106,7 @@ def facts_of(model: LLM2CLIP, config: ExportConfig) -> dict[str, Any]:
         "pooling": student.pooling,
         "load_options": load_options(type(model.student.tower), student.pooling),
         "image_size": list(model.transform.image_size),
+        "llm": llm_of(config.teacher),
         **model.origin,
     }
 

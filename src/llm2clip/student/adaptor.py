@@ -32,6 +32,7 @@ class Adaptor(nn.Module):
     Args:
         teacher_dim: T, the width of a bank's vectors.
         projection_dim: D, the width of the shared space; 1280 in the paper.
+        normalize: whether vectors are brought to unit length first; the released SigLIP2's are not.
         num_blocks: 4 in the paper; its Table 8 gives 76.7 (one), 76.8 (two), 77.9 (four) text-to-image.
 
     Example:
@@ -40,15 +41,18 @@ class Adaptor(nn.Module):
         torch.Size([3, 4])
     """
 
-    def __init__(self, teacher_dim: int, projection_dim: int, *, num_blocks: int = 4) -> None:
+    def __init__(self, teacher_dim: int, projection_dim: int, *, num_blocks: int = 4, normalize: bool = True) -> None:
         super().__init__()
+        self.normalize = normalize
         self.blocks = nn.ModuleList(AdaptorBlock(teacher_dim) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(teacher_dim)
         self.projection = nn.Linear(teacher_dim, projection_dim)
 
     def forward(self, text_embeds: Tensor) -> Tensor:
         """Teacher vectors [B, T] as shared-space vectors [B, D], not normalised."""
-        x = nn.functional.normalize(text_embeds.to(self.projection.weight.dtype), dim=-1)
+        x = text_embeds.to(self.projection.weight.dtype)
+        if self.normalize:
+            x = nn.functional.normalize(x, dim=-1)
         for block in self.blocks:
             x = block(x)
         return self.projection(self.norm(x))

@@ -23,15 +23,17 @@ class AdaptorModule(Module):
         teacher_dim: T.
         projection_dim: D.
         num_blocks: residual blocks of the adaptor.
+        normalize: whether vectors are brought to unit length first.
     """
 
     __module__ = "adaptor_module"  # a saved model refers to the file beside it, also when a loaded one is saved again
-    config_keys = ["teacher_dim", "projection_dim", "num_blocks"]  # noqa: RUF012  (the base class reads it)
+    config_keys = ["teacher_dim", "projection_dim", "num_blocks", "normalize"]  # noqa: RUF012  (the base class reads it)
 
-    def __init__(self, teacher_dim: int, projection_dim: int, num_blocks: int = 4) -> None:
+    def __init__(self, teacher_dim: int, projection_dim: int, num_blocks: int = 4, normalize: bool = True) -> None:
         super().__init__()
-        self.teacher_dim, self.projection_dim, self.num_blocks = teacher_dim, projection_dim, num_blocks
-        self.adaptor = Adaptor(teacher_dim, projection_dim, num_blocks=num_blocks)
+        self.teacher_dim, self.projection_dim = teacher_dim, projection_dim
+        self.num_blocks, self.normalize = num_blocks, normalize
+        self.adaptor = Adaptor(teacher_dim, projection_dim, num_blocks=num_blocks, normalize=normalize)
 
     def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
         """`features` with their pooled vector replaced."""

@@ -35,6 +35,9 @@ class StudentModelConfig(PreTrainedConfig):
         image_size: side in pixels of the images it was trained with.
         image_mean, image_std: per channel, of images scaled to 0..1.
         loss: "softmax" or "sigmoid"; the latter has a bias beside the scale.
+        projection: "linear", or "none" where the tower's vectors are those of the shared space, W = D.
+        projection_bias: whether the linear projection has a bias; the released EVA02 students' has.
+        adaptor_norm: whether the adaptor brings teacher vectors to unit length; the released SigLIP2's does not.
     """
 
     model_type = "llm2clip"
@@ -52,6 +55,9 @@ class StudentModelConfig(PreTrainedConfig):
         image_mean: tuple[float, ...] = CLIP_MEAN,
         image_std: tuple[float, ...] = CLIP_STD,
         loss: str = "softmax",
+        projection: str = "linear",
+        projection_bias: bool = False,
+        adaptor_norm: bool = True,
         **kwargs: Any,
     ) -> None:
         if vision_config is None:
@@ -64,6 +70,7 @@ class StudentModelConfig(PreTrainedConfig):
         self.adaptor_blocks, self.pooling, self.image_size = adaptor_blocks, pooling, image_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.loss = loss
+        self.projection, self.projection_bias, self.adaptor_norm = projection, projection_bias, adaptor_norm
         super().__init__(**kwargs)
 
 
@@ -96,8 +103,15 @@ class Student(PreTrainedModel):
     def __init__(self, config: StudentModelConfig, tower: Any = None) -> None:
         super().__init__(config)
         self.tower = build_tower(config.vision_config, pooling=config.pooling) if tower is None else tower
-        self.visual_projection = nn.Linear(config.tower_dim, config.projection_dim, bias=False)
-        self.adaptor = Adaptor(config.teacher_dim, config.projection_dim, num_blocks=config.adaptor_blocks)
+        self.visual_projection: nn.Module = nn.Identity()
+        if config.projection == "linear":
+            self.visual_projection = nn.Linear(config.tower_dim, config.projection_dim, bias=config.projection_bias)
+        self.adaptor = Adaptor(
+            config.teacher_dim,
+            config.projection_dim,
+            num_blocks=config.adaptor_blocks,
+            normalize=config.adaptor_norm,
+        )
         # One element, not zero dimensions: FSDP2 shards no scalars.
         sigmoid = config.loss == "sigmoid"
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10) if sigmoid else math.log(1 / 0.07)))
@@ -113,8 +127,10 @@ class Student(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Start `module` as the released code does: PyTorch's Linear, CLIP's projection (std W ** -0.5)."""
-        if module is self.visual_projection:
+        if module is self.visual_projection and isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.tower_dim**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)
             nn.init.uniform_(module.weight, -bound, bound)
@@ -147,7 +163,7 @@ class Student(PreTrainedModel):
         """What `get_image_features` gives; under FSDP2 that one gathers and drops weights, which forward must keep."""
         if pixel_values.dtype == torch.uint8:
             pixel_values = (pixel_values - self.pixel_mean) / self.pixel_std
-        pixel_values = pixel_values.to(self.visual_projection.weight.dtype)
+        pixel_values = pixel_values.to(self.adaptor.projection.weight.dtype)
         pooled = pooled_output(self.tower, pixel_values, pooling=self.config.pooling)
         return self.visual_projection(pooled)
 

@@ -135,7 +135,7 @@ class Session:
         self.student = start_student(
             self.tower,
             teacher_dim=self.banks[0].dim,
-            projection_dim=config.dim or (PAPER_DIM if half is None else half.width),
+            projection_dim=config.dim or self._own_dim(half),
             adaptor_blocks=config.adaptor_blocks,
             loss=config.loss,
             image_size=config.image_size,
@@ -166,6 +166,12 @@ class Session:
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
         )
+
+    def _own_dim(self, half: TextHalf | None) -> int:
+        """Width of the shared space where none is asked for: of what goes on or is inherited, or the paper's."""
+        if self.tower.whole is not None:
+            return int(self.tower.whole[0].config.projection_dim)
+        return PAPER_DIM if half is None else half.width
 
     def _inherit(self, half: TextHalf | None) -> None:
         """Have the student begin as what its tower is half of; the main process does it, the others take its result."""

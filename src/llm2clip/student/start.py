@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessor
 
-from llm2clip.artifacts import check_name
+from llm2clip.artifacts import check_name, read_json
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
-from llm2clip.hub import one_line_errors, quiet_transformers
+from llm2clip.hub import ModelFolder, drop_remote_code, find_model, listed, one_line_errors, quiet_transformers
+from llm2clip.on_hub import is_pickled
+from llm2clip.released import is_released, known_teacher, released
 from llm2clip.student.model import Student, StudentModelConfig
+from llm2clip.student.official import open_released
 from llm2clip.student.tower import (
     POOLINGS,
     build_options,
@@ -37,8 +43,7 @@ DEFAULT_IMAGE_SIZE = 224
 class Tower(NamedTuple):
     """A vision tower that was found and can be a student's; its weights and image processor are read from its name.
 
-    They are left to transformers, which fetches of a Hub id only what it reads, and safetensors that the Hub made
-    where a repository has none.
+    They are left to transformers, which fetches of a Hub id only what it reads.
     """
 
     name: str
@@ -46,7 +51,11 @@ class Tower(NamedTuple):
     revision: str | None
     config: Any
     """Of its vision half."""
-    whole: Any = None
+    pickled: bool = False
+    """Whether its weights are a `pytorch_model.bin` alone, which is read for tensors and nothing else."""
+    whole: tuple[Student, ImageTransform] | None = None
+    """The student that it is a part of, if that is one of those that the paper's authors released."""
+    half_of: Any = None
     """Config of the model of images and texts that it is half of, if it is."""
 
     @property
@@ -73,6 +82,8 @@ def start_student(
 ) -> Student:
     """A student around a tower, float32, its projection and adaptor fresh from torch's random generator.
 
+    A student that the paper's authors released goes on as it is: tower, projection, adaptor and scale.
+
     Args:
         tower: folder or Hub id of any vision model of transformers; of CLIP-like models the vision half is taken.
         teacher_dim: width of the bank's vectors.
@@ -95,6 +106,9 @@ def start_student(
     """
     tower = open_tower(tower, revision=revision)
     image_size = image_size or tower.image_size
+    if tower.whole is not None:
+        given = {"dim": projection_dim, "adaptor_blocks": adaptor_blocks, "init": init}
+        return go_on(tower, tower.whole[0], given, teacher_dim=teacher_dim, loss=loss, image_size=image_size)
     pooling = check_choice("pooling", pooling or default_pooling(tower.config), POOLINGS)
     with one_line_errors(f"{tower} cannot be used"):
         model = build_tower(tower.config, pooling=pooling) if init == "random" else load_tower(tower, pooling=pooling)
@@ -128,15 +142,22 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
     if isinstance(name, Tower):
         return name
     path, what = Path(name), f"{setting('tower')} {name}"
-    if path.is_dir() and not (path / "config.json").exists():
+    is_folder = path.is_dir() and not is_released({}, (file.name for file in path.iterdir()))
+    if is_folder and not (path / "config.json").exists():
         detail = "a SentenceTransformer (a teacher?)" if (path / "modules.json").exists() else "no config.json in it"
         raise UsageError(f"{what} is no vision model: {detail}; name the folder or Hub id of one")
     check_name(name, what=setting("tower"))
+    if (folder := _released_folder(name, revision)) is not None:
+        whole = open_released(folder)
+        return Tower(name, revision, whole[0].config.vision_config, whole=whole)
     with one_line_errors(f"{what} cannot be used"):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if is_released(config.to_dict(), []):  # a copy under another name
+        whole = open_released(find_model(name, revision=revision))
+        return Tower(name, revision, whole[0].config.vision_config, whole=whole)
     if config.model_type == "llm2clip":
         raise UsageError(f"{what} is a student; write its tower with `llm2clip export --to tower` first")
-    whole, config = config, getattr(config, "vision_config", config)  # the vision half of CLIP-like models
+    both, config = config, getattr(config, "vision_config", config)  # the vision half of CLIP-like models
     if family_of(config).refused:
         raise UsageError(f"{what} is {family_of(config).refused}")
     if getattr(find_class(config), "main_input_name", "") != "pixel_values":
@@ -144,7 +165,51 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
             f"{what} is no vision model (model_type {config.model_type!r}); name a CLIP, SigLIP, DINOv2, ViT or timm "
             "tower (an LLM goes to `llm2clip train-teacher --model`)"
         )
-    return Tower(name, revision, config, None if whole is config else whole)
+    half_of = None if both is config else both
+    return Tower(name, revision, config, pickled=is_pickled(name, revision=revision), half_of=half_of)
+
+
+def _released_folder(name: str, revision: str | None) -> ModelFolder | None:
+    """The folder of a student that the paper's authors released, or None if `name` is something else."""
+    path = Path(name)
+    if path.is_dir():
+        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        return find_model(name) if is_released(config, (file.name for file in path.iterdir())) else None
+    return None if released(name) is None else find_model(name, revision=revision)
+
+
+def go_on(
+    tower: Tower, student: Student, given: Mapping[str, Any], *, teacher_dim: int, loss: str, image_size: int
+) -> Student:
+    """A trained student to be trained further, for images of `image_size` px and with the bias that a loss may need.
+
+    Args:
+        given: settings of a fresh student, which cannot be others here.
+
+    Raises:
+        UsageError: naming what does not fit it.
+    """
+    config: Any = copy.deepcopy(student.config)
+    if teacher_dim != config.teacher_dim:
+        teacher = known_teacher(tower.name)
+        raise UsageError(
+            f"{tower} reads vectors of {config.teacher_dim} numbers, the bank's have {teacher_dim}; build the bank "
+            f"with its own teacher{f', {teacher}' if teacher else ''}"
+        )
+    own = {"dim": config.projection_dim, "adaptor_blocks": config.adaptor_blocks, "init": "pretrained"}
+    for name, value in own.items():
+        if given[name] != value:
+            raise UsageError(f"{tower} is a whole student, which goes on as it is: give {setting(name, value)}")
+    model = student.tower
+    if image_size != tower.image_size:
+        with one_line_errors(f"{tower} cannot be used"):
+            model = resize_tower(model, image_size=image_size, pooling=config.pooling)
+    config.vision_config, config.image_size, config.loss = copy.deepcopy(model.config), image_size, loss
+    further = Student(config, tower=model)
+    further.visual_projection, further.adaptor = student.visual_projection, student.adaptor
+    further.logit_scale = student.logit_scale
+    logger.info("%s: a whole student goes on, with its projection, adaptor and scale", tower)
+    return further
 
 
 def load_tower(tower: Tower, *, pooling: str) -> Any:
@@ -168,18 +233,31 @@ def load_tower(tower: Tower, *, pooling: str) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def _no_code_from(tower: Tower) -> Iterator[None]:
+    """Say of a pickle that holds code what it is, and not how others would let it run."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise ValueError("its pytorch_model.bin holds more than tensors, which would run its code") from None
+
+
 def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
     """A model in the tower's folder, and the names of its weights that are not there."""
-    with quiet_transformers():  # it lists every weight of a CLIP's text half as unexpected
+    with quiet_transformers(), _no_code_from(tower):  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
             tower.name,
             revision=tower.revision,
             dtype=torch.float32,
             output_loading_info=True,
-            use_safetensors=True,  # never a pickle
+            use_safetensors=not tower.pickled,
+            weights_only=True,  # of a pickle the tensors, and no code
             trust_remote_code=False,
             **options,
         )
+    drop_remote_code(model)
+    if left := listed(report["unexpected_keys"]):
+        logger.info("%s: of its weights are left out: %s", tower, left)
     return model, set(report["missing_keys"])
 
 
@@ -191,6 +269,8 @@ def open_transform(tower: str | Tower, *, image_size: int | None = None, revisio
     """
     tower = open_tower(tower, revision=revision)
     native = tower.image_size
+    if tower.whole is not None:
+        return tower.whole[1] if image_size in (None, native) else tower.whole[1].at_size(image_size or native)
     try:
         processor = AutoImageProcessor.from_pretrained(tower.name, revision=tower.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -5,6 +5,7 @@ Pixels stay uint8 up to the device, where the student normalises them.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,8 +118,10 @@ class ImageTransform:
         return transform
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, *, revision: str | None = None) -> ImageTransform:
-        """The transform of a tower or student: from its saved image processor.
+    def from_pretrained(
+        cls, path_or_id: str | Path, *, revision: str | None = None, name: str | None = None
+    ) -> ImageTransform:
+        """The transform of a tower or student: from its saved image processor; messages call the model `name`.
 
         Raises:
             UsageError: if there is no image processor, or it gives no fixed size.
@@ -129,7 +132,7 @@ class ImageTransform:
             processor = AutoImageProcessor.from_pretrained(path_or_id, revision=revision, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"{path_or_id} has no usable image processor ({reason})") from None
+            raise UsageError(f"{name or path_or_id} has no usable image processor ({reason})") from None
         return cls.from_processor(processor)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +161,35 @@ class ImageTransform:
     def save(self, folder: str | Path) -> None:
         """Write `folder/preprocessor_config.json`."""
         write_json(Path(folder) / "preprocessor_config.json", self.to_dict())
+
+    def save_with(self, tower: Any, folder: str | Path) -> None:
+        """Write a tower's weights and config to `folder`, and how its images are prepared, for whoever opens it.
+
+        Of a timm tower transformers would build timm's own processor from the config, with the size that timm trained
+        the weights at, and with odd margins rounded where others drop the half: the config names ours.
+        """
+        before = tower.config
+        tower.config = copy.deepcopy(before)
+        if before.model_type == "timm_wrapper":
+            tower.config.image_processor_type = self.to_dict()["image_processor_type"]
+            tower.config.pretrained_cfg = {**(getattr(before, "pretrained_cfg", None) or {}), **self._timm_fields()}
+        try:
+            tower.save_pretrained(folder)
+        finally:
+            tower.config = before
+        self.save(folder)
+
+    def _timm_fields(self) -> dict[str, Any]:
+        """The same, as timm's `pretrained_cfg` says it."""
+        resize = self.resize if isinstance(self.resize, int) else max(self.resize)
+        return {
+            "input_size": [3, *self.image_size],
+            "crop_pct": max(self.image_size) / resize,
+            "crop_mode": "center" if isinstance(self.resize, int) else "squash",
+            "interpolation": "bilinear" if self.resample == Image.Resampling.BILINEAR else "bicubic",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
 
 def _from_fields(fields: dict[str, Any]) -> ImageTransform:

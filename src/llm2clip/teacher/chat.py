@@ -8,6 +8,7 @@ so that a caption that is cut still ends with it, and so that a saved teacher ne
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import TemplateError
@@ -38,6 +39,30 @@ def use_chat_template(tokenizer: Any) -> str:
         # sentence-transformers counts a prompt's tokens less a special one at its end.
         tokenizer.add_special_tokens({"extra_special_tokens": [closing]}, replace_extra_special_tokens=False)
     return header
+
+
+def strip_ends(tokenizer: Any, header: str) -> None:
+    """Make `tokenizer` drop the white space at a caption's end, as the released teachers read it.
+
+    A header's own line breaks stay, also where it stands alone: its tokens are counted so. Where they would not, the
+    tokenizer stays as it is. It is not for training, where an instruction that ends with a line break follows the
+    header.
+    """
+    from tokenizers import Regex, normalizers
+
+    backend = tokenizer.backend_tokenizer
+    special = [text for text in tokenizer.get_added_vocab() if text]
+    tail = header  # what is normalised together with a caption: what follows the header's last special token
+    while (token := _first_special(tail, special)) is not None:
+        tail = tail[tail.index(token) + len(token) :]
+    stem = re.escape(tail.rstrip())
+    before, texts = backend.normalizer, [header, f"{header}a red disc", f"{header}a red\n disc."]
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    # \A and \z are the text's ends; what others write so are those of a line here
+    strip = normalizers.Replace(Regex(rf"(?<=\S)(?<!\A{stem})\s+\z" if stem else r"(?<=\S)\s+\z"), "")
+    backend.normalizer = strip if before is None else normalizers.Sequence([strip, before])
+    if [tokenizer(text)["input_ids"] for text in texts] != expected:
+        backend.normalizer = before
 
 
 def turn_of(tokenizer: Any) -> tuple[str, str]:

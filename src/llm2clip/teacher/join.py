@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from llm2clip.artifacts import is_complete, open_output, write_manifest
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
-from llm2clip.hub import ModelFolder, find_model
+from llm2clip.hub import ModelFolder, drop_remote_code, find_model
 from llm2clip.teacher.config import JoinConfig
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests, remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
@@ -139,6 +139,7 @@ def text_half(folder: ModelFolder) -> SentenceTransformer:
             do_lower_case=siglip,
         )
         check_weights(transformer, folder)
+        drop_remote_code(transformer)
         model, tokenizer = transformer.model, transformer.tokenizer
         context = min(int(model.config.text_config.max_position_embeddings), tokenizer.model_max_length)
         transformer.max_seq_length = context

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, Trainer
 
 from llm2clip.errors import SourceError, UsageError, setting
-from llm2clip.hub import ModelFolder
+from llm2clip.hub import ModelFolder, drop_remote_code
 from llm2clip.teacher.config import TeacherConfig
 from llm2clip.teacher.data import TEXT, stored
 from llm2clip.teacher.mixture import BatchOrder, Key
@@ -167,6 +167,7 @@ def load_causal_lm(
             name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    drop_remote_code(causal_lm)
     prepare_tokenizer(tokenizer, name)
     check_tokens(causal_lm, tokenizer, name)
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length)

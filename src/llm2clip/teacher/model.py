@@ -16,8 +16,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from llm2clip import hub
 from llm2clip.errors import UsageError, setting
-from llm2clip.hub import ModelFolder, cast, find_model, missing_weights, quiet_transformers
-from llm2clip.teacher.chat import speaks_llama_3, use_chat_template
+from llm2clip.hub import ModelFolder, cast, compare_weights, drop_remote_code, find_model, listed, quiet_transformers
+from llm2clip.released import known_teacher
+from llm2clip.teacher.adapter import adapter_digest, base_and_adapter, merged
+from llm2clip.teacher.chat import speaks_llama_3, strip_ends, use_chat_template
 from llm2clip.teacher.fingerprint import remember_origin, teacher_fingerprint
 from llm2clip.teacher.joined_module import Joined
 from llm2clip.teacher.reach import FAILURES, FIRST_ID, PROBE_TOKENS, check_length, check_tokens, first_line
@@ -60,12 +62,13 @@ def load_teacher(
     """
     folder = find_text_model(path_or_id, revision=revision)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    if folder.kind == "transformers" and is_decoder(folder.config):
+    if folder.kind == "adapter" or (folder.kind == "transformers" and is_decoder(folder.config)):
         teacher = llm_as_encoder(folder, chat_template=None, **options)
     elif (folder.path / Joined.config_file_name).exists():
         with one_line_errors(folder.name):
             teacher = load_joined(folder.path, **options)
         check_weights(teacher, folder)
+        drop_remote_code(teacher)
         remember_origin(teacher, folder)
     else:
         teacher = _load_embedder(folder, **options)
@@ -88,12 +91,14 @@ def _load_embedder(
             model_kwargs={"use_safetensors": True, **({"dtype": dtype} if dtype is not None else {})},
         )
     check_weights(teacher, folder)
+    drop_remote_code(teacher)
     for module in teacher.modules():
         if isinstance(module, Transformer) and module.tokenizer is not None and "text" in module.modalities:
             check_tokens(module.model, module.tokenizer, folder.name)
             check_length(module, folder.name)
     if folder.made == "teacher":
         restore_attention(teacher, folder.manifest["config"]["attention"])
+        teacher.prompts.update(prompts_of(teacher.prompts.get("caption") or "") or {})  # those of before lack two
     _route_captions(teacher, folder.name)
     remember_origin(teacher, folder)
     return teacher.eval()
@@ -130,6 +135,8 @@ def llm_as_encoder(
 ) -> SentenceTransformer:
     """A decoder LLM as a text encoder: `encode(texts)` gives vectors `[N, hidden]`.
 
+    A peft adapter's folder is the LLM it sits on, with the adapter merged into its weights.
+
     Args:
         pooling: "mean", "last-token" or "weighted" (later tokens weigh more).
         attention: "two-way" or "causal".
@@ -141,31 +148,18 @@ def llm_as_encoder(
     Raises:
         UsageError: if `path_or_id` is no decoder LLM with a tokenizer.
     """
-    folder = find_text_model(path_or_id, revision=revision)
-    from_llm2vec = is_from_llm2vec(folder.config)
+    folder, adapter = base_and_adapter(find_text_model(path_or_id, revision=revision))
+    from_llm2vec = is_from_llm2vec(folder.config) or (adapter is not None and is_from_llm2vec(adapter.config))
     trust_remote_code = trust_remote_code and not from_llm2vec
-    model_kwargs: dict[str, Any] = {
-        "dtype": dtype or "auto",
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": True,
-    }
+    model_kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantize:
         model_kwargs["quantization_config"] = four_bit_config()
-    with one_line_errors(folder.name):
-        transformer = Transformer(
-            str(folder.path),
-            model_kwargs=model_kwargs,
-            config_kwargs={"trust_remote_code": trust_remote_code},
-            processor_kwargs={"trust_remote_code": trust_remote_code},
-            max_seq_length=max_length,
-            # Named, because an Instruct LLM's tokenizer would otherwise wrap every caption in its chat template.
-            modality_config=TEXT_ONLY,
-            module_output_name="token_embeddings",
-        )
-    check_weights(transformer, folder)
+    transformer = _open_llm(folder, model_kwargs, max_length=max_length, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        transformer.model = merged(transformer.model, adapter)
     prepare_tokenizer(transformer.tokenizer, folder.name)
     wrapped = from_llm2vec and speaks_llama_3(transformer.tokenizer)
-    if chat_template is None:
+    if as_tuned := chat_template is None:
         chat_template = wrapped
     elif wrapped and not chat_template:
         logger.warning(
@@ -174,13 +168,15 @@ def llm_as_encoder(
             setting("chat_template", True),
         )
     header = use_chat_template(transformer.tokenizer) if chat_template else ""
+    if header and as_tuned:
+        strip_ends(transformer.tokenizer, header)
     check_tokens(transformer.model, transformer.tokenizer, folder.name, header=header)
     encoder = SentenceTransformer(
         modules=[
             transformer,
             Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING_MODES[pooling], include_prompt=False),
         ],
-        prompts={"caption": header} if header else None,
+        prompts=prompts_of(header),
         default_prompt_name="caption" if header else None,
         device=str(device) if device is not None else None,
     )
@@ -188,8 +184,40 @@ def llm_as_encoder(
     check_attention(encoder, attention, folder.name)
     check_length(transformer, folder.name)
     settings = {"pooling": pooling, "attention": attention, "max_length": max_length, "chat_template": chat_template}
+    if adapter is not None:
+        settings["adapter"] = adapter_digest(adapter)
     remember_origin(encoder, folder, settings=settings)
     return encoder.eval()
+
+
+def _open_llm(
+    folder: ModelFolder, model_kwargs: dict[str, Any], *, max_length: int, trust_remote_code: bool
+) -> Transformer:
+    """An LLM and its tokenizer as sentence-transformers' module, every weight accounted for."""
+    trust = {"trust_remote_code": trust_remote_code}
+    with one_line_errors(folder.name):
+        transformer = Transformer(
+            str(folder.path),
+            model_kwargs={**model_kwargs, **trust, "use_safetensors": True},
+            config_kwargs=trust,
+            processor_kwargs=dict(trust),
+            max_seq_length=max_length,
+            # Named, because an Instruct LLM's tokenizer would otherwise wrap every caption in its chat template.
+            modality_config=TEXT_ONLY,
+            module_output_name="token_embeddings",
+        )
+    check_weights(transformer, folder)
+    drop_remote_code(transformer)
+    return transformer
+
+
+def prompts_of(header: str) -> dict[str, str] | None:
+    """The prompts of a teacher that reads every text behind `header`, by whichever call it comes.
+
+    `encode_query` and `encode_document` take their own prompts and not the default one; without these sentence-
+    transformers makes them empty.
+    """
+    return dict.fromkeys(("caption", "query", "document"), header) if header else None
 
 
 def _route_captions(teacher: SentenceTransformer, name: str | Path) -> None:
@@ -284,6 +312,10 @@ def find_text_model(name: str | Path | ModelFolder, *, revision: str | None = No
         ArtifactError: if it is a teacher that is not finished.
     """
     folder = find_model(name, revision=revision)
+    if folder.kind == "released":
+        raise UsageError(
+            f"{folder.name} is a student, which sees images; give its teacher, {known_teacher(folder.name) or 'an LLM'}"
+        )
     if folder.made not in ("teacher", ""):
         raise UsageError(
             f"{folder.name} is no teacher (found: {folder.made}); give the folder that train-teacher made, or an LLM"
@@ -321,6 +353,7 @@ def is_from_llm2vec(config: Mapping[str, Any]) -> bool:
     the same.
     """
     named = [*(config.get("architectures") or []), *map(str, (config.get("auto_map") or {}).values())]
+    named.append(str((config.get("auto_mapping") or {}).get("base_model_class")))  # an adapter's
     return any(LLM2VEC_CLASS.fullmatch(name.rsplit(".", 1)[-1]) for name in named)
 
 
@@ -340,11 +373,19 @@ def one_line_errors(name: str | Path) -> Iterator[None]:
 def check_weights(model: torch.nn.Module, folder: ModelFolder) -> None:
     """Raise if the files of a model lack some of its weights, which transformers then draws at random.
 
+    Those beyond are named in the log, where another program wrote them.
+
     Raises:
-        UsageError: naming one.
+        UsageError: naming one that is missing, or what is too much in a folder of ours.
     """
     with one_line_errors(folder.name):
-        missing = missing_weights(model, folder.path)
+        missing, left = compare_weights(model, folder.path)
+    if left and folder.made:
+        raise UsageError(
+            f"{folder.name} holds weights that its model does not have ({listed(left)}); get its files again"
+        )
+    if left:
+        logger.info("%s: of its weights are left out: %s", folder.name, listed(left))
     if missing:
         raise UsageError(
             f"{folder.name} lacks weights of its model, such as {missing[0]} ({len(missing)} in all); get its files "

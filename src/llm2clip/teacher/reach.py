@@ -16,7 +16,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llm2clip.errors import UsageError, setting
+from llm2clip.errors import UsageError, setting, shortened
 
 FIRST_ID = 10
 """Of the token ids of a probe: most vocabularies begin with special tokens."""
@@ -213,4 +213,4 @@ def exact_targets(model: Any, *, needed: bool) -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """An error's text as part of a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return shortened(f"{type(error).__name__}: {error}", most=200)

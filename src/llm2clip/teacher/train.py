@@ -144,6 +144,11 @@ def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
             )
     with state.main_process_first():
         folder = find_text_model(config.model, revision=config.model_revision)
+    if folder.kind == "adapter" and (config.mntp or config.chat_template):
+        raise UsageError(
+            f"{setting('model')} {config.model} is an adapter; leave out {setting('mntp')} and "
+            f"{setting('chat_template')}, or merge it into its model first"
+        )
     if config.quantize:
         four_bit_config()
     if config.chat_template or config.mntp:

@@ -50,7 +50,8 @@ def expect(model: LLM2CLIP) -> Vectors:
     """The model's vectors of the probe texts and images."""
     from llm2clip.export.check import PROBE_TEXTS, probe_images
 
-    return {"text": model.encode_text(PROBE_TEXTS), "image": model.encode_image(probe_images())}
+    texts = model.encode_text(PROBE_TEXTS)
+    return {"text": texts, "query": texts, "document": texts, "image": model.encode_image(probe_images())}
 
 
 def reload(folder: Path, facts: dict[str, Any], device: torch.device, in_float32: bool) -> Vectors:
@@ -61,7 +62,7 @@ def reload(folder: Path, facts: dict[str, Any], device: torch.device, in_float32
 
 
 def encode(folder: str, probes: Path, device: str, in_float32: bool) -> dict[str, Any]:
-    """Text and image vectors of the probes; run by itself where llm2clip cannot be imported."""
+    """Text vectors, by each call there is, and image vectors of the probes; run where llm2clip cannot be imported."""
     from PIL import Image
     from sentence_transformers import SentenceTransformer
 
@@ -69,7 +70,8 @@ def encode(folder: str, probes: Path, device: str, in_float32: bool) -> dict[str
     model = model.float() if in_float32 else model
     texts = (probes / "texts.txt").read_text(encoding="utf-8").split("\n")
     images = [Image.open(file) for file in sorted(probes.glob("*.png"))]
-    return {"text": model.encode(texts), "image": model.encode(images)}
+    found = {"text": model.encode(texts), "query": model.encode_query(texts), "document": model.encode_document(texts)}
+    return {**found, "image": model.encode(images)}
 
 
 FORMAT = Format(

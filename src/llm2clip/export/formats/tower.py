@@ -31,8 +31,7 @@ It takes the place of the tower it was trained from, for example as the vision t
 
 def write(model: LLM2CLIP, folder: Path) -> None:
     """Write the tower's weights and config, and how its images are prepared."""
-    model.student.tower.save_pretrained(folder)
-    model.transform.save(folder)
+    model.transform.save_with(model.student.tower, folder)
 
 
 def expect(model: LLM2CLIP) -> Vectors:

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -99,7 +100,9 @@ def open_text_half(tower: Tower, *, device: str | torch.device = "cpu") -> TextH
     """
     from transformers import MODEL_MAPPING
 
-    model_class = None if tower.whole is None else MODEL_MAPPING.get(type(tower.whole), None)
+    if tower.whole is not None:
+        return None  # it goes on as it is
+    model_class = None if tower.half_of is None else MODEL_MAPPING.get(type(tower.half_of), None)
     if not hasattr(model_class, "get_text_features"):
         logger.info("%s has no text half: there is nothing to inherit, the adaptor starts from random weights", tower)
         return None
@@ -218,7 +221,7 @@ def take_over(student: Student, half: TextHalf) -> None:
     Raises:
         LLM2CLIPError: if it then does not see an image as the model does.
     """
-    student.visual_projection.weight[: half.width].copy_(half.projection)
+    cast(nn.Linear, student.visual_projection).weight[: half.width].copy_(half.projection)
     student.logit_scale.copy_(half.log_scale)
     student.clamp_logit_scale()
     if student.logit_bias is not None and half.bias is not None:

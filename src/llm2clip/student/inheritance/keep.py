@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from llm2clip.student.gradcache import MicroBatch
@@ -77,8 +77,9 @@ class OwnView:
     """
 
     def __init__(self, student: Student, width: int, *, num_samples: int = 0) -> None:
-        not_copied = {id(student.adaptor): nn.Identity()}
-        self._frozen = copy.deepcopy(student, not_copied).eval().requires_grad_(False)
+        shared = {id(student.adaptor): student.adaptor}  # of no use here, and large
+        self._frozen = copy.deepcopy(student, shared)
+        self._frozen.tower.eval()
         self._width = width
         self._known = torch.zeros(num_samples, dtype=torch.bool)
         self._vectors = torch.empty(num_samples, width, dtype=torch.float16)

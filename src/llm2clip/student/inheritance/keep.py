@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class OwnView:
 
     def __init__(self, student: Student, width: int, *, num_samples: int = 0) -> None:
         shared = {id(student.adaptor): student.adaptor}  # of no use here, and large
-        self._frozen = copy.deepcopy(student, shared)
+        self._frozen: Any = copy.deepcopy(student, shared)
         self._frozen.tower.eval()
         self._width = width
         self._known = torch.zeros(num_samples, dtype=torch.bool)

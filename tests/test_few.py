@@ -27,8 +27,15 @@ def test_a_teacher_of_few_images(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="llm2clip")
     found = teacher(300)
     assert (found.steps, found.epochs, found.learning_rate) == (100, None, 8e-4) and caplog.messages == [FEW_TOLD]
-    assert (teacher(300, epochs=3).steps, teacher(300, epochs=3).epochs) == (None, 3)
-    assert (teacher(300, learning_rate=1e-5).learning_rate, teacher(300, steps=7).steps) == (1e-5, 7)
+    assert (teacher(300, learning_rate=1e-5).learning_rate, teacher(300, learning_rate=1e-5).steps) == (1e-5, 100)
+    for length in ({"epochs": 3}, {"steps": 7}):
+        own = teacher(300, **length)
+        assert {"steps": own.steps, "epochs": own.epochs, "rate": own.learning_rate} == {
+            "steps": None,
+            "epochs": None,
+            "rate": 2e-4,
+            **length,
+        }
     assert teacher(300, tuning="full").learning_rate == 2e-4, "the rule is for adapters"
     caplog.clear()
     many = teacher(few.FEW_IMAGES)
@@ -64,6 +71,6 @@ def test_a_student_of_few_images(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     )
     many = student("5000")
     assert (many.batch_size, many.steps, many.adaptor_learning_rate, many.unlocked_blocks) == (4096, None, 3e-4, None)
-    assert student("300", batch_size=300, epochs=2, adaptor_learning_rate=1e-4, unlocked_blocks=1) == StudentConfig(
-        bank=("300",), tower="t", out="out", batch_size=300, epochs=2, adaptor_learning_rate=1e-4, unlocked_blocks=1
-    )
+    own = student("300", epochs=2)
+    assert (own.batch_size, own.steps, own.adaptor_learning_rate, own.unlocked_blocks) == (300, None, 3e-4, None)
+    assert student("300", adaptor_learning_rate=1e-4).adaptor_learning_rate == 1e-4

@@ -298,7 +298,11 @@ ADDED: dict[str, dict[str, str]] = {
     "convert": {"*": "a new verb"},
     "push": {"*": "a new verb"},
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
-    **dict.fromkeys(("train-teacher", "build-bank", "bank add"), _READS),
+    **dict.fromkeys(("train-teacher", "bank add"), _READS),
+    "build-bank": {**_READS, "text_only": "off by default"},
+    "train-student": dict.fromkeys(
+        ("inherit", "inherit_kinds", "inherit_bank", "keep", "keep_text"), "for towers that come with a text half alone"
+    ),
     "evaluate": {
         **_READS,
         "baseline": "adds to the report; the model's own scores are as before",

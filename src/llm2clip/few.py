@@ -33,15 +33,17 @@ def lora_rate(width: int) -> float:
 def settle(config: Any, chosen: Mapping[str, Any], *, images: int, main: bool = True) -> dict[str, Any]:
     """Those of the `chosen` settings that `config` leaves open, told in one line with their reason.
 
+    They belong together: with a length of the run's own, none of them is chosen.
+
     >>> from types import SimpleNamespace
+    >>> settle(SimpleNamespace(steps=None, epochs=None, batch_size=9), {"steps": 100, "batch_size": 64}, images=300)
+    {'steps': 100}
     >>> settle(SimpleNamespace(steps=None, epochs=3, batch_size=None), {"steps": 100, "batch_size": 64}, images=300)
-    {'batch_size': 64}
+    {}
     """
-    lasts = {"steps", "epochs"}
-    given = {name for name in lasts if getattr(config, name, None) is not None}
-    found = {
-        name: value for name, value in chosen.items() if getattr(config, name) is None and not (name in lasts and given)
-    }
+    if config.steps is not None or config.epochs is not None:
+        return {}
+    found = {name: value for name, value in chosen.items() if getattr(config, name) is None}
     if found and main:
         settings = ", ".join(setting(name, value) for name, value in found.items())
         logger.info("%s images are few: %s, unless told otherwise (docs/few-images.md)", f"{images:,}", settings)

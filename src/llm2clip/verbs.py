@@ -107,6 +107,7 @@ VERBS = {
         main="bank tower out epochs batch_size val_bank",
         groups={
             "tower": "tower_revision",
+            "inheritance": "inherit",
             "data": "mix",
             "loss": "loss",
             "training": "steps",

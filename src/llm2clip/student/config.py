@@ -107,7 +107,7 @@ class StudentConfig:
     """Gradients are scaled down to this norm."""
     unlocked_blocks: int | None = None
     """Train only the tower's last N blocks and what follows them; 0 locks the whole tower. By default all train,
-    or none where there are few images (fewer than 5,000)."""
+    or none in a run of few images (below 5,000) whose length is left open."""
     lora_rank: int = 0
     """Train the tower's blocks through low-rank adapters of this rank, merged at the end; 0 trains the weights."""
     lora_alpha: float = 32

@@ -59,7 +59,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"label_smoothing": 0.3},
     {"label_smoothing": 0.3, "captions_per_image": 2},
     {"steps": None, "epochs": 1.5, "accumulate": 2, "batch_size": 4},
-    {"steps": None, "batch_size": 16},
+    {"steps": None, "epochs": 2, "batch_size": 16},
     {"batch_size": 5},
     {"micro_batch_size": 3},
     {"accumulate": 2},
@@ -89,6 +89,8 @@ NUM_IMAGES = 16
 ELSEWHERE = {
     "bank": "every run has two; what a bank's vectors are is held by the tests of the bank",
     "tower": "test_every_family_learns_what_the_oracle_does",
+    **dict.fromkeys(("inherit", "inherit_kinds", "inherit_bank"), "inheritance/test_inherit.py"),
+    **dict.fromkeys(("keep", "keep_text"), "inheritance/test_keep.py"),
     "tower_revision": "test_session.py: it picks among the commits of a tower on the Hub",
     "out": "where, not what",
     "max_bad_fraction": "test_train.py: it stops runs",

@@ -61,6 +61,8 @@ def test_every_setting_and_curve_is_told(tracker: tuple[str, Notes], tiny_tower:
         "bank": json.dumps([str(bank.folder)]),
         "mix": '{"short": 0.5, "long": 0.5}',
         "bank_weights": "[]",
+        "inherit_kinds": "[]",
+        "inherit_bank": "[]",
     }
     for line in log(out):
         told = notes.lines[line.pop("step")]

@@ -138,6 +138,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "dtype": ["--dtype float32", "--dtype bfloat16", "--dtype int8"],
         "shard_rows": "= --shard-rows 8",
         "reuse": "= --reuse build-bank/data=more.csv",
+        "text_only": Because("the old code lacks it"),
     },
     "bank info": {"bank": "build-bank/dtype=int8", "json": "--json"},
     "bank verify": {
@@ -209,6 +210,9 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "val_bank": VAL,
         "val_every": f"{VAL} | --val-every 1",
         "patience": f"{VAL} --val-every 1 --steps 6 | --patience 1",
+        **dict.fromkeys(
+            ("inherit", "inherit_kinds", "inherit_bank", "keep", "keep_text"), Because("the old code lacks it")
+        ),
     },
     "evaluate": {
         **SOURCE,

@@ -153,7 +153,7 @@ def _find_hub(spec: str, word: str, revision: str | None, wanted: str | None) ->
     label = f"{form['id']}{'/' + form['config'] if form['config'] else ''}:{split}"
     paths = [cached["filename"] for cached in dataset[split].cache_files]
     # its images are files of the Hub's cache, and the table that names them lies in that of `datasets`
-    cache = os.path.join(constants.HF_HUB_CACHE, f"datasets--{form['id'].replace('/', '--')}")
+    cache = os.path.join(constants.HF_HUB_CACHE, "--".join(["datasets", *form["id"].split("/")]))
     files = [local_file(path, word=word, label=f"{label}/{i:05d}") for i, path in enumerate(paths)]
     return [replace(file, also=cache) for file in files]
 

@@ -33,7 +33,7 @@ from llm2clip.student.gradcache import cached_step
 from llm2clip.student.inheritance.inherit import FILE as INHERITED
 from llm2clip.student.inheritance.keep import Objective
 from llm2clip.student.loss import contrastive_loss
-from llm2clip.student.mix import default_batch_size, wanted_kinds
+from llm2clip.student.mix import PAPER_BATCH, default_batch_size, wanted_kinds
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.optim import cosine_factor
 from llm2clip.student.session import Session
@@ -94,8 +94,12 @@ def settle_few(config: StudentConfig, accelerator: Any) -> StudentConfig:
         if not config.lora_rank and config.init == "pretrained":
             chosen["unlocked_blocks"] = 0
     found = few.settle(config, chosen, images=images, main=accelerator.is_main_process)
-    if config.batch_size is None:
-        found.setdefault("batch_size", default_batch_size(images, accelerator.num_processes))
+    if config.batch_size is None and "batch_size" not in found:
+        found["batch_size"] = default_batch_size(images, accelerator.num_processes)
+        if accelerator.is_main_process and images < PAPER_BATCH:
+            logger.info(
+                "batches of %d: all images there are, where the paper takes %d", found["batch_size"], PAPER_BATCH
+            )
     if config.adaptor_learning_rate is None:
         found.setdefault("adaptor_learning_rate", ADAPTOR_RATE)
     return dataclasses.replace(config, **found)

@@ -27,14 +27,14 @@ SIZES = {
     "teacher": (3_140, 17, 7.7),  # with adapters as teachers
     "bank": (2_740, 17, 8.4),
     "student": (5_120, 27, 7.4),  # with the released students
-    "student/inheritance": (440, 3, 9),
+    "student/inheritance": (460, 3, 9),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms and intervals
     "eval": (3_040, 22, 8.9),
     "eval/benchmarks": (1_040, 29, 17),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (725, 8, 13.1),
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
-    "*": (23_860, 176, 8.2),
+    "*": (23_890, 176, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

@@ -218,9 +218,9 @@ def load_tower(tower: Tower, *, pooling: str) -> Any:
     Raises:
         ValueError: if weights of the tower are missing from the checkpoint or have other shapes.
     """
-    model, missing = _load(tower, config=tower.config, **build_options(tower.config, pooling=pooling))
+    model, missing = load_model(tower, config=tower.config, **build_options(tower.config, pooling=pooling))
     if missing:  # some halves transformers finds by the names in the whole model alone
-        whole, missing_of_whole = _load(tower)
+        whole, missing_of_whole = load_model(tower)
         half = getattr(whole, "vision_model", None)
         if type(half) is type(model) and not any(name.startswith("vision_model.") for name in missing_of_whole):
             model, missing = half, set()
@@ -242,8 +242,8 @@ def _no_code_from(tower: Tower) -> Iterator[None]:
         raise ValueError("its pytorch_model.bin holds more than tensors, which would run its code") from None
 
 
-def _load(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
-    """A model in the tower's folder, and the names of its weights that are not there."""
+def load_model(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
+    """The model in the tower's folder, or by `options` its tower alone, and the names of weights that are not there."""
     with quiet_transformers(), _no_code_from(tower):  # it lists every weight of a CLIP's text half as unexpected
         model, report = AutoModel.from_pretrained(
             tower.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,31 @@ def test_images_scale_and_bias_are_the_models(models: dict[str, Path], name: str
     torch.testing.assert_close(student.logit_scale.detach(), model.logit_scale.detach().view(1))
     if loss == "sigmoid":
         torch.testing.assert_close(student.logit_bias.detach(), model.logit_bias.detach().view(1))
+
+
+def test_a_text_half_in_a_pickle_is_read_for_tensors(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    shutil.copytree(models["clip"], folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    tower = open_tower(str(folder))
+    half = open_text_half(tower)
+    assert tower.pickled and half is not None and half.width == 12
+    vectors = half.encoder.encode_text(TEXTS)
+    torch.testing.assert_close(torch.from_numpy(vectors), own_vectors(models["clip"], TEXTS), atol=1e-5, rtol=0)
+    take_over(start_student(tower, teacher_dim=8, projection_dim=12, adaptor_blocks=1), half)
+    torch.save(
+        {name: value for name, value in weights.items() if "text_projection" not in name}, folder / "pytorch_model.bin"
+    )
+    with pytest.raises(
+        UsageError, match=r"lacks weights, such as text_projection.weight; to start without its text half"
+    ):
+        open_text_half(tower)
+    (folder / "tokenizer.json").unlink()
+    for name in inheriting.TOKENIZERS:
+        (folder / name).unlink(missing_ok=True)
+    assert open_text_half(tower) is None
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])

@@ -28,12 +28,12 @@ from llm2clip.artifacts import atomic_path, fingerprint
 from llm2clip.bank.reader import Bank
 from llm2clip.config import check_choice
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
-from llm2clip.hub import find_model
+from llm2clip.hub import find_model, one_line_errors
 from llm2clip.progress import Progress
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.optim import cosine_factor
-from llm2clip.student.start import Tower
+from llm2clip.student.start import Tower, load_model
 from llm2clip.two_towers import ClipEncoder
 
 logger = logging.getLogger("llm2clip")
@@ -107,14 +107,35 @@ def open_text_half(tower: Tower, *, device: str | torch.device = "cpu") -> TextH
         logger.info("%s has no text half: there is nothing to inherit, the adaptor starts from random weights", tower)
         return None
     try:
-        folder = find_model(tower.name, revision=tower.revision)
-        if not any((folder.path / name).exists() for name in TOKENIZERS):
-            logger.info("%s has no tokenizer for its text half: nothing is inherited", tower)
-            return None
-        encoder = ClipEncoder.from_pretrained(folder, device=device, dtype=torch.float32)
+        encoder = _open_pickled(tower, device) if tower.pickled else _open(tower, device)
     except UsageError as error:
         raise UsageError(f"{error}; to start without its text half, give {setting('inherit', 'none')}") from None
+    if encoder is None:
+        logger.info("%s has no tokenizer for its text half: nothing is inherited", tower)
+        return None
     return TextHalf(encoder)
+
+
+def _open(tower: Tower, device: str | torch.device) -> ClipEncoder | None:
+    folder = find_model(tower.name, revision=tower.revision)
+    if not any((folder.path / name).exists() for name in TOKENIZERS):
+        return None
+    return ClipEncoder.from_pretrained(folder, device=device, dtype=torch.float32)
+
+
+def _open_pickled(tower: Tower, device: str | torch.device) -> ClipEncoder | None:
+    """The same of a `pytorch_model.bin`, which is read for tensors alone."""
+    from transformers import AutoTokenizer
+
+    folder = Path(tower.name)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZERS):
+        return None
+    with one_line_errors(f"{tower} cannot be used"):
+        model, missing = load_model(tower)
+        tokenizer = AutoTokenizer.from_pretrained(tower.name, revision=tower.revision)
+    if missing:
+        raise UsageError(f"{tower} lacks weights, such as {min(missing)}")
+    return ClipEncoder(model.to(device), tokenizer, processor=None)
 
 
 @dataclass

@@ -195,7 +195,9 @@ def test_a_tower_is_exported_today(old: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("tower", TEACHER_OF)
+@pytest.mark.parametrize(
+    "tower", [pytest.param(name, marks=[pytest.mark.slow] if name != "clip" else []) for name in TEACHER_OF]
+)
 @pytest.mark.parametrize("kind", ["transformers", "sentence-transformers"])
 def test_a_student_is_exported_today(
     tower: str, kind: str, old: Path, texts: list[str], vectors: dict[str, np.ndarray], tmp_path: Path

@@ -65,7 +65,7 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
     return _ended(*_fork(work))
 
 
-def in_own_process(test: Callable[..., None]) -> Any:
+def in_a_fork(test: Callable[..., None]) -> Any:
     """A test that is done in a forked process.
 
     For those with a backward pass through FSDP2's shards: it starts threads of torch's, and no fork of a process that

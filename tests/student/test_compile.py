@@ -71,7 +71,7 @@ def test_a_compiled_tower_learns_the_same(settings, graphs, changes, tmp_path) -
     assert len(recomputed) == (2 if "gradient_checkpointing" in changes else 0), "one a block"
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_two_processes_with_a_compiled_tower_learn_the_same(settings, graphs, tmp_path) -> None:
     changes = {"gradient_checkpointing": True, "micro_batch_size": 2}

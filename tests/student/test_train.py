@@ -342,7 +342,7 @@ KILLS = (  # where, and at which entry; the moment within it is drawn
 )
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_kill_9_at_ten_random_moments(config, tmp_path, monkeypatch) -> None:
     """Before the first checkpoint, while one is opened or written, after it, and in the finished folder."""

@@ -93,7 +93,9 @@ def test_two_processes_killed_and_started_again_end_in_the_same_bytes(settings: 
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("wrong", [{0, 1}, {0}, {1}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [pytest.param({0, 1}, marks=pytest.mark.slow), {0}, pytest.param({1}, marks=pytest.mark.slow)], ids=str
+)
 def test_what_cannot_be_in_one_process_ends_both_and_leaves_nothing(
     wrong: set[int], settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -119,13 +119,22 @@ def check_no_pickle(files: Sequence[str], name: str) -> None:
             )
 
 
-def is_pickled(name: str, *, revision: str | None = None) -> bool:
-    """Whether the weights in a folder, or of a Hub id, are there as `pytorch_model.bin` alone."""
+def files_of(name: str, *, revision: str | None = None) -> list[str]:
+    """The files of a model's folder, or of a Hub id; where the Hub cannot be asked, those that were fetched before."""
     here = Path(name) if Path(name).is_dir() else None
     files, why = ([], "") if here else _look_up(name, revision=revision)
     if here or why:
         folder = here or cached_folder(name, revision)
         files = [path.name for path in folder.iterdir()] if folder else []
+    return files
+
+
+def is_pickled(files: Sequence[str]) -> bool:
+    """Whether weights are there as `pytorch_model.bin` alone.
+
+    >>> is_pickled(["config.json", "pytorch_model.bin"]), is_pickled(["model.safetensors", "pytorch_model.bin"])
+    (True, False)
+    """
     return any(PICKLED.fullmatch(file) for file in files) and not any(file.endswith(".safetensors") for file in files)
 
 

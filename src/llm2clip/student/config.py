@@ -56,9 +56,9 @@ class StudentConfig:
     it needs no images."""
     keep: float = 0.0
     """Weight of the distance between images' vectors and those of the tower before it learned; 0 lets it forget."""
-    keep_text: float = 4.0
-    """Weight of the distance between inherited captions' vectors and what the tower's text half says of them; of no
-    effect where nothing is inherited."""
+    keep_text: float | None = None
+    """Weight of the distance between inherited captions' vectors and what the tower's text half says of them. By
+    default 4; 0 lets the adaptor forget."""
 
     mix: Weights = field(default_factory=dict)
     """How often an image's caption is of each kind: short=0.5 long=0.5. By default all kinds alike."""
@@ -230,9 +230,13 @@ class StudentConfig:
         if self.inherit == "auto" and self.init == "pretrained":
             return
         why = setting("inherit", "none") if self.inherit == "none" else setting("init", "random")
-        for name in ("inherit_kinds", "inherit_bank", "keep"):
-            if value := getattr(self, name):
-                raise UsageError(f"{setting(name, value)} is about what is inherited; leave it or {why} out")
+        for name, value in self.about_inheritance().items():
+            raise UsageError(f"{setting(name, value)} is about what is inherited; leave it or {why} out")
+
+    def about_inheritance(self) -> dict[str, object]:
+        """The settings that were given and have an effect only where something is inherited."""
+        names = ("inherit_kinds", "inherit_bank", "keep", "keep_text")
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def settings(self) -> dict[str, object]:
         """The fields that decide what is learned, JSON-ready: what `run.json` and the manifest record."""

@@ -49,7 +49,8 @@ from llm2clip.student.validate import validate
 logger = logging.getLogger("llm2clip")
 PAPER_DIM = 1280
 """Width of the shared space where nothing is inherited (paper, section 6.2)."""
-NEED_TEXT_HALF = ("inherit_kinds", "inherit_bank", "keep")
+KEEP_TEXT = 4.0
+"""Of 1, 4 and 10 the one that kept what was inherited at the least cost in long captions (docs/lab-notes.md)."""
 MOST_REMEMBERED = 1 << 28
 """Numbers of the tower's own view of images that are kept in memory, where crops are always the same: 512 MiB."""
 DEFAULT_EPOCHS = 4
@@ -145,6 +146,7 @@ class Session:
         self.origin = {
             "banks": [bank.fingerprint for bank in self.banks],
             "tower": tensors_fingerprint(self.student.tower.state_dict()),
+            "text_banks": [bank.fingerprint for bank in self.text_banks],
         }
         self._inherit(half)
         if config.gradient_checkpointing:
@@ -177,9 +179,9 @@ class Session:
         """Have the student begin as what its tower is half of; the main process does it, the others take its result."""
         config, self.inherited, self.own_view = self.config, None, None
         if half is None:
-            if needed := next((name for name in NEED_TEXT_HALF if getattr(config, name)), None):
-                value = setting(needed, getattr(config, needed))
-                raise UsageError(f"{value} needs a tower with a text half, which {self.tower} has not; leave it out")
+            for name, value in config.about_inheritance().items():
+                given = setting(name, value)
+                raise UsageError(f"{given} needs a tower with a text half, which {self.tower} has not; leave it out")
             return
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
@@ -253,11 +255,12 @@ class Session:
             with self.accelerator.autocast():
                 images = [self.own_view(*part) for part in self._micro(batch.pixels, batch.samples)]
             kept.update(keep=config.keep, images=torch.cat(images))
-        if self.inherited is not None and config.keep_text:
+        keep_text = KEEP_TEXT if config.keep_text is None else config.keep_text
+        if self.inherited is not None and keep_text:
             random = np.random.default_rng([config.seed, place, self.accelerator.process_index])
             chosen = random.integers(len(self.inherited), size=len(batch))
             texts = self.inherited.draw(random, chosen, batch.text_embeds.device)
-            kept.update(keep_text=config.keep_text, texts=texts)
+            kept.update(keep_text=keep_text, texts=texts)
         return kept
 
     def _micro(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

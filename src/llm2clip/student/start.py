@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from llm2clip.artifacts import check_name, read_json
 from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, one_line, setting
 from llm2clip.hub import ModelFolder, drop_remote_code, find_model, listed, one_line_errors, quiet_transformers
-from llm2clip.on_hub import is_pickled
+from llm2clip.on_hub import files_of, is_pickled
 from llm2clip.released import is_released, known_teacher, released
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.official import open_released
@@ -51,8 +51,8 @@ class Tower(NamedTuple):
     revision: str | None
     config: Any
     """Of its vision half."""
-    pickled: bool = False
-    """Whether its weights are a `pytorch_model.bin` alone, which is read for tensors and nothing else."""
+    files: Sequence[str] = ()
+    """In its folder, or of the Hub id."""
     whole: tuple[Student, ImageTransform] | None = None
     """The student that it is a part of, if that is one of those that the paper's authors released."""
     half_of: Any = None
@@ -166,7 +166,7 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
             "tower (an LLM goes to `llm2clip train-teacher --model`)"
         )
     half_of = None if both is config else both
-    return Tower(name, revision, config, pickled=is_pickled(name, revision=revision), half_of=half_of)
+    return Tower(name, revision, config, files_of(name, revision=revision), half_of=half_of)
 
 
 def _released_folder(name: str, revision: str | None) -> ModelFolder | None:
@@ -250,7 +250,7 @@ def load_model(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
             revision=tower.revision,
             dtype=torch.float32,
             output_loading_info=True,
-            use_safetensors=not tower.pickled,
+            use_safetensors=not is_pickled(tower.files),  # a `pytorch_model.bin` alone is read for tensors
             weights_only=True,  # of a pickle the tensors, and no code
             trust_remote_code=False,
             **options,

@@ -243,6 +243,7 @@ def finish(run: Session) -> None:
         teacher_fingerprint=run.banks[0].teacher_fingerprint,
         prompt=run.banks[0].manifest["teacher"]["prompt"],  # what use must put before each text, too
         bank_fingerprints=run.origin["banks"],
+        text_bank_fingerprints=run.origin["text_banks"],
         tower_fingerprint=run.origin["tower"],
         teacher_dim=run.banks[0].dim,
         projection_dim=student.config.projection_dim,

@@ -119,7 +119,7 @@ def test_a_text_half_in_a_pickle_is_read_for_tensors(models: dict[str, Path], tm
     torch.save(weights, folder / "pytorch_model.bin")
     tower = open_tower(str(folder))
     half = open_text_half(tower)
-    assert tower.pickled and half is not None and half.width == 12
+    assert half is not None and half.width == 12
     vectors = half.encoder.encode_text(TEXTS)
     torch.testing.assert_close(torch.from_numpy(vectors), own_vectors(models["clip"], TEXTS), atol=1e-5, rtol=0)
     take_over(start_student(tower, teacher_dim=8, projection_dim=12, adaptor_blocks=1), half)
@@ -130,10 +130,9 @@ def test_a_text_half_in_a_pickle_is_read_for_tensors(models: dict[str, Path], tm
         UsageError, match=r"lacks weights, such as text_projection.weight; to start without its text half"
     ):
         open_text_half(tower)
-    (folder / "tokenizer.json").unlink()
     for name in inheriting.TOKENIZERS:
         (folder / name).unlink(missing_ok=True)
-    assert open_text_half(tower) is None
+    assert open_text_half(open_tower(str(folder))) is None
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])

@@ -28,7 +28,7 @@ from llm2clip.artifacts import atomic_path, fingerprint
 from llm2clip.bank.reader import Bank
 from llm2clip.config import check_choice
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
-from llm2clip.hub import find_model, one_line_errors
+from llm2clip.hub import one_line_errors
 from llm2clip.progress import Progress
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
@@ -40,14 +40,14 @@ logger = logging.getLogger("llm2clip")
 FILE = "inherited.safetensors"
 """In the output while a run is under way: what was inherited, so that it is not computed again."""
 MOST_CAPTIONS = 200_000
-"""Captions that are inherited from at most; of 24,000 and 72,000 the second gave one point more (docs/lab-notes.md)."""
+"""Captions that are inherited from at most: a bound on the time, some 16,000 steps."""
 BATCH_SIZE, WARMUP_STEPS, NOTED_EVERY = 256, 20, 50
 HIGHEST_RATE = 2e-3
 """Of learning, for narrow teachers such as the miniature's; wider ones take 1 / T."""
 NOISE = 0.2
 """Length of what is added at random to a teacher's unit vector. The adaptor then says the same of all that lies near a
 caption: other words for it, and other languages (docs/lab-notes.md: Spanish and Chinese gain 10 points by it)."""
-PASSES, FEWEST_STEPS, MOST_STEPS = 20, 300, 20_000
+PASSES, FEWEST_STEPS = 20, 300
 READ_WELL = 32
 """Tokens of a caption that a CLIP makes much of, whatever its context: captions on the Web are short, and it hardly
 gains from more than 20 (Long-CLIP, arXiv 2403.15378). What it says of long ones is no good teacher: in the miniature
@@ -98,7 +98,7 @@ def open_text_half(tower: Tower, *, device: str | torch.device = "cpu") -> TextH
     Raises:
         UsageError: if it has one that cannot be used.
     """
-    from transformers import MODEL_MAPPING
+    from transformers import MODEL_MAPPING, AutoTokenizer
 
     if tower.whole is not None:
         return None  # it goes on as it is
@@ -106,36 +106,16 @@ def open_text_half(tower: Tower, *, device: str | torch.device = "cpu") -> TextH
     if not hasattr(model_class, "get_text_features"):
         logger.info("%s has no text half: there is nothing to inherit, the adaptor starts from random weights", tower)
         return None
-    try:
-        encoder = _open_pickled(tower, device) if tower.pickled else _open(tower, device)
-    except UsageError as error:
-        raise UsageError(f"{error}; to start without its text half, give {setting('inherit', 'none')}") from None
-    if encoder is None:
+    if not set(TOKENIZERS) & set(tower.files):
         logger.info("%s has no tokenizer for its text half: nothing is inherited", tower)
-        return None
-    return TextHalf(encoder)
-
-
-def _open(tower: Tower, device: str | torch.device) -> ClipEncoder | None:
-    folder = find_model(tower.name, revision=tower.revision)
-    if not any((folder.path / name).exists() for name in TOKENIZERS):
-        return None
-    return ClipEncoder.from_pretrained(folder, device=device, dtype=torch.float32)
-
-
-def _open_pickled(tower: Tower, device: str | torch.device) -> ClipEncoder | None:
-    """The same of a `pytorch_model.bin`, which is read for tensors alone."""
-    from transformers import AutoTokenizer
-
-    folder = Path(tower.name)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZERS):
         return None
     with one_line_errors(f"{tower} cannot be used"):
         model, missing = load_model(tower)
-        tokenizer = AutoTokenizer.from_pretrained(tower.name, revision=tower.revision)
+        tokenizer = AutoTokenizer.from_pretrained(tower.name, revision=tower.revision, trust_remote_code=False)
     if missing:
-        raise UsageError(f"{tower} lacks weights, such as {min(missing)}")
-    return ClipEncoder(model.to(device), tokenizer, processor=None)
+        without = f"to start without its text half, give {setting('inherit', 'none')}"
+        raise UsageError(f"{tower} lacks weights, such as {min(missing)}; {without}")
+    return TextHalf(ClipEncoder(model.to(device), tokenizer, processor=None))
 
 
 @dataclass
@@ -200,8 +180,8 @@ def inherit(
         LLM2CLIPError: if the student does not see images as the model does.
     """
     take_over(student, half)
-    of = [tower, [bank.fingerprint for bank in banks], sorted(config.inherit_kinds), config.seed, config.dim]
-    recipe = fingerprint([*of, MOST_CAPTIONS, PASSES, BATCH_SIZE, HIGHEST_RATE, NOISE])
+    names, model = [bank.fingerprint for bank in banks], [config.seed, config.dim, config.adaptor_blocks]
+    recipe = fingerprint([tower, names, len(config.bank), sorted(config.inherit_kinds), *model])
     found = _kept(out / FILE, recipe, student, banks)
     if found is not None:
         return found
@@ -322,7 +302,7 @@ def fit(adaptor: nn.Module, captions: Inheritance, *, seed: int) -> float:
     """Bring the adaptor's vectors of captions near the half's own; returns the distance that is left."""
     device = next(adaptor.parameters()).device
     number, width = len(captions), captions.banks[0].dim
-    steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * number // BATCH_SIZE))
+    steps = max(FEWEST_STEPS, PASSES * number // BATCH_SIZE)
     matrices, others = ([p for p in adaptor.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     rate = min(HIGHEST_RATE, 1 / width)

@@ -257,7 +257,7 @@ def load_model(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
         )
     drop_remote_code(model)
     if left := listed(report["unexpected_keys"]):
-        logger.info("%s: of its weights are left out: %s", tower, left)
+        logger.info("%s: of its weights are no part of the tower: %s", tower, left)
     return model, set(report["missing_keys"])
 
 

@@ -27,9 +27,10 @@ def test_the_origin_by_hand() -> None:
         "kinds": ["short"],
         "files": 1,
     }
-    config = {"tower": "org/tower", "batch_size": 8, "steps": 100, "seed": 0}
+    config = {"tower": "org/tower", "batch_size": 8, "steps": 100, "seed": 0, "teacher": "teacher"}
     kept = {name: facts[name] for name in facts if name != "files"}
     assert origin_of({**facts, "config": config}) == {**kept, "tower": "org/tower", "batch_size": 8}
+    assert origin_of({"teacher": "org/teacher", "config": config})["teacher"] == "org/teacher", "not of the settings"
     assert origin_of({}) == {}
 
 

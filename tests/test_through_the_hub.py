@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load
 
 from llm2clip import LLM2CLIP, BankConfig, EvaluateConfig, StudentConfig, load_teacher
 from llm2clip import released as table
@@ -19,7 +21,7 @@ from llm2clip.data.source import open_source
 from llm2clip.errors import UsageError
 from llm2clip.eval.run import evaluate
 from llm2clip.hub import find_model
-from llm2clip.student.start import open_transform, start_student
+from llm2clip.student.start import open_tower, open_transform, start_student
 from llm2clip.student.train import train_student
 from tests.loopback_hub import LoopbackHub
 from tests.student import released as small
@@ -165,3 +167,28 @@ def test_every_verb_takes_names(
     hub.add("org/cut", files)
     with pytest.raises(UsageError, match=r"^org/cut has no usable image processor"):
         LLM2CLIP.from_pretrained("org/cut")
+
+
+def test_a_pickle_in_one_module_is_refused_before_the_rest_is_downloaded(hub: LoopbackHub, tiny_llm: Path) -> None:
+    files = {**files_of(tiny_llm), "modules.json": b"[]", "2_Dense/pytorch_model.bin": b"x"}
+    hub.add("org/mixed", files)
+    hub.forget()
+    with pytest.raises(UsageError, match=r"keeps its weights in a pickle \(2_Dense/pytorch_model\.bin\)"):
+        find_model("org/mixed")
+    assert "model.safetensors" not in hub.sent("org/mixed")
+
+
+def test_a_tower_beside_another_librarys_safetensors(hub: LoopbackHub, tiny_tower: Path) -> None:
+    files = dict(files_of(tiny_tower))
+    weights = load(files.pop("model.safetensors"))
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    hub.add("org/both", {**files, "pytorch_model.bin": buffer.getvalue(), "open_clip_model.safetensors": b"x"})
+    student = start_student("org/both", teacher_dim=8, projection_dim=8, adaptor_blocks=1)
+    assert torch.equal(student.tower.post_layernorm.weight.detach(), weights["post_layernorm.weight"])
+
+
+def test_a_student_of_ours_by_a_released_name(hub: LoopbackHub, finished_student: Path) -> None:
+    hub.add("me/LLM2CLIP-Openai-B-16", finished_student)
+    with pytest.raises(UsageError, match="is a student; write its tower with `llm2clip export --to tower` first"):
+        open_tower("me/LLM2CLIP-Openai-B-16")

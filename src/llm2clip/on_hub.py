@@ -65,8 +65,9 @@ def model_folder(name: str, *, revision: str | None = None) -> Path:
             raise UsageError(f"{name} is no folder here, and {why}")
         return cached
     try:
-        wanted = files_to_read(files, _config(name, revision) if "config.json" in files else {})
-        if not any(Path(file).suffix in WEIGHTS for file in wanted):
+        config = _config(name, revision) if "config.json" in files else {}
+        wanted = files_to_read(files, config)
+        if not is_released(config, files):
             check_no_pickle(files, name)
         return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]))
     except UsageError:
@@ -132,10 +133,12 @@ def files_of(name: str, *, revision: str | None = None) -> list[str]:
 def is_pickled(files: Sequence[str]) -> bool:
     """Whether weights are there as `pytorch_model.bin` alone.
 
-    >>> is_pickled(["config.json", "pytorch_model.bin"]), is_pickled(["model.safetensors", "pytorch_model.bin"])
-    (True, False)
+    >>> is_pickled(["open_clip_model.safetensors", "pytorch_model.bin"])  # the first is another library's
+    True
+    >>> is_pickled(["model.safetensors", "pytorch_model.bin"])
+    False
     """
-    return any(PICKLED.fullmatch(file) for file in files) and not any(file.endswith(".safetensors") for file in files)
+    return any(PICKLED.fullmatch(file) for file in files) and not any(READ.fullmatch(file) for file in files)
 
 
 def unreachable(name: str, *, revision: str | None = None, kind: str = "model", given: str = "") -> str:

@@ -60,11 +60,11 @@ def check_images_fit(folder: ModelFolder) -> None:
 def origin_of(manifest: Mapping[str, Any], folder: ModelFolder | None = None) -> dict[str, Any]:
     """Of a student's or an export's manifest, what says where the model comes from; of a released one, its name."""
     config = manifest.get("config", {})
-    kept = ["fingerprint", "teacher_fingerprint", "prompt", "source", "teacher", "tower", "tower_revision", "kinds"]
+    kept = ["fingerprint", "teacher_fingerprint", "prompt", "source", "tower", "tower_revision", "kinds"]
     kept += ["steps", "num_samples", "batch_size"]
     found = {name: manifest.get(name, config.get(name)) for name in kept}
-    if not isinstance(found["teacher"], str):  # of some runs the setting that names one is of another kind
-        found["teacher"] = None
+    # not of the settings of a run: a name that was good where it ran is another's, or nobody's, elsewhere
+    found["teacher"] = manifest.get("teacher") if isinstance(manifest.get("teacher"), str) else None
     if folder is not None and folder.kind == "released":
         known = released(folder.name)
         found |= {"source": source_of(folder), **({} if known is None else known._asdict())}

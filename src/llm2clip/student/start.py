@@ -175,7 +175,8 @@ def _released_folder(name: str, revision: str | None) -> ModelFolder | None:
     if path.is_dir():
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
         return find_model(name) if is_released(config, (file.name for file in path.iterdir())) else None
-    return None if released(name) is None else find_model(name, revision=revision)
+    found = None if released(name) is None else find_model(name, revision=revision)
+    return found if found is not None and found.kind == "released" else None  # one of the same name is not
 
 
 def go_on(

@@ -40,14 +40,14 @@ logger = logging.getLogger("llm2clip")
 FILE = "inherited.safetensors"
 """In the output while a run is under way: what was inherited, so that it is not computed again."""
 MOST_CAPTIONS = 200_000
-"""Captions that are inherited from at most: a bound on the time, some 16,000 steps."""
+"""Captions that are inherited from at most: a bound on the time, 25,000 steps."""
 BATCH_SIZE, WARMUP_STEPS, NOTED_EVERY = 256, 20, 50
 HIGHEST_RATE = 2e-3
 """Of learning, for narrow teachers such as the miniature's; wider ones take 1 / T."""
 NOISE = 0.2
 """Length of what is added at random to a teacher's unit vector. The adaptor then says the same of all that lies near a
 caption: other words for it, and other languages (docs/lab-notes.md: Spanish and Chinese gain 10 points by it)."""
-PASSES, FEWEST_STEPS = 20, 300
+PASSES, FEWEST_STEPS = 32, 300
 READ_WELL = 32
 """Tokens of a caption that a CLIP makes much of, whatever its context: captions on the Web are short, and it hardly
 gains from more than 20 (Long-CLIP, arXiv 2403.15378). What it says of long ones is no good teacher: in the miniature

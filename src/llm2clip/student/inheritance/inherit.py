@@ -46,7 +46,7 @@ HIGHEST_RATE = 2e-3
 """Of learning, for narrow teachers such as the miniature's; wider ones take 1 / T."""
 NOISE = 0.2
 """Length of what is added at random to a teacher's unit vector. The adaptor then says the same of all that lies near a
-caption: other words for it, and other languages (docs/lab-notes.md: Spanish and Chinese gain 10 points by it)."""
+caption: other words for it, and other languages (docs/student.md: Spanish and Chinese gain nine points by it)."""
 PASSES, FEWEST_STEPS = 32, 300
 READ_WELL = 32
 """Tokens of a caption that a CLIP makes much of, whatever its context: captions on the Web are short, and it hardly

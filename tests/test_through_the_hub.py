@@ -178,7 +178,7 @@ def test_a_pickle_in_one_module_is_refused_before_the_rest_is_downloaded(hub: Lo
     assert "model.safetensors" not in hub.sent("org/mixed")
 
 
-def test_a_tower_beside_another_librarys_safetensors(hub: LoopbackHub, tiny_tower: Path) -> None:
+def test_a_tower_beside_safetensors_of_another_library(hub: LoopbackHub, tiny_tower: Path) -> None:
     files = dict(files_of(tiny_tower))
     weights = load(files.pop("model.safetensors"))
     buffer = io.BytesIO()

@@ -166,7 +166,7 @@ def _templates(place: Place, key: str) -> list[str]:
     if text := place.text("zeroshot_classification_templates.txt"):
         found = [line.strip() for line in text.lines() if line.strip()]
     else:
-        found = packaged("en_zeroshot_classification_templates.json", key) or []
+        found = packaged("en_zeroshot_classification_templates.json", key.removesuffix("_vtab")) or []
         if not found:
             place.note(
                 f"there are no templates beside it (with the extra metrics a known set has some): {ONE[0]!r} alone"

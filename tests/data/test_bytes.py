@@ -154,3 +154,11 @@ def test_a_member_of_a_zip_and_base64_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "images.tsv").write_bytes(line)
     with pytest.raises(BadImage, match="holds no base64"):
         read_bytes(ImageRef(str(tmp_path / "images.tsv"), 1, 5, "base64"))
+
+
+def test_a_column_that_is_called_base64(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"base64": [b"one", b"two"]}), tmp_path / "a.parquet")
+    assert read_bytes(ImageRef(str(tmp_path / "a.parquet"), 1, column="base64")) == b"two"

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.eval import classification, run
+from llm2clip.eval import benchmarks, classification, run
 from llm2clip.eval.classification import packaged
 from llm2clip.eval.config import EvaluateConfig
-from llm2clip.eval.named import Named
+from llm2clip.eval.named import Named, card_of
+from llm2clip.eval.places import Place
 from llm2clip.eval.run import evaluate
+from llm2clip.parts import find_part, part_names
 from tests.eval.lookalikes import image, number_in, write, write_tar
 from tests.eval.test_benchmarks import fault
 
@@ -226,3 +228,25 @@ def test_the_command_line_scores_a_student_and_its_baseline(
     assert cli.run(["evaluate", "--list"]) == 0 and "xm3600-first" in capsys.readouterr().out
     assert cli.run(["evaluate", "--benchmark", "docci", "--root", str(tmp_path), *flags.split()[-6:]]) == 2
     assert "there is no --out DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in part_names(benchmarks) if card_of(name).captions == {}])
+def test_the_package_has_templates_for_every_set_it_knows(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("clip_benchmark", reason="pip install 'llm2clip[metrics]'")
+    place = Place(write(tmp_path, {"thing/1.png": image(1)}), name, ())
+    found = find_part(benchmarks, name, "read")(place)
+    assert found.names == ["thing"]
+    assert bool(place.notes) == (name == "class-folders"), place.notes
+
+
+def test_other_images_are_another_benchmark(tmp_path: Path) -> None:
+    """Of class folders and tars, too, where nothing but the place of an image names it."""
+    found = []
+    for number in (0, 1, 1):
+        root = write(tmp_path / f"{len(found)}", {f"cat/{number}.png": image(1), "dog/1.png": image(2)})
+        found.append(Named("class-folders", root).fingerprint)
+    for number in (0, 1, 1):
+        root = write(tmp_path / f"{len(found)}", {"classnames.txt": "cat"})
+        write_tar(root / "test" / "0.tar", {"a.cls": "0", "a.png": image(1) + bytes(number)})
+        found.append(Named("class-folders", root).fingerprint)
+    assert [found.index(one) for one in found] == [0, 1, 1, 3, 4, 4]

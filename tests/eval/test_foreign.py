@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from PIL import Image
 
 from llm2clip.errors import UsageError
 from llm2clip.eval import run
+from llm2clip.eval.cache import model_digest
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.foreign import OpenClipEncoder, StoredVectors, open_foreign
+from llm2clip.eval.models import open_encoder
 from llm2clip.eval.run import evaluate
 from tests.eval.lookalikes import CLEAR, captions_of, image, text_vector, write, write_zip
 
@@ -125,7 +128,8 @@ def test_a_model_of_open_clip_gives_its_own_vectors(
     config = EvaluateConfig(
         model=f"open_clip:local-dir:{tmp_path / 'tiny'}", data=(str(images_csv),), out=tmp_path / "report"
     )
-    assert evaluate(config)["model"] == {"encoder": "CLIP"}
+    facts = evaluate(config)["model"]
+    assert facts == {"encoder": "CLIP", "fingerprint": model_digest([(config.model, None)], "")}
     for name, told in (
         ("ViT-B-32", "names no weights: write ViT-B-32/laion2b_s34b_b79k"),
         ("ViT-B-32/nothing", "cannot be loaded"),
@@ -153,3 +157,23 @@ def test_what_is_compared_is_opened_one_at_a_time(images_csv: Path, tmp_path: Pa
     report = evaluate(config)
     assert asked == [("compare", "b"), ("compare", "c")]
     assert report["compare"]["b"]["metrics"] == report["metrics"]
+
+
+def test_a_report_of_other_vectors_is_not_taken_for_done(urban: Path, tmp_path: Path) -> None:
+    shutil.copytree(urban / "plain", tmp_path / "vectors")
+    config = EvaluateConfig(
+        model=f"vectors:{tmp_path / 'vectors'}", benchmark=("urban1k",), root=str(urban), out=tmp_path / "report"
+    )
+    found = evaluate(config)
+    assert evaluate(config)["metrics"] == found["metrics"]
+    shutil.copy(urban / "better" / "texts.npy", tmp_path / "vectors")
+    with pytest.raises(UsageError, match=r"report was made of vectors:.* when it had fingerprint \w+; it has \w+ now"):
+        evaluate(config)
+
+
+@pytest.mark.parametrize("model", ["vectors:a", "open_clip:ViT-B-32/openai"])
+def test_what_has_no_teacher_and_no_revision_is_given_none(model: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": model, "data": ("a.csv",), "out": tmp_path}
+    for field, value in (("teacher", "T"), ("model_revision", "v1")):
+        with pytest.raises(UsageError, match=f"^model {model} .*; leave {field} {value} out$"):
+            open_encoder(EvaluateConfig(**options, **{field: value}))

@@ -46,7 +46,7 @@ def read_bytes(ref: ImageRef, *, limit: int | None = None) -> bytes:
     Raises:
         BadImage: if it is missing, cut off or no file; the cause says which.
     """
-    if ref.column == BASE64:
+    if ref.column == BASE64 and ref.length >= 0:  # a column of a table may be called so
         return _decoded(ref)
     if ref.column:
         return _read_member(ref) if suffix(ref.path) == ".zip" else _read_cell(ref)

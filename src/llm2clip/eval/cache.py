@@ -5,55 +5,64 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from llm2clip.artifacts import atomic_path
+from llm2clip.artifacts import atomic_path, file_digest
 from llm2clip.data.sample import ImageRef
 from llm2clip.errors import ArtifactError
+from llm2clip.eval.foreign import OPEN_CLIP, VECTORS
+from llm2clip.on_hub import cached_folder
 
-WEIGHTS = (".safetensors", ".json", ".txt", ".model", ".py", ".jinja")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model", ".py", ".jinja")
 """Endings of the files that make a model what it is."""
-BLOCK = 1 << 24
-"""Bytes hashed at a time."""
 
 
-def model_digest(models: Iterable[tuple[str | None, str | None]], precision: str) -> str:
-    """What changes when models would give other vectors: of folders the files in them, of Hub ids the commit.
+def model_digest(models: Iterable[tuple[str | None, str | None]], arithmetic: str) -> str:
+    """What changes when models would give other vectors: of files the bytes, of Hub ids the commit.
 
     Args:
         models: names, each with its revision.
-        precision: their arithmetic.
+        arithmetic: see `arithmetic_of`.
 
     >>> one = model_digest([("open_clip:a/b", None)], "fp32")
     >>> one == model_digest([("open_clip:a/b", None)], "fp32") != model_digest([("open_clip:a/c", None)], "fp32")
     True
     """
-    digest = hashlib.blake2b(precision.encode(), digest_size=12)
+    digest = hashlib.blake2b(arithmetic.encode(), digest_size=12)
     for name, revision in models:
-        path = Path((name or "").rpartition("local-dir:")[2])
-        if not name or not path.is_dir():
-            digest.update(repr((name, _commit(name, revision))).encode())
-            continue
-        for file in sorted(path.rglob("*")):
-            if file.suffix in WEIGHTS and file.is_file():
-                digest.update(str(file.relative_to(path)).encode())
-                with file.open("rb") as opened:
-                    while block := opened.read(BLOCK):
-                        digest.update(block)
+        for fact in _facts(name, revision) if name else [""]:
+            digest.update(repr(fact).encode())
     return digest.hexdigest()
 
 
-def _commit(name: str | None, revision: str | None) -> str:
-    """The commit of a Hub id's files on this machine, as the Hub's cache names their folder; else the revision."""
-    from huggingface_hub import snapshot_download
+def _facts(name: str, revision: str | None) -> Iterator[tuple[str, str]]:
+    """What is opened by a name: files and their digests; or a Hub id and its commit, else its revision."""
+    place = name
+    for prefix in (VECTORS, OPEN_CLIP, "local-dir:", "hf-hub:"):
+        place = place.removeprefix(prefix)
+    folder, weights = Path(place), Path(name.partition("/")[2] if name.startswith(OPEN_CLIP) else "")
+    if folder.is_dir():
+        endings = (".npy", ".txt", ".jsonl") if name.startswith(VECTORS) else WEIGHTS
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in endings and file.is_file():
+                yield str(file.relative_to(folder)), file_digest(file)
+    elif weights.is_file():
+        yield name, file_digest(weights)
+    else:
+        snapshot = cached_folder(place, revision)
+        yield name, snapshot.name if snapshot else str(revision)
 
-    try:
-        return Path(snapshot_download(name or "", revision=revision, local_files_only=True)).name
-    except (OSError, ValueError):
-        return str(revision)
+
+def arithmetic_of(model: Any, precision: str, device: torch.device) -> str:
+    """In what a model computes: "auto" is another thing on another device."""
+    parts = getattr(model, "parts", [getattr(model, "model", None)])
+    weights = [weight for part in parts if isinstance(part, torch.nn.Module) for weight in part.parameters()]
+    return " ".join([precision, device.type, *sorted({str(weight.dtype) for weight in weights})])
 
 
 class Features:

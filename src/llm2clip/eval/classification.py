@@ -21,7 +21,7 @@ from llm2clip.data.tars import Tar
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.eval.annotations import IMAGES, Row, members_of
 from llm2clip.eval.places import Place
-from llm2clip.eval.ranking import Shares, mean_per_class, value
+from llm2clip.eval.ranking import mean_per_class, score_of
 from llm2clip.metrics import best_columns, match
 from llm2clip.protocols import Encoder, Score
 
@@ -72,9 +72,9 @@ class ZeroShot:
             if not prefix:
                 self._note_confused(best_columns(images, classes, 1)[0][:, 0], labels)
             hits = (ranks <= 1).astype(float)
-            yield _score(f"{prefix}top1", (hits, np.ones(len(hits))), 1 / num_classes)
-            yield _score(f"{prefix}top5", ((ranks <= 5).astype(float), np.ones(len(hits))))
-            yield _score(f"{prefix}mean_per_class", mean_per_class(hits, labels))
+            yield score_of(f"{prefix}top1", (hits, np.ones(len(hits))), 1 / num_classes)
+            yield score_of(f"{prefix}top5", ((ranks <= 5).astype(float), np.ones(len(hits))))
+            yield score_of(f"{prefix}mean_per_class", mean_per_class(hits, labels))
 
     def _classes(self, templates: Sequence[str], encoder: Encoder) -> Tensor:
         """[classes, D]: the mean over the sentences of a class."""
@@ -86,10 +86,6 @@ class ZeroShot:
         pairs = Counter((int(a), int(b)) for a, b in zip(labels, best, strict=True) if a != b)
         names = self.found.names
         self.confused = [(names[a], names[b], count) for (a, b), count in pairs.most_common(CONFUSED)]
-
-
-def _score(name: str, shares: Shares, chance: float | None = None) -> Score:
-    return Score(name, value(shares), chance, len(shares[0]), shares)
 
 
 def read_labelled(place: Place, key: str = "") -> Labelled:
@@ -166,7 +162,8 @@ def _templates(place: Place, key: str) -> list[str]:
     if text := place.text("zeroshot_classification_templates.txt"):
         found = [line.strip() for line in text.lines() if line.strip()]
     else:
-        found = packaged("en_zeroshot_classification_templates.json", key) or []
+        plain = key.removesuffix("vtab").rstrip("_")  # VTAB's variant of a set has no sentences of its own
+        found = packaged("en_zeroshot_classification_templates.json", plain) or []
         if not found:
             place.note(
                 f"there are no templates beside it (with the extra metrics a known set has some): {ONE[0]!r} alone"

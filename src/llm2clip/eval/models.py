@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line, setting
+from llm2clip.eval.cache import model_digest
 from llm2clip.eval.config import NO_BASELINE, EvaluateConfig
 from llm2clip.eval.encoders import SentenceTransformerEncoder
 from llm2clip.eval.foreign import is_foreign, open_foreign
@@ -32,8 +33,12 @@ def open_encoder(config: EvaluateConfig) -> tuple[TextEncoder, dict[str, Any]]:
         teacher.warns = False
         return teacher, {"encoder": "text encoder", "dim": teacher.dim, "teacher_fingerprint": teacher.fingerprint}
     if is_foreign(config.model):
+        for field, why in (("teacher", "encodes texts itself"), ("model_revision", "is no Hub id with revisions")):
+            if (value := getattr(config, field)) is not None:
+                raise UsageError(f"{setting('model')} {config.model} {why}; leave {setting(field)} {value} out")
         foreign = open_foreign(config.model, **options)
-        return foreign, {"encoder": type(foreign.model).__name__}
+        digest = model_digest([(config.model, None)], "")
+        return foreign, {"encoder": type(foreign.model).__name__, "fingerprint": digest}
     folder = find_model(config.model, revision=config.model_revision)
     if folder.kind in ("student", "bundle", "released"):
         model = LLM2CLIP.from_pretrained(folder, config.teacher, teacher_revision=config.teacher_revision, **options)
@@ -143,7 +148,14 @@ def check_same_model(done: Mapping[str, Any], config: EvaluateConfig) -> None:
         UsageError: naming both fingerprints.
     """
     out = Path(config.out or "")
-    if config.model is not None:
+    if config.model is not None and is_foreign(config.model):
+        before, now = done["model"].get("fingerprint"), model_digest([(config.model, None)], "")
+        if before not in (None, now):
+            raise UsageError(
+                f"{setting('out')} {out} was made of {config.model} when it had fingerprint {before}; it has {now} "
+                f"now: name a new folder or delete {out}"
+            )
+    elif config.model is not None:
         check_unchanged(out, config.model, done["model"].get("fingerprint"))
     elif config.teacher is not None:
         check_unchanged(out, config.teacher, done["model"].get("teacher_fingerprint"))

@@ -86,7 +86,8 @@ class Named:
         ]
         self._retrieval = NamedRetrieval(self._samples)
         self._zero_shot = ZeroShot(self._samples, found) if isinstance(found, Labelled) else None
-        names = [one.image if isinstance(one.image, str) else "" for one in rows]
+        # an image without a name is known by its place in the benchmark's folder, in a tar also by its length
+        names = [one.image if isinstance(one.image, str) else [one.where, one.image.length] for one in rows]
         labels = [] if self._labelled is None else [list(self._labelled.labels), list(self._labelled.names)]
         self.fingerprint = fingerprint(
             [*([n, dict(one.captions)] for n, one in zip(names, rows, strict=True)), *labels]

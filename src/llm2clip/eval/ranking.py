@@ -84,6 +84,11 @@ def value(shares: Shares) -> float:
     return float(shares[0].sum() / shares[1].sum())
 
 
+def score_of(name: str, shares: Shares, chance: float | None = None) -> Score:
+    """A score with what each image adds to it."""
+    return Score(name, value(shares), chance, len(shares[0]), shares)
+
+
 def by_image(hits: np.ndarray, owners: np.ndarray, count: int) -> Shares:
     """Shares of hits [P] of each image: a bootstrap draws images, with all that is theirs.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip.data.sample import Sample
-from llm2clip.eval.ranking import Shares, average_precision, by_image, mean_of, median_rank, ndcg, places, value
+from llm2clip.eval.ranking import average_precision, by_image, mean_of, median_rank, ndcg, places, score_of
 from llm2clip.metrics import match
 from llm2clip.protocols import Encoder, Score
 from llm2clip.scores import KS, chance_of_hit
@@ -53,23 +53,19 @@ class NamedRetrieval:
         prefix = f"{part}/" if part else ""
         self.median_ranks |= {f"{prefix}i2t": median_rank(found.ranks), f"{prefix}t2i": median_rank(back)}
         for k in KS:
-            yield _score(f"i2t_r@{k}", by_image(found.ranks <= k, own, num), chance_of_hit(counts, len(texts), k))
-            yield _score(f"t2i_r@{k}", by_image(back <= k, owners, num), min(1.0, k / num))
+            yield score_of(f"i2t_r@{k}", by_image(found.ranks <= k, own, num), chance_of_hit(counts, len(texts), k))
+            yield score_of(f"t2i_r@{k}", by_image(back <= k, owners, num), min(1.0, k / num))
         stand, each = places(found.rivals, found.owners, found.cosines), np.arange(len(back))
         for name, measure in (("map", average_precision), ("ndcg", ndcg)):
-            yield _score(f"i2t_{name}@{DEPTH}", by_image(measure(stand, found.owners, num, DEPTH), own, num))
-            yield _score(f"t2i_{name}@{DEPTH}", by_image(measure(back, each, len(back), DEPTH), owners, num))
+            yield score_of(f"i2t_{name}@{DEPTH}", by_image(measure(stand, found.owners, num, DEPTH), own, num))
+            yield score_of(f"t2i_{name}@{DEPTH}", by_image(measure(back, each, len(back), DEPTH), owners, num))
         yield from _by_length(texts, back, owners, num)
-
-
-def _score(name: str, shares: Shares, chance: float | None = None) -> Score:
-    return Score(name, value(shares), chance, len(shares[0]), shares)
 
 
 def _mean(scores: Sequence[Score]) -> Score:
     shares = mean_of([score.shares for score in scores if score.shares is not None])
     chances = [score.chance for score in scores if score.chance is not None]
-    return _score(scores[0].name, shares, float(np.mean(chances)) if chances else None)
+    return score_of(scores[0].name, shares, float(np.mean(chances)) if chances else None)
 
 
 def _by_length(texts: Sequence[str], ranks: np.ndarray, owners: np.ndarray, num: int) -> Iterator[Score]:
@@ -81,7 +77,7 @@ def _by_length(texts: Sequence[str], ranks: np.ndarray, owners: np.ndarray, num:
     beyond = np.array([may_be and count(text) > CONTEXT for may_be, text in zip(long, texts, strict=True)])
     if beyond.any() and not beyond.all():
         for name, which in ((f"up-to-{CONTEXT}-tokens", ~beyond), (f"over-{CONTEXT}-tokens", beyond)):
-            yield _score(f"{name}/t2i_r@1", by_image(ranks[which] <= 1, owners[which], num))
+            yield score_of(f"{name}/t2i_r@1", by_image(ranks[which] <= 1, owners[which], num))
 
 
 @functools.lru_cache

@@ -17,10 +17,11 @@ from llm2clip.data.sample import Sample
 from llm2clip.data.source import Source, open_source
 from llm2clip.errors import SourceError, UsageError, setting
 from llm2clip.eval import evaluators
-from llm2clip.eval.cache import Features, model_digest
+from llm2clip.eval.cache import Features, arithmetic_of, model_digest
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
 from llm2clip.eval.encode import Remembering
+from llm2clip.eval.foreign import StoredVectors
 from llm2clip.eval.gallery import QUERIES, gallery
 from llm2clip.eval.models import check_same_model, open_baseline, open_beside, open_encoder
 from llm2clip.eval.named import Named, NoneBad, told
@@ -101,8 +102,11 @@ def score_datasets(
     report: dict[str, Any] = {"metrics": {}, "chance": {}, "datasets": {}, "similarity": {}, "model": facts}
     report |= {"intervals": {}, "baseline": baseline, "protocol": {}}
     galleries, ours = {}, {}
-    own = ((config.model, config.model_revision), (config.teacher, config.teacher_revision))
-    features, known = features_of(config, *own), features_of(config, (baseline.get("model"), None))
+    teacher = config.teacher or facts.get("teacher")  # a released student knows its own
+    own = ((config.model, config.model_revision), (teacher, config.teacher_revision))
+    tower_revision = facts.get("tower_revision") if config.baseline is None else None
+    features = features_of(config, model, *own)
+    known = features_of(config, other, (baseline.get("model"), tower_revision))
     for name, source in sources.items():
         samples, encoder = read_dataset(source, model, config, features)
         ours[name] = scores = run_evaluators(source, samples, encoder)
@@ -121,7 +125,8 @@ def score_datasets(
             add_scores(baseline, name, theirs)
             for key, found in differences_of(scores, theirs).items():
                 baseline.setdefault("differences", {})[f"{name}/{key}"] = found
-            baseline["captions_cut"] = baseline.get("captions_cut", 0) + (beside.num_cut or 0)
+            if beside.num_cut is not None:
+                baseline["captions_cut"] = baseline.get("captions_cut", 0) + beside.num_cut
         for kept in filter(None, (features, known)):
             kept.save()
     if config.compare:
@@ -158,11 +163,19 @@ def encoder_of(
     return Remembering(model, batch_size=config.batch_size, bad=bad, device=device, features=features)
 
 
-def features_of(config: EvaluateConfig, *models: tuple[str | None, str | None]) -> Features | None:
-    """What is kept of the vectors of a model and its teacher, each by name and revision, if anything is to be."""
-    if config.cache is None or (models[0][0] or "").startswith("vectors:"):
+def features_of(config: EvaluateConfig, model: Any, *names: tuple[str | None, str | None]) -> Features | None:
+    """What is kept of the vectors of a model, if anything is to be.
+
+    Args:
+        model: it, opened.
+        names: its own and its teacher's, each with the revision.
+    """
+    if config.cache is None or isinstance(model, StoredVectors):
         return None
-    return Features(Path(config.cache), model_digest(models, config.precision))
+    if len(names) == 1:  # what is compared is given without a teacher; a released student knows its own
+        names = (*names, (getattr(model, "origin", {}).get("teacher"), None))
+    arithmetic = arithmetic_of(model, config.precision, pick_device(config.device))
+    return Features(Path(config.cache), model_digest(names, arithmetic))
 
 
 def read_dataset(
@@ -262,7 +275,7 @@ def compare_models(
     report: dict[str, Any] = {}
     for model in dict.fromkeys(config.compare):
         other, found = open_beside("compare", model, config), report.setdefault(model, {"differences": {}})
-        features = features_of(config, (model, None))
+        features = features_of(config, other, (model, None))
         for name, source in sources.items():
             samples, encoder = read_dataset(source, other, config, features)
             scores = run_evaluators(source, samples, encoder)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llm2clip.eval.beside import is_by_language
+
 WHAT = {
     "i2t_r@1": "images that find a caption of their own first",
     "t2i_r@1": "captions that find their image first",
@@ -22,7 +24,7 @@ def judge(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for dataset, facts in report["datasets"].items():
         names = [name for name in report["intervals"] if name.startswith(f"{dataset}/") and _is_judged(report, name)]
-        if dataset in report.get("protocol", {}) and len(facts["captions"]) > 1:  # of many languages the mean alone
+        if is_by_language(report, dataset):  # the mean alone
             names = [name for name in names if "/" not in name.removeprefix(f"{dataset}/")]
         found = [*_summary(report, names), *facts.get("notes", ()), *(_sentence(report, dataset, n) for n in names)]
         lines += [f"{dataset}: {line}" if several else line for line in found]

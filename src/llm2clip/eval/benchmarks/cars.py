@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from llm2clip.eval.benchmarks.class_folders import of_clip_benchmark
 
-from llm2clip.eval.benchmarks import class_folders
-from llm2clip.eval.card import Card
-from llm2clip.eval.classification import Labelled, read_labelled
-from llm2clip.eval.places import Place
-
-CARD: Card = replace(
-    class_folders.CARD,
-    title="Stanford Cars, test, zero-shot",
-    split="test",
-    source="CLIP_benchmark's protocol and copy",
-    fetch=("the tars of hf clip-benchmark/wds_cars in test/ with classnames.txt, or a folder of class folders",),
-    images=8041,
-)
-
-
-def read(place: Place) -> Labelled:
-    """The images with their classes."""
-    return read_labelled(place, "cars")
+CARD, read = of_clip_benchmark("Stanford Cars, test, zero-shot", "wds_cars", "cars", images=8041)

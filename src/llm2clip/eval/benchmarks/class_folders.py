@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from llm2clip.eval.card import Card
 from llm2clip.eval.classification import Labelled, read_labelled
 from llm2clip.eval.places import Place
@@ -25,3 +28,28 @@ CARD = Card(
 def read(place: Place) -> Labelled:
     """The images with their classes."""
     return read_labelled(place)
+
+
+def of_clip_benchmark(
+    title: str, tars: str, key: str, *, split: str = "test", images: int | None, notes: tuple[str, ...] = ()
+) -> tuple[Card, Callable[[Place], Labelled]]:
+    """The card of a set of CLIP_benchmark's, and how it is read: what a file of such a set holds.
+
+    Args:
+        title: of the set.
+        tars: the name of its copy on the Hub.
+        key: what CLIP_benchmark's package calls it.
+        split: which images.
+        images: how many; None where that is not known.
+        notes: what else a reader must know.
+    """
+    card = replace(
+        CARD,
+        title=title,
+        split=split,
+        source="CLIP_benchmark's protocol and copy",
+        fetch=(f"the tars of hf clip-benchmark/{tars} in test/ with classnames.txt, or a folder of class folders",),
+        images=images,
+        notes=notes,
+    )
+    return card, lambda place: read_labelled(place, key)

@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from llm2clip.eval.benchmarks.class_folders import of_clip_benchmark
 
-from llm2clip.eval.benchmarks import class_folders
-from llm2clip.eval.card import Card
-from llm2clip.eval.classification import Labelled, read_labelled
-from llm2clip.eval.places import Place
-
-CARD: Card = replace(
-    class_folders.CARD,
-    title="Food-101, test, zero-shot",
-    split="test",
-    source="CLIP_benchmark's protocol and copy",
-    fetch=("the tars of hf clip-benchmark/wds_food101 in test/ with classnames.txt, or a folder of class folders",),
-    images=25250,
-)
-
-
-def read(place: Place) -> Labelled:
-    """The images with their classes."""
-    return read_labelled(place, "food101")
+CARD, read = of_clip_benchmark("Food-101, test, zero-shot", "wds_food101", "food101", images=25250)

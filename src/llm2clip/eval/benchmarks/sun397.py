@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from llm2clip.eval.benchmarks.class_folders import of_clip_benchmark
 
-from llm2clip.eval.benchmarks import class_folders
-from llm2clip.eval.card import Card
-from llm2clip.eval.classification import Labelled, read_labelled
-from llm2clip.eval.places import Place
-
-CARD: Card = replace(
-    class_folders.CARD,
-    title="SUN397, test, zero-shot",
-    split="test",
-    source="CLIP_benchmark's protocol and copy",
-    fetch=("the tars of hf clip-benchmark/wds_sun397 in test/ with classnames.txt, or a folder of class folders",),
+CARD, read = of_clip_benchmark(
+    "SUN397, test, zero-shot",
+    "wds_sun397",
+    "sun397",
     images=None,
     notes=("ProCLIP scores 19,850 images, CLIP_benchmark more: say which",),
 )
-
-
-def read(place: Place) -> Labelled:
-    """The images with their classes."""
-    return read_labelled(place, "sun397")

@@ -229,4 +229,10 @@ def test_each_member_of_a_joined_teacher_has_its_row(hub: LoopbackHub, tmp_path:
         card = ModelCard(there.files["README.md"].decode())
         assert card.data.base_model == ["org/a", "org/b"] and not pushed_places(there, Path("runs"))
         assert [row for row in rows if f"| a member of the teacher | {row}" in card.text] == rows
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "manifest.json").write_bytes(hub.repositories["model", "org/joined"].files["manifest.json"])
+    push(PushConfig(folder=again, name="org/again"))
+    card = ModelCard(hub.repositories["model", "org/again"].files["README.md"].decode())
+    assert card.data.base_model == llm_of(str(again)) == ["org/a", "org/b"]
     assert "Made of `org/a`, `org/b`," in hub.repositories["model", "org/joined"].files["README.md"].decode()

@@ -102,7 +102,8 @@ def llm_of(teacher: str | None) -> str | list[str] | None:
     if teacher is None:
         return None
     manifest = Path(teacher) / MANIFEST
-    config = read_json(manifest).get("config", {}) if manifest.is_file() else {}
-    if members := config.get("teachers"):
+    facts = read_json(manifest) if manifest.is_file() else {}
+    config = facts.get("config", {})
+    if members := config.get("teachers") or facts.get("llm"):  # the latter in one that was pushed
         return [shown_name(member) for member in members]
     return str(config.get("model") or teacher)

@@ -50,20 +50,21 @@ def push(config: PushConfig) -> str:
     folder, manifest = config.folder, open_folder(config.folder)
     api = HfApi()
     with hub_errors(config.name):
-        url = str(api.create_repo(config.name, private=config.private, exist_ok=True))
-        if config.private and not api.repo_info(config.name).private:  # of one that is there nothing was changed
-            raise UsageError(
-                f"{config.name} is on the Hub and public, so {setting('private')} cannot hold; make it private in its "
-                "settings there, or give another name"
-            )
         licences = licences_on_hub(without_commit(name) for _, name in parts_of(manifest))
         written: dict[str, bytes | Path] = {
             path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if belongs(path, folder)
         }
         written[README] = card_of(folder, manifest, licences, config.name).encode()
         written[MANIFEST] = indented_json(published(manifest, licences))
-        if STUDENT_CONFIG in written:  # a bundle's, in which transformers notes where it read the student
-            written[STUDENT_CONFIG] = indented_json({**read_json(folder / STUDENT_CONFIG), "_name_or_path": ""})
+        if STUDENT_CONFIG in written:  # a bundle's: in a private setting transformers notes where it read the student
+            settings = read_json(folder / STUDENT_CONFIG).items()
+            written[STUDENT_CONFIG] = indented_json({key: value for key, value in settings if key[0] != "_"})
+        url = str(api.create_repo(config.name, private=config.private, exist_ok=True))
+        if config.private and not api.repo_info(config.name).private:  # of one that is there nothing was changed
+            raise UsageError(
+                f"{config.name} is on the Hub and public, so {setting('private')} cannot hold; make it private in its "
+                "settings there, or give another name"
+            )
         earlier = set(api.list_repo_files(config.name)) - set(written) - {".gitattributes"}
         operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in sorted(earlier)]
         operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in written.items()]
@@ -121,7 +122,7 @@ def parts_of(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The models that a folder was made of, what each is and its name, as far as its manifest tells."""
     config, llm = manifest.get("config", {}), manifest.get("llm")
     if made_as(manifest) == "teacher":
-        llm = config.get("model") or config.get("teachers")
+        llm = config.get("model") or config.get("teachers") or llm  # the last if it was pushed before
     llms = llm.split(", ") if isinstance(llm, str) else llm or []
     found = [("the LLM" if len(llms) == 1 else "a member of the teacher", name) for name in llms]
     named = {"the teacher": "teacher", "the student": "source", "the vision tower": "tower"}

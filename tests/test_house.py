@@ -32,9 +32,9 @@ SIZES = {
     "eval": (3_040, 22, 8.9),
     "eval/benchmarks": (900, 29, 15),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
-    "export": (725, 8, 13.1),
+    "export": (810, 8, 13.1),  # with what push may say of this machine, and what the Hub is asked for
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
-    "*": (23_750, 176, 8.2),
+    "*": (23_860, 176, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

@@ -69,7 +69,9 @@ def save_bundle(
     if options:  # sentence-transformers reads such options when it loads the tower, but does not write them
         file = folder / bundle_parts(folder)["tower"] / "sentence_bert_config.json"
         write_json(file, {**read_json(file), "model_kwargs": options})
-    write_json(folder / STUDENT_CONFIG, json.loads(student.config.to_json_string(use_diff=False)))
+    config = json.loads(student.config.to_json_string(use_diff=False))
+    # without transformers' own notes, such as the folder that the student was read from
+    write_json(folder / STUDENT_CONFIG, {name: value for name, value in config.items() if not name.startswith("_")})
 
 
 def _text_leg(student: Student, teacher: SentenceTransformer) -> list[torch.nn.Module]:

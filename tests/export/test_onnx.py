@@ -14,6 +14,7 @@ from llm2clip import LLM2CLIP, ExportConfig
 from llm2clip.artifacts import read_manifest
 from llm2clip.errors import UsageError
 from llm2clip.export.check import probe_images
+from llm2clip.export.formats import onnx
 from llm2clip.export.run import export_model
 from tests.student import released as small
 
@@ -27,6 +28,18 @@ def test_without_the_extra_it_is_told_in_a_line(
     )
     with pytest.raises(UsageError, match=r"to='onnx' needs .*onnxruntime: pip install 'llm2clip\[onnx\]'"):
         export_model(ExportConfig(model=str(finished_student), to="onnx", out=tmp_path / "out"))
+
+
+def test_no_place_of_this_machine_is_in_the_graphs(finished_student: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    onnx.write(LLM2CLIP.from_pretrained(finished_student, device="cpu"), tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"image.onnx", "text.onnx"} <= set(files)
+    places = [Path(onnx.__file__).parents[2], Path(torch.__file__).parents[1], finished_student.parent]
+    for name, content in files.items():
+        assert not [place for place in places if str(place).encode() in content], name
+        assert b"site-packages" not in content and b"stack_trace" not in content, name
 
 
 @pytest.mark.ci

@@ -62,6 +62,14 @@ def test_an_adapter_that_does_not_fit_is_told_in_a_line(tiny_llm: Path, tmp_path
             load_teacher(folder, device="cpu")
         assert "\n" not in str(error.value)
     settings = json.loads((folder / "adapter_config.json").read_text())
+    for changed, words in (
+        ({"peft_type": "LOHA"}, "is an adapter of kind LOHA; give one of kind LORA"),
+        ({"modules_to_save": ["norm"]}, r"replaces whole modules \(norm\); merge it yourself"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, **changed}))
+        with pytest.raises(UsageError, match=words) as error:
+            load_teacher(folder, device="cpu")
+        assert "\n" not in str(error.value)
     for base, words in ((None, "does not say of which model"), (str(tmp_path / "gone"), "gone is no folder")):
         (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": base}))
         with pytest.raises(UsageError, match=words):
@@ -69,3 +77,18 @@ def test_an_adapter_that_does_not_fit_is_told_in_a_line(tiny_llm: Path, tmp_path
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UsageError, match="adapter without weights"):
         load_teacher(folder, device="cpu")
+
+
+def test_what_peft_says_while_it_merges_is_a_line(
+    tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    def merge(self: object, **_: object) -> None:
+        raise ValueError("not finite\nat all")
+
+    folder = adapter_of(tiny_llm, tmp_path / "adapter", AutoModel)
+    monkeypatch.setattr(Linear, "merge", merge)
+    with pytest.raises(UsageError, match=r"adapter cannot be merged into .*not finite") as error:
+        load_teacher(folder, device="cpu")
+    assert "\n" not in str(error.value)

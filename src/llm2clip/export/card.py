@@ -97,12 +97,13 @@ def shown_name(part: Any) -> str:
     return Path(part).name if is_place(str(part)) else str(part)
 
 
-def llm_of(teacher: str | None) -> str | None:
-    """The LLM that a teacher's folder was trained from; of a Hub id the id."""
+def llm_of(teacher: str | None) -> str | list[str] | None:
+    """The LLM that a teacher's folder was trained from, or the members it joins; of a Hub id the id."""
     if teacher is None:
         return None
     manifest = Path(teacher) / MANIFEST
-    config = read_json(manifest).get("config", {}) if manifest.is_file() else {}
-    if members := config.get("teachers"):
-        return ", ".join(map(shown_name, members))
+    facts = read_json(manifest) if manifest.is_file() else {}
+    config = facts.get("config", {})
+    if members := config.get("teachers") or facts.get("llm"):  # the latter in one that was pushed
+        return [shown_name(member) for member in members]
     return str(config.get("model") or teacher)

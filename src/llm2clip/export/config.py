@@ -26,7 +26,7 @@ class ExportConfig:
     model: str
     """The student: a folder made by train-student, or a Hub id."""
     to: str
-    """sentence-transformers, transformers, tower, onnx (needs the extra onnx) or open-clip (needs open_clip_torch)."""
+    """sentence-transformers, transformers, tower, onnx (needs the extra onnx) or open-clip (extra metrics)."""
     out: Path
     """Folder to write; made if it is not there."""
     teacher: str | None = None

@@ -28,6 +28,10 @@ def base_and_adapter(folder: ModelFolder) -> tuple[ModelFolder, ModelFolder | No
         raise UsageError(f"{folder.name} is an adapter, and its {ADAPTER_CONFIG} does not say of which model")
     if not (folder.path / WEIGHTS).exists():
         raise UsageError(f"{folder.name} is an adapter without weights: it lacks {WEIGHTS}")
+    if (kind := folder.config.get("peft_type")) != "LORA":
+        raise UsageError(f"{folder.name} is an adapter of kind {kind}; give one of kind LORA, or merge it yourself")
+    if whole := folder.config.get("modules_to_save"):
+        raise UsageError(f"{folder.name} replaces whole modules ({listed(whole)}); merge it yourself")
     try:
         base = find_model(name, revision=folder.config.get("revision"))
     except UsageError as error:
@@ -58,11 +62,11 @@ def merged(model: Any, adapter: ModelFolder) -> Any:
         if all(name.startswith(deeper) for name in state) and not hasattr(model, "model"):
             state = {f"base_model.model.{name.removeprefix(deeper)}": value for name, value in state.items()}
         found: Any = set_peft_model_state_dict(adapted, state)
-    lacking = [name for name in found.missing_keys if "lora_" in name]
-    if lacking or found.unexpected_keys:
-        wrong = f"lacks {lacking[0]}" if lacking else f"has no place for {listed(found.unexpected_keys)}"
-        raise UsageError(f"{what}: it {wrong}")
-    return adapted.merge_and_unload()
+        lacking = [name for name in found.missing_keys if "lora_" in name]
+        if lacking or found.unexpected_keys:
+            wrong = f"lacks {lacking[0]}" if lacking else f"has no place for {listed(found.unexpected_keys)}"
+            raise UsageError(f"{what}: it {wrong}")
+        return adapted.merge_and_unload()
 
 
 def adapter_digest(adapter: ModelFolder) -> list[str]:

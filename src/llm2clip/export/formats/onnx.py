@@ -75,18 +75,27 @@ def write(model: LLM2CLIP, folder: Path) -> None:
         (IMAGE, Image(), "pixel_values", torch.zeros(2, 3, height, width)),
         (TEXT, Text(), "text_embeds", torch.zeros(2, student.config.teacher_dim)),
     ):
-        torch.onnx.export(
+        program: Any = torch.onnx.export(
             module.eval(),
             (example,),
-            folder / file,
             dynamo=True,
             input_names=[name],
             output_names=["embeds"],
             dynamic_shapes={name: {0: torch.export.Dim("batch")}},
-            external_data=True,  # one file holds two gigabytes at most
             verbose=False,
         )
+        drop_notes(program.model)
+        program.save(folder / file, external_data=True)  # one file holds two gigabytes at most
     model.transform.save(folder)
+
+
+def drop_notes(model: Any) -> None:
+    """Take out what torch notes on each part of a graph: the lines of Python it is from, with this machine's paths."""
+    for graph in (model.graph, *model.functions.values()):
+        nodes = list(graph.all_nodes())
+        for part in (graph, *nodes, *graph.inputs, *(value for node in nodes for value in node.outputs)):
+            part.metadata_props.clear()
+            part.doc_string = None
 
 
 def check_installed() -> None:

@@ -62,7 +62,7 @@ def write(model: LLM2CLIP, folder: Path) -> None:
     try:
         import open_clip
     except ImportError:
-        raise UsageError(f"{setting('to', 'open-clip')} needs open_clip: pip install open_clip_torch") from None
+        raise UsageError(f"{setting('to', 'open-clip')} needs open_clip: pip install 'llm2clip[metrics]'") from None
     cfg = {name: value for name, value in config["model_cfg"].items() if name != "custom_text"}
     whole = open_clip.CustomTextCLIP(**cfg)
     state, visual = whole.state_dict(), visual_weights(model)
@@ -134,14 +134,13 @@ def visual_weights(model: LLM2CLIP) -> dict[str, torch.Tensor]:
         found = {f"visual.trunk.{name.removeprefix('timm_model.')}": value for name, value in tower.items()}
         return {**found, **{f"visual.head.proj.{name}": value for name, value in head.items()}}
     found = {"visual.proj": head["weight"].T}
-    for name, value in tower.items():
-        name = name.removeprefix("vision_model.")
+    for source, value in tower.items():
+        name = source.removeprefix("vision_model.")
         if ".k_proj." in name or ".v_proj." in name or name.endswith("position_ids"):
             continue
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         if ".q_proj." in name:
-            source = next(key for key in tower if tower[key] is value)
             value = torch.cat([tower[source.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             name = name.replace("self_attn.q_proj.", "attn.in_proj_")
         found[f"visual.{name}"] = value

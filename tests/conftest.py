@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,23 @@ def pytest_configure(config: pytest.Config) -> None:
     names = [name for name in os.environ.get(REQUIRED, "").split(",") if name]
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise pytest.UsageError(f"{REQUIRED} asks for {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+OWN_PROCESS = "LLM2CLIP_TEST_IN_ITS_OWN_PROCESS"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked `own_process` in a fresh one, and pass on what that says."""
+    if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {**os.environ, OWN_PROCESS: "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return True
 
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "yellow": (230, 220, 50)}

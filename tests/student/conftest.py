@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,23 +48,6 @@ def build_family(name: str) -> object:
             shape = {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4}
             return t.TimmWrapperModel(t.TimmWrapperConfig(architecture="eva02_tiny_patch14_224", model_args=shape))
     raise AssertionError(name)
-
-
-OWN_PROCESS = "LLM2CLIP_TEST_IN_ITS_OWN_PROCESS"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that is marked `own_process` in a fresh one, and pass on what that says."""
-    if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
-        return None
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = {**os.environ, OWN_PROCESS: "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-    return True
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 
 def die_within(owner: Any, name: str, *, entry: int = 1, calls: int = 1) -> None:
     """Have this process killed at the `calls`-th call within `owner.name`, counted from its `entry`-th entry on."""
@@ -65,21 +62,6 @@ def in_child(work: Callable[[], Any]) -> tuple[int, str]:
     return _ended(*_fork(work))
 
 
-def in_a_fork(test: Callable[..., None]) -> Any:
-    """A test that is done in a forked process.
-
-    For those with a backward pass through FSDP2's shards: it starts threads of torch's, and no fork of a process that
-    has them takes a gradient any more, so that the other tests with forks would fail after it.
-    """
-
-    @functools.wraps(test)
-    def alone(**fixtures: Any) -> None:
-        assert in_child(lambda: test(**fixtures)) == (0, "")
-
-    on_gpu = torch.cuda.is_available()
-    return pytest.mark.skipif(on_gpu, reason="torch takes no gradient in a fork of a process that uses a GPU")(alone)
-
-
 def side_by_side(number: int, meeting: Path, work: Callable[[int], Any]) -> list[tuple[int, str]]:
     """Do `work`, given its rank, in forked processes that see each other as those of torchrun do, on the CPU.
 
@@ -94,6 +76,7 @@ def side_by_side(number: int, meeting: Path, work: Callable[[int], Any]) -> list
 
 
 def _join(rank: int, number: int, meeting: Path, work: Callable[[int], Any]) -> None:
+    import torch
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, if it trained

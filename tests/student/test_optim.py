@@ -24,8 +24,6 @@ from llm2clip.student.checkpoint import load_checkpoint, restore_state, save_che
 from llm2clip.student.model import Student, StudentModelConfig
 from llm2clip.student.optim import build_optimizer, cosine_factor, decays, tower_learning_rates
 
-from .forks import in_a_fork
-
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 TOWERS: dict[str, tuple[Any, str]] = {
     "clip": (CLIPVisionConfig(intermediate_size=32, **SIZES), "encoder.layers"),
@@ -200,7 +198,6 @@ def test_under_accelerate_a_loss_scaler_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@in_a_fork
 def test_in_fsdp2_shards_steps_are_the_same_and_go_on_from_a_checkpoint(kind: str, tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -124,6 +124,7 @@ def test_cosines_are_taken_in_fp32_whatever_the_vectors_are():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch takes no gradient in a fork of a process that uses a GPU")
+@pytest.mark.own_process
 @pytest.mark.parametrize("masked", [False, True])
 def test_two_processes_with_half_a_batch_each_equal_one_with_the_whole(masked: bool, tmp_path: Path) -> None:
     """Loss and gradients, averaged over the processes as data parallelism does."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from demo.classes import SETS
 from demo.clip import ClipTraining, Pairs, train_clip
 from demo.config import Budget
 from demo.write import NUM_TARS, columns, write_csv, write_tars
@@ -49,21 +50,26 @@ def make_data(folder: Path, budget: Budget, seed: int) -> None:
     write_csv(folder / "data" / "test", "test", budget.test, seed=seed)
 
 
-def make_teacher(folder: Path, llm: Path, budget: Budget, seed: int, *, share: str, tuning: str) -> None:
-    """Stage 1: the LLM learns to tell the training images' English captions apart."""
+def make_teacher(
+    folder: Path, llm: Path, budget: Budget, seed: int, *, share: str, tuning: str, texts: Path | None = None
+) -> None:
+    """Stage 1: the LLM learns to tell the training images' English captions apart.
+
+    With `texts`, a table of captions without images, it reads those too, in twice the steps.
+    """
     from llm2clip.teacher.config import TeacherConfig
     from llm2clip.teacher.train import train_teacher
 
     train_teacher(
         TeacherConfig(
             model=str(llm),
-            data=tars(folder, share),
-            out=folder / "teachers" / f"{tuning}-{share}",
+            data=tars(folder, share) + (() if texts is None else (str(texts),)),
+            out=folder / "teachers" / f"{tuning}{'' if texts is None else '-texts'}-{share}",
             tuning=tuning,
             lora_rank=32,
             lora_alpha=64,
             lora_dropout=0.0,
-            steps=budget.teacher_steps,
+            steps=budget.teacher_steps * (1 if texts is None else 2),
             batch_size=min(budget.teacher_batch, budget.train // (1 if share == "all" else NUM_TARS)),
             learning_rate=budget.lora_rate if tuning == "lora" else budget.full_rate,
             caption_instruction="",
@@ -201,9 +207,9 @@ def read_pairs(data: tuple[str, ...], tokenizer: Any) -> Pairs:
     return Pairs(pixels=torch.stack(pixels), captions=captions)
 
 
-def score(folder: Path, *, model: str | None, teacher: str | None, name: str) -> None:
+def score(folder: Path, *, model: str | None, teacher: str | None, name: str, split: str = "test") -> None:
     """Score a model (with its teacher) on the test images: retrieval by kind of caption."""
-    _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns())
+    _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns(), split=split)
 
 
 def score_teacher(folder: Path, *, teacher: str, name: str) -> None:
@@ -213,13 +219,34 @@ def score_teacher(folder: Path, *, teacher: str, name: str) -> None:
     _evaluate(folder, model=None, teacher=teacher, name=f"teacher-{name}-beyond", captions=BEYOND)
 
 
-def _evaluate(folder: Path, *, model: str | None, teacher: str | None, name: str, captions: dict[str, str]) -> None:
+def score_classes(folder: Path, *, model: str | None, teacher: str | None, name: str, split: str = "test") -> None:
+    """Score a model on scenes of one thing: zero-shot classification by shape, by colour and by both."""
+    from llm2clip.eval.config import EvaluateConfig
+    from llm2clip.eval.run import evaluate
+
+    for kind in SETS:
+        evaluate(
+            EvaluateConfig(
+                benchmark=("class-folders",),
+                root=str(folder / "data" / f"{split}-classes" / kind),
+                out=folder / "scores" / f"{name}-{kind}",
+                model=model,
+                teacher=teacher,
+                precision="fp32",
+                baseline="none",
+            )
+        )
+
+
+def _evaluate(
+    folder: Path, *, model: str | None, teacher: str | None, name: str, captions: dict[str, str], split: str = "test"
+) -> None:
     from llm2clip.eval.config import EvaluateConfig
     from llm2clip.eval.run import evaluate
 
     evaluate(
         EvaluateConfig(
-            data=(str(folder / "data" / "test" / "captions.csv"),),
+            data=(str(folder / "data" / split / "captions.csv"),),
             captions=captions,
             out=folder / "scores" / name,
             model=model,

@@ -79,6 +79,8 @@ class Budget:
     """Learning rate of the adaptor and the other fresh parts."""
     clip_rate: float = 0.01
     """Muon's learning rate of B and B-long; AdamW's is a twentieth."""
+    texts: int = 24_000
+    """Captions without images, for the laboratory's arms that read them."""
     dim: int = 256
     """Width of the shared space of the students."""
 
@@ -86,7 +88,7 @@ class Budget:
 BUDGETS = {
     "small": Budget(),
     "quick": Budget(
-        train=200, test=50, batch_size=16, steps=4, steps_tenth=2, teacher_steps=4, teacher_batch=16, dim=32
+        train=200, test=50, batch_size=16, steps=4, steps_tenth=2, teacher_steps=4, teacher_batch=16, texts=60, dim=32
     ),
     "large": Budget(
         train=40000, test=2000, batch_size=512, steps=2000, steps_tenth=1000, teacher_steps=1000, teacher_batch=256

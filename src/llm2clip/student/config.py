@@ -54,6 +54,9 @@ class StudentConfig:
     inherit_bank: tuple[str, ...] = ()
     """Banks of further captions to inherit from, made by build-bank --text-only: text is what inheritance lacks, and
     it needs no images."""
+    inherit_noise: float = 0.2
+    """Length of what is added at random to the teacher's unit vectors of inherited captions: what lies near a caption,
+    such as other words for it and other languages, is then taken for the same."""
     keep: float = 0.0
     """Weight of the distance between images' vectors and those of the tower before it learned; 0 lets it forget."""
     keep_text: float | None = None
@@ -185,7 +188,7 @@ class StudentConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must be in [0, 1)")
         steps = ("warmup_steps", "adaptor_warmup_steps", "unlocked_blocks")
-        for name in (*steps, "weight_decay", "lora_rank", "workers", "seed", "keep", "keep_text"):
+        for name in (*steps, "weight_decay", "lora_rank", "workers", "seed", "inherit_noise", "keep", "keep_text"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must not be below 0")
         for name in ("min_crop", "layer_decay"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -44,9 +44,6 @@ MOST_CAPTIONS = 200_000
 BATCH_SIZE, WARMUP_STEPS, NOTED_EVERY = 256, 20, 50
 HIGHEST_RATE = 2e-3
 """Of learning, for narrow teachers such as the miniature's; wider ones take 1 / T."""
-NOISE = 0.2
-"""Length of what is added at random to a teacher's unit vector. The adaptor then says the same of all that lies near a
-caption: other words for it, and other languages (docs/student.md: Spanish and Chinese gain nine points by it)."""
 PASSES, FEWEST_STEPS = 32, 300
 READ_WELL = 32
 """Tokens of a caption that a CLIP makes much of, whatever its context: captions on the Web are short, and it hardly
@@ -126,11 +123,13 @@ class Inheritance:
         banks: that the captions lie in.
         places: int64 [n, 2], of each the number of its bank and its row there.
         own: float16 [n, E] of unit length, what the text half says of them.
+        noise: length of what is added at random to a teacher's unit vector when it is drawn.
     """
 
     banks: Sequence[Bank]
     places: NDArray[np.int64]
     own: Tensor
+    noise: float = 0.0
 
     def __len__(self) -> int:
         return len(self.places)
@@ -141,7 +140,7 @@ class Inheritance:
         """The teacher's vectors [b, T], with noise, and the half's own [b, E], float32, of these captions."""
         vectors, own = self.batch(chosen, device)
         noise = torch.from_numpy(random.standard_normal(vectors.shape, np.float32)).to(device)
-        return normalize(vectors, dim=-1) + noise * (NOISE / vectors.shape[1] ** 0.5), own
+        return normalize(vectors, dim=-1) + noise * (self.noise / vectors.shape[1] ** 0.5), own
 
     def batch(self, chosen: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
         """The same without noise."""
@@ -180,12 +179,16 @@ def inherit(
         LLM2CLIPError: if the student does not see images as the model does.
     """
     take_over(student, half)
-    names, model = [bank.fingerprint for bank in banks], [config.seed, config.dim, config.adaptor_blocks]
+    names, model = (
+        [bank.fingerprint for bank in banks],
+        [config.seed, config.dim, config.adaptor_blocks, config.inherit_noise],
+    )
     recipe = fingerprint([tower, names, len(config.bank), sorted(config.inherit_kinds), *model])
     found = _kept(out / FILE, recipe, student, banks)
     if found is not None:
-        return found
+        return replace(found, noise=config.inherit_noise)
     found = read(half, banks, kinds=config.inherit_kinds, num_training=len(config.bank), seed=config.seed)
+    found = replace(found, noise=config.inherit_noise)
     fit(student.adaptor, found, seed=config.seed)
     _keep(out / FILE, recipe, student, found)
     return found

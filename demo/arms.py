@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from demo.classes import SETS
+from demo.classes import SETS, write_classes
 from demo.clip import ClipTraining, Pairs, train_clip
 from demo.config import Budget
 from demo.write import NUM_TARS, columns, write_csv, write_tars
@@ -29,6 +29,8 @@ MIX = {"short": 0.7, "long": 0.3}
 """Which captions stage 2, B and B-long see: long ones are learned sooner."""
 BEYOND = {f"short-{kind}": f"short_0,{kind}_0" for kind in ("unseen", "es", "zh")}
 """Kinds that stand for caption retrieval between two kinds: one caption of each."""
+CLASSES = "classes"
+"""Folder of the scores in classification, beside that of the others."""
 MEAN_CAPTIONS = 1000
 """Training captions whose mean vector centres a raw LLM."""
 WARMUP_SHARE = 0.375
@@ -45,9 +47,15 @@ def tars(folder: Path, share: str) -> tuple[str, ...]:
 
 
 def make_data(folder: Path, budget: Budget, seed: int) -> None:
-    """Write training tars and the CSV of test images."""
+    """Write training tars and what the models are scored on."""
     write_tars(folder / "data" / "train", budget.train, seed=seed)
-    write_csv(folder / "data" / "test", "test", budget.test, seed=seed)
+    make_scored(folder, budget, seed)
+
+
+def make_scored(folder: Path, budget: Budget, seed: int, *, split: str = "test") -> None:
+    """Write the CSV of a split's images, and its scenes of one thing."""
+    write_csv(folder / "data" / split, split, budget.test, seed=seed)
+    write_classes(folder / "data" / f"{split}-classes", split, per_class=budget.per_class, seed=seed)
 
 
 def make_teacher(
@@ -208,8 +216,23 @@ def read_pairs(data: tuple[str, ...], tokenizer: Any) -> Pairs:
 
 
 def score(folder: Path, *, model: str | None, teacher: str | None, name: str, split: str = "test") -> None:
-    """Score a model (with its teacher) on the test images: retrieval by kind of caption."""
+    """Score a model (with its teacher) on the images of a split: retrieval by kind of caption, and classification."""
+    from llm2clip.eval.config import EvaluateConfig
+    from llm2clip.eval.run import evaluate
+
     _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns(), split=split)
+    for kind in SETS:
+        evaluate(
+            EvaluateConfig(
+                benchmark=("class-folders",),
+                root=str(folder / "data" / f"{split}-classes" / kind),
+                out=folder / CLASSES / name / kind,
+                model=model,
+                teacher=teacher,
+                precision="fp32",
+                baseline="none",
+            )
+        )
 
 
 def score_teacher(folder: Path, *, teacher: str, name: str) -> None:
@@ -217,25 +240,6 @@ def score_teacher(folder: Path, *, teacher: str, name: str) -> None:
     english = {**columns(("short", "long")), "short-long": "short_0,long_0"}
     _evaluate(folder, model=None, teacher=teacher, name=f"teacher-{name}", captions=english)
     _evaluate(folder, model=None, teacher=teacher, name=f"teacher-{name}-beyond", captions=BEYOND)
-
-
-def score_classes(folder: Path, *, model: str | None, teacher: str | None, name: str, split: str = "test") -> None:
-    """Score a model on scenes of one thing: zero-shot classification by shape, by colour and by both."""
-    from llm2clip.eval.config import EvaluateConfig
-    from llm2clip.eval.run import evaluate
-
-    for kind in SETS:
-        evaluate(
-            EvaluateConfig(
-                benchmark=("class-folders",),
-                root=str(folder / "data" / f"{split}-classes" / kind),
-                out=folder / "scores" / f"{name}-{kind}",
-                model=model,
-                teacher=teacher,
-                precision="fp32",
-                baseline="none",
-            )
-        )
 
 
 def _evaluate(

@@ -10,12 +10,14 @@ from demo.images import draw_image, png_bytes
 from demo.scene import COLOURS, FILLS, GRID, GROUNDS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, Thing
 
 SETS = ("shape", "colour", "both")
-PER_CLASS = 8
-"""Images of each colour and shape."""
 
 
-def write_classes(folder: Path, split: str, *, seed: int, per_class: int = PER_CLASS) -> list[Path]:
-    """The same images as three sets of class folders with their sentences, as `evaluate` reads them; returns these."""
+def write_classes(folder: Path, split: str, *, per_class: int, seed: int) -> None:
+    """The same images as three sets of class folders with their sentences, as `evaluate` reads them.
+
+    Args:
+        per_class: images of each colour and shape.
+    """
     random = Random(f"classes/{split}/{seed}")
     for colour, shape in product(COLOURS, SHAPES):
         for number in range(per_class):
@@ -26,7 +28,6 @@ def write_classes(folder: Path, split: str, *, seed: int, per_class: int = PER_C
                 (place / f"{colour}-{shape}-{number}.png").write_bytes(image)
     for kind in SETS:
         (folder / kind / "zeroshot_classification_templates.txt").write_text("\n".join(sentences(kind)) + "\n")
-    return [folder / kind for kind in SETS]
 
 
 def draw_alone(colour: str, shape: str, split: str, random: Random) -> Scene:

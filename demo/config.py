@@ -59,6 +59,8 @@ class Budget:
     """Training images; a tenth of them in the few-pairs arms."""
     test: int = 500
     """Test images."""
+    per_class: int = 8
+    """Scenes of one thing, of each of 64 colours and shapes, for classification."""
     batch_size: int = 128
     """Images a step, in every arm."""
     steps: int = 96
@@ -88,7 +90,16 @@ class Budget:
 BUDGETS = {
     "small": Budget(),
     "quick": Budget(
-        train=200, test=50, batch_size=16, steps=4, steps_tenth=2, teacher_steps=4, teacher_batch=16, texts=60, dim=32
+        train=200,
+        test=50,
+        per_class=1,
+        batch_size=16,
+        steps=4,
+        steps_tenth=2,
+        teacher_steps=4,
+        teacher_batch=16,
+        texts=60,
+        dim=32,
     ),
     "large": Budget(
         train=40000, test=2000, batch_size=512, steps=2000, steps_tenth=1000, teacher_steps=1000, teacher_batch=256

@@ -23,19 +23,16 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from demo import arms
-from demo.classes import SETS, write_classes
+from demo.classes import SETS
 from demo.config import BUDGETS, Budget
 from demo.jobs import Job, run_jobs
-from demo.results import DATASET
+from demo.results import CLASSES, COLUMNS, scores_of
 from demo.run import SHIPPED
-from demo.write import TEST_KINDS, captioned, write_csv
+from demo.write import TEST_KINDS, captioned
 from llm2clip.artifacts import atomic_path, is_complete, read_json, write_json
 
 LLM, CLIP = SHIPPED / "llm", SHIPPED / "clip"
 BUDGET = dataclasses.replace(BUDGETS["small"], steps=160, steps_tenth=80)
-COLUMNS = [*(f"{kind}/{way}_r@1" for kind in TEST_KINDS for way in ("i2t", "t2i")), *SETS]
-GAINED = len(COLUMNS) - len(SETS)
-"""The first columns; the mean is over these."""
 CONTROL, PRETRAINED = "control", "mini CLIP as pretrained"
 TEXT_SEED = 1000
 """Seeds of scenes that only their captions are taken of begin here."""
@@ -201,10 +198,8 @@ def make_data(lab: Lab, seed: int) -> None:
     folder = lab.folder(seed) / "data"
     if not (folder / "test" / "captions.csv").exists():
         arms.make_data(folder.parent, lab.budget, seed)
-    if not (folder / lab.split / "captions.csv").exists():
-        write_csv(folder / lab.split, lab.split, lab.budget.test, seed=seed)
     if not (folder / f"{lab.split}-classes").exists():
-        write_classes(folder / f"{lab.split}-classes", lab.split, seed=seed)
+        arms.make_scored(folder.parent, lab.budget, seed, split=lab.split)
     if not lab.texts(seed).exists():
         with atomic_path(lab.texts(seed)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
@@ -248,14 +243,9 @@ def measure(lab: Lab, seed: int, name: str, arm: Arm | None) -> None:
         told = train(lab, seed, arm, model)
     scores = f"lab-{lab.split}/{out.parent.name}"
     arms.score(folder, model=str(model), teacher=teacher, name=scores, split=lab.split)
-    arms.score_classes(folder, model=str(model), teacher=teacher, name=scores, split=lab.split)
-    metrics = read_json(folder / "scores" / scores / "report.json")["metrics"]
-    found = {column: metrics[f"{DATASET}/{column}"] for column in COLUMNS[:GAINED]}
-    for kind in SETS:
-        report = read_json(folder / "scores" / f"{scores}-{kind}" / "report.json")
-        found[kind] = report["metrics"]["class-folders/top1"]
+    found = scores_of(folder, scores)
     out.parent.mkdir(exist_ok=True)
-    write_json(out, {**told, "scores": found})
+    write_json(out, {**told, "scores": {column: found[column] for column in (*COLUMNS, *CLASSES)}})
 
 
 def train(lab: Lab, seed: int, arm: Arm, out: Path) -> dict[str, float | None]:
@@ -298,12 +288,12 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = [f"| arm | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
     control = found.get(CONTROL)
     for name, runs in found.items():
-        columns = {column: [100 * run["scores"][column] for run in runs] for column in COLUMNS}
+        columns = {column: [100 * run["scores"][column] for run in runs] for column in (*COLUMNS, *CLASSES)}
         cells = [" / ".join(told(columns[f"{kind}/{way}_r@1"]) for way in ("i2t", "t2i")) for kind in TEST_KINDS]
         cells.append(told([mean_of(run) for run in runs]))
         gaps = [mean_of(run) - mean_of(other) for run, other in zip(runs, control or (), strict=False)]
         cells.append(told(gaps, sign="+") if gaps and name not in (CONTROL, PRETRAINED) else "")
-        cells += [told(columns[kind]) for kind in SETS]
+        cells += [told(columns[name]) for name in CLASSES]
         for cost in ("step_ms", "seconds", "peak_mib"):
             cells.append(f"{mean(run[cost] for run in runs):.0f}" if runs[0].get(cost) else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -312,7 +302,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def mean_of(run: Mapping[str, Any]) -> float:
     """Over the retrieval columns of one seed, in percent."""
-    return 100 * mean(run["scores"][column] for column in COLUMNS[:GAINED])
+    return 100 * mean(run["scores"][column] for column in COLUMNS)
 
 
 def told(values: Sequence[float], *, sign: str = "") -> str:

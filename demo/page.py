@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import charts, results
+from demo.classes import SETS
 from demo.config import Budget
 from demo.results import Value, Verdict
 from demo.write import TEST_KINDS
@@ -100,6 +101,11 @@ def write_page(
         "<h3>A tenth of the pairs</h3>",
         "<p class=soft>D's stage 1, too, reads the captions of this tenth alone.</p>",
         retrieval_table(found, "tenth", {}),
+        "<h2>What the mini CLIP knew, and what is kept of it</h2>",
+        "<p class=soft>Percent of scenes of one thing that are given the right class, zero-shot: names in sentences, "
+        "none of them seen with these images. Its short captions in known words, in the table above, are the other "
+        "thing it knew; all else there is gained.</p>",
+        class_table(found),
         "<h2>Caption to caption (CRA), before and after stage 1</h2>",
         "<p class=soft>Percent of captions whose nearest other caption belongs to the same image. Stage 1 reads "
         "English captions of training images in known words; the last three columns are words and languages that "
@@ -172,6 +178,23 @@ def retrieval_table(
         cells = "".join(f"<td>{100 * limits.get(c, 1.0):.1f}</td>" for c in results.COLUMNS)
         rows.append(f"<tr class=edge><td>{name}</td>{cells}</tr>")
     return _table(f"<tr><th></th>{heads}</tr><tr><th></th>{ways}</tr>", rows)
+
+
+def class_table(found: Mapping[str, Mapping[str, Value]]) -> str:
+    """Zero-shot classification, arms by what is asked for, with all pairs and with a tenth."""
+    rows = []
+    for arm in results.ARMS:
+        runs = [found.get(arm if arm == "A" else f"{arm}-{share}", {}) for share in ("all", "tenth")]
+        cells = [
+            _cell(run[name], bold=False) if name in run else "<td></td>" for run in runs for name in results.CLASSES
+        ]
+        if any(runs):
+            rows.append(
+                f"<tr{' class=d' if arm.startswith('D') else ''}><td>{ARM_NAMES[arm]}</td>{''.join(cells)}</tr>"
+            )
+    heads = "".join(f"<th colspan={len(SETS)}>{share}</th>" for share in ("all pairs", "a tenth of the pairs"))
+    asked = "".join(f"<th>{name}</th>" for _ in range(2) for name in SETS)
+    return _table(f"<tr><th></th>{heads}</tr><tr><th></th>{asked}</tr>", rows)
 
 
 def cra_table(found: Mapping[str, Mapping[str, Value]]) -> str:

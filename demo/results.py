@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from demo import arms
+from demo.classes import SETS
 from demo.write import PER_KIND, TEST_KINDS, captioned
 from llm2clip.artifacts import read_json
 
@@ -22,6 +24,8 @@ DATASET = "captions"
 ARMS = ("A", "B", "B-long", "C-causal", "C", "D", "D-full")
 DIRECTIONS = ("i2t", "t2i")
 COLUMNS = tuple(f"{kind}/{direction}_r@1" for kind in TEST_KINDS for direction in DIRECTIONS)
+CLASSES = tuple(f"classes/{kind}" for kind in SETS)
+"""Zero-shot classification: what the mini CLIP knew, like its short captions."""
 CRA_ENGLISH = ("short/cra", "long/cra", "short-long/cra")
 CRA_BEYOND = ("short-unseen/cra", "short-es/cra", "short-zh/cra")
 TEACHERS = {
@@ -77,12 +81,19 @@ def collect(folders: Sequence[Path]) -> dict[str, dict[str, Value]]:
     """For each report of the pipelines ("D-all", "teacher-lora") its metrics, over the pipelines."""
     found: dict[str, dict[str, Value]] = {}
     for path in sorted((folders[0] / "scores").iterdir()):
-        reports = [read_json(folder / "scores" / path.name / "report.json") for folder in folders]
-        count = reports[0]["datasets"][DATASET]["images"]
-        found[path.name] = {
-            name.partition("/")[2]: Value(tuple(report["metrics"][name] for report in reports), count)
-            for name in reports[0]["metrics"]
-        }
+        count = read_json(path / "report.json")["datasets"][DATASET]["images"]
+        runs = [scores_of(folder, path.name) for folder in folders]
+        found[path.name] = {name: Value(tuple(run[name] for run in runs), count) for name in runs[0]}
+    return found
+
+
+def scores_of(folder: Path, name: str) -> dict[str, float]:
+    """Every metric of a model or teacher of one pipeline."""
+    metrics = read_json(folder / "scores" / name / "report.json")["metrics"]
+    found = {key.partition("/")[2]: value for key, value in metrics.items()}
+    for column, kind in zip(CLASSES, SETS, strict=True):
+        if (path := folder / arms.CLASSES / name / kind / "report.json").exists():
+            found[column] = read_json(path)["metrics"]["class-folders/top1"]
     return found
 
 

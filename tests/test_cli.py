@@ -110,7 +110,7 @@ def test_a_verb_of_two_words_is_found(seen: list[ToyConfig]) -> None:
         ("toy --data a --batch-size 0", "--batch-size is 0; it must be above 0"),
         ("toy --data a --batch-sise 3", "--batch-size"),
         ("toy", "--data"),
-        ("toy --data a --config", "--config needs a file"),
+        ("toy --data a --config", "--config needs a value"),
         ("toy --data a --config /nowhere.json", "/nowhere.json"),
         ("bank inof", "did you mean 'info'"),
     ],

@@ -96,11 +96,20 @@ def from_file(cls: type[Config], path: str | Path) -> Config:
     for name in fields:
         check_choice(f"{setting('config')} {path}: field", name, known)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return with_open_fields(cls, values)
+
+
+def with_open_fields(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config of some values, as defaults for the flags: unchecked, and what has no default is left to be given.
+
+    Such as `out`, which no run records.
+    """
+    found = object.__new__(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        bare = field.default is field.default_factory is dataclasses.MISSING
-        if field.init and bare and field.name not in values:
-            values[field.name] = tyro.MISSING  # such as `out`, which no run records: to be given as a flag
-    return cls(**values)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = values.get(field.name, tyro.MISSING if default is dataclasses.MISSING else default)
+        object.__setattr__(found, field.name, value)
+    return found
 
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:

@@ -18,23 +18,28 @@ import tyro
 
 from llm2clip.config import from_file
 from llm2clip.errors import UsageError
+from llm2clip.recipes import TRAININGS, settings_of
 from llm2clip.verbs import Verb
 
 CONFIG = (
     "--config FILE takes the settings of an earlier run (its run.json or manifest.json); flags given beside it win."
 )
+RECIPE = " --recipe NAME takes those of a recipe (llm2clip recipes lists them)."
 
 
 def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
-    """A verb's settings from its flags; `--config FILE` gives those of an earlier run as defaults.
+    """A verb's settings from its flags; `--config FILE` gives those of an earlier run as defaults, `--recipe` its own.
 
     Raises:
         UsageError: for a misspelt flag, a bad value or file.
     """
-    rest, file = _take_config_flag(arguments)
+    rest, file = _take_flag(arguments, "config", "the run.json or manifest.json of an earlier run")
+    recipe = None
+    if name in TRAININGS:
+        rest, recipe = _take_flag(rest, "recipe", "of llm2clip recipes")
     groups = group_settings(cls, verb)
     nested = _nested(cls, groups)
-    defaults = None if file is None else _nest(nested, from_file(cls, file))
+    defaults = _defaults(name, cls, file, recipe)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -42,8 +47,8 @@ def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
                 nested,
                 prog=f"llm2clip {name}",
                 args=rest,
-                default=defaults,
-                description=f"{inspect.getdoc(cls)}\n\n{CONFIG}",
+                default=None if defaults is None else _nest(nested, defaults),
+                description=f"{inspect.getdoc(cls)}\n\n{CONFIG}{RECIPE if name in TRAININGS else ''}",
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
@@ -125,18 +130,30 @@ def _one_line(box: str) -> str:
     return re.sub(r"Error parsing [A-Z]\w*: ", "", "; ".join(kept))
 
 
-def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
-    """`arguments` without `--config FILE` (or `--config=FILE`), and the file."""
+def _defaults(verb: str, cls: type[Any], file: str | None, recipe: str | None) -> Any | None:
+    """The settings that flags are given beside."""
+    if recipe is None:
+        return None if file is None else from_file(cls, file)
+    if file is not None:
+        raise UsageError(f"--config {file} and --recipe {recipe} exclude each other; give one")
+    settings = settings_of(recipe, verb)
+    if settings is None:
+        raise UsageError(f"--recipe {recipe} says nothing of {verb}; leave it out (llm2clip recipes {recipe})")
+    return settings
+
+
+def _take_flag(arguments: list[str], flag: str, value: str) -> tuple[list[str], str | None]:
+    """`arguments` without `--flag VALUE` (or `--flag=VALUE`), and the value."""
     rest: list[str] = []
-    file = None
+    found = None
     words = iter(arguments)
     for word in words:
-        if word == "--config":
-            file = next(words, None)
-            if file is None:
-                raise UsageError("--config needs a file: the run.json or manifest.json of an earlier run")
-        elif word.startswith("--config="):
-            file = word.removeprefix("--config=")
+        if word == f"--{flag}":
+            found = next(words, None)
+            if found is None:
+                raise UsageError(f"--{flag} needs a value: {value}")
+        elif word.startswith(f"--{flag}="):
+            found = word.removeprefix(f"--{flag}=")
         else:
             rest.append(word)
-    return rest, file
+    return rest, found

@@ -148,6 +148,12 @@ VERBS = {
         function="llm2clip.export.convert:convert",
         example="llm2clip convert microsoft/LLM2CLIP-Openai-L-14-336 --out student",
     ),
+    "recipes": Verb(
+        summary="what --recipe NAME of a training may name, and what each sets",
+        config="llm2clip.recipes:RecipesConfig",
+        function="llm2clip.recipes:list_recipes",
+        example="llm2clip recipes paper",
+    ),
     "demo": Verb(
         summary="the whole pipeline on generated images with mini models (in a checkout of the repository)",
         config="demo.config:DemoConfig",

@@ -257,6 +257,8 @@ def train(lab: Lab, seed: int, arm: Arm, out: Path) -> dict[str, float | None]:
     config = dataclasses.replace(config, **{"inherit": "none", **arm.settings})
     if arm.texts:
         config = dataclasses.replace(config, inherit_bank=(str(banks[1]),))
+    if config.inherit != "none":
+        config = dataclasses.replace(config, inherit_cache=str(lab.folder(seed) / "lab" / "inherited"))
     forget_peak()
     start = time.monotonic()
     train_student(config)

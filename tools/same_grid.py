@@ -211,7 +211,8 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "val_every": f"{VAL} | --val-every 1",
         "patience": f"{VAL} --val-every 1 --steps 6 | --patience 1",
         **dict.fromkeys(
-            ("inherit", "inherit_kinds", "inherit_bank", "keep", "keep_text"), Because("the old code lacks it")
+            ("inherit", "inherit_kinds", "inherit_bank", "inherit_cache", "inherit_noise", "keep", "keep_text"),
+            Because("the old code lacks it"),
         ),
     },
     "evaluate": {
@@ -305,7 +306,8 @@ ADDED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("train-teacher", "bank add"), _READS),
     "build-bank": {**_READS, "text_only": "off by default"},
     "train-student": dict.fromkeys(
-        ("inherit", "inherit_kinds", "inherit_bank", "keep", "keep_text"), "for towers that come with a text half alone"
+        ("inherit", "inherit_kinds", "inherit_bank", "inherit_cache", "inherit_noise", "keep", "keep_text"),
+        "for towers that come with a text half alone",
     ),
     "evaluate": {
         **_READS,

@@ -16,7 +16,10 @@ OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
 INHERIT = ("auto", "none")
 TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
-SPEED_FIELDS = ("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker")
+SPEED_FIELDS = (
+    *("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker"),
+    "inherit_cache",
+)
 """Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
 
 
@@ -54,6 +57,9 @@ class StudentConfig:
     inherit_bank: tuple[str, ...] = ()
     """Banks of further captions to inherit from, made by build-bank --text-only: text is what inheritance lacks, and
     it needs no images."""
+    inherit_cache: str | None = None
+    """Folder where what was inherited is kept for other runs of the same tower, banks and seed (in the adaptor's size).
+    By default it is kept while the run is under way."""
     inherit_noise: float = 0.2
     """Length of what is added at random to the teacher's unit vectors of inherited captions: what lies near a caption,
     such as other words for it and other languages, is then taken for the same."""
@@ -238,7 +244,7 @@ class StudentConfig:
 
     def about_inheritance(self) -> dict[str, object]:
         """The settings that were given and have an effect only where something is inherited."""
-        names = ("inherit_kinds", "inherit_bank", "keep", "keep_text")
+        names = ("inherit_kinds", "inherit_bank", "inherit_cache", "keep", "keep_text")
         return {name: value for name in names if (value := getattr(self, name))}
 
     def settings(self) -> dict[str, object]:

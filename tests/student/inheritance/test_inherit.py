@@ -234,6 +234,25 @@ def test_what_was_inherited_is_not_computed_again(models, bank, tmp_path, monkey
         inheriting.inherit(student, half, banks, config, out=tmp_path, tower="t")
 
 
+def test_a_cache_serves_other_runs_of_the_same_and_no_others(models, bank, tmp_path, monkeypatch) -> None:
+    banks, half, cache = [Bank.open(bank)], open_text_half(open_tower(str(models["clip"]))), tmp_path / "cache"
+
+    def begin(name: str, **changes) -> dict[str, torch.Tensor]:
+        config = run(bank, models["clip"], tmp_path / name, inherit_cache=str(cache), **changes)
+        torch.manual_seed(0)
+        student = start_student(str(models["clip"]), teacher_dim=banks[0].dim, projection_dim=12, adaptor_blocks=1)
+        inheriting.inherit(student, half, banks, config, out=tmp_path / name, tower="t")
+        return student.state_dict()
+
+    first = begin("a")
+    assert len(list(cache.iterdir())) == 1 and not (tmp_path / "a" / inheriting.FILE).exists()
+    begin("other", inherit_noise=0.1)
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(inheriting, "read", lambda *_, **__: pytest.fail("it is there"))
+    again = begin("b")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_towers_without_a_text_half_start_as_they_did(tiny_tower, models, bank, tmp_path, caplog) -> None:
     caplog.set_level("INFO", logger="llm2clip")
     assert open_text_half(open_tower(str(tiny_tower))) is None

@@ -179,18 +179,18 @@ def inherit(
         LLM2CLIPError: if the student does not see images as the model does.
     """
     take_over(student, half)
-    names, model = (
-        [bank.fingerprint for bank in banks],
-        [config.seed, config.dim, config.adaptor_blocks, config.inherit_noise],
-    )
-    recipe = fingerprint([tower, names, len(config.bank), sorted(config.inherit_kinds), *model])
-    found = _kept(out / FILE, recipe, student, banks)
+    names = [bank.fingerprint for bank in banks]
+    model = [config.seed, config.dim, config.adaptor_blocks, config.inherit_noise]
+    how = [PASSES, FEWEST_STEPS, BATCH_SIZE, HIGHEST_RATE, READ_WELL, MOST_CAPTIONS]  # of this version
+    recipe = fingerprint([tower, names, len(config.bank), sorted(config.inherit_kinds), *model, *how])
+    path = Path(config.inherit_cache) / f"{recipe}.safetensors" if config.inherit_cache else out / FILE
+    found = _kept(path, recipe, student, banks)
     if found is not None:
         return replace(found, noise=config.inherit_noise)
     found = read(half, banks, kinds=config.inherit_kinds, num_training=len(config.bank), seed=config.seed)
     found = replace(found, noise=config.inherit_noise)
     fit(student.adaptor, found, seed=config.seed)
-    _keep(out / FILE, recipe, student, found)
+    _keep(path, recipe, student, found)
     return found
 
 

@@ -207,6 +207,7 @@ def test_help_has_every_flag_with_its_text(
         assert re.search(rf"(?<![\w-])--{field.name.replace('_', '-')}(?![\w-])", out) or positional, field.name
         assert len(texts[field.name].split()) > 1, f"{field.name} has no text"
         assert "".join(texts[field.name].split()) in shown, f"{field.name}: its text is not in the help"
+    assert "{None}" not in shown and "(default:None)" not in shown and "(default:)" not in shown
 
 
 @pytest.mark.parametrize("name", VERBS)

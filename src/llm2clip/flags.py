@@ -84,13 +84,27 @@ def _nested(cls: type[Any], groups: dict[str, list[dataclasses.Field[Any]]]) -> 
         members = [
             (
                 one.name,
-                Annotated[hints[one.name], tyro.conf.arg(help=docs[one.name])],
+                Annotated[hints[one.name], tyro.conf.arg(help=docs[one.name], **_left_open(one, hints[one.name]))],
                 dataclasses.field(default=one.default, default_factory=one.default_factory),  # type: ignore[call-overload]
             )
             for one in fields
         ]
         sections.append((title, dataclasses.make_dataclass(title, members, kw_only=True)))
     return dataclasses.make_dataclass(cls.__name__, sections)
+
+
+def _left_open(one: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """How help shows a setting that may be left out: by the type of what is given, without "(default: None)"."""
+    factory = one.default_factory
+    bare = one.default is factory is dataclasses.MISSING  # of these the parser takes several positional ones for empty
+    empty = one.default in (None, ()) or (factory is not dataclasses.MISSING and not factory())
+    if not empty and not (bare and "Positional" in str(one.type)):
+        return {}
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    kinds = [kind for kind in typing.get_args(plain) if kind is not type(None)]
+    optional = one.default is None and len(kinds) == 1 and isinstance(kinds[0], type)
+    shown = {"metavar": kinds[0].__name__.upper()} if optional else {}
+    return {**shown, "help_behavior_hint": lambda value: "" if value in ("None", "") else f"(default: {value})"}
 
 
 def _nest(nested: type[Any], config: Any) -> Any:

@@ -31,7 +31,7 @@ def test_it_leaves_a_whole_folder(demo: Path) -> None:
     arms = {f"{arm}-all" for arm in results.ARMS if arm != "A"} | {"A", "B-tenth", "B-long-tenth", "C-tenth", "D-tenth"}
     assert arms <= set(found)
     for arm in arms:
-        assert set(results.COLUMNS) <= set(found[arm])
+        assert {*results.COLUMNS, *results.CLASSES} <= set(found[arm])
     for teacher in results.TEACHERS:
         assert set(results.CRA_ENGLISH) <= set(found[f"teacher-{teacher}"])
 
@@ -41,7 +41,7 @@ def test_the_page_loads_nothing_and_says_what_it_is(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
     assert "its numbers mean nothing" in page  # a quick run says so
-    for word in ("B-long", "unseen words", "Spanish", "Chinese", "ceiling", "by chance", "torch", "<svg", "<img"):
+    for word in ("B-long", "unseen words", "Spanish", "Chinese", "ceiling", "by chance", "colour", "torch", "<svg", "<img"):
         assert word in page
     assert page.count("<tr") == page.count("</tr>") and page.endswith("</html>")
 

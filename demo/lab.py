@@ -86,6 +86,7 @@ ARMS: dict[str, Arm] = {
     "inherit, no keep-text": Arm({**INHERIT, "keep_text": 0.0}, texts=True),
     "inherit, no noise": Arm({**INHERIT, "inherit_noise": 0.0}, texts=True),
     "inherit, mostly short": Arm({**INHERIT, "mix": arms.MIX}, texts=True),
+    "inherit own, whole tower, keep": Arm({**WHOLE, "keep": 1.0}),
     "inherit, whole tower": Arm(WHOLE, texts=True),
     "inherit, whole tower, keep": Arm({**WHOLE, "keep": 1.0}, texts=True),
 }

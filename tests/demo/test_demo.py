@@ -41,7 +41,18 @@ def test_the_page_loads_nothing_and_says_what_it_is(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
     assert "its numbers mean nothing" in page  # a quick run says so
-    for word in ("B-long", "unseen words", "Spanish", "Chinese", "ceiling", "by chance", "colour", "torch", "<svg", "<img"):
+    for word in (
+        "B-long",
+        "unseen words",
+        "Spanish",
+        "Chinese",
+        "ceiling",
+        "by chance",
+        "colour",
+        "torch",
+        "<svg",
+        "<img",
+    ):
         assert word in page
     assert page.count("<tr") == page.count("</tr>") and page.endswith("</html>")
 

@@ -63,8 +63,9 @@ class StudentConfig:
     inherit_noise: float = 0.2
     """Length of what is added at random to the teacher's unit vectors of inherited captions: what lies near a caption,
     such as other words for it and other languages, is then taken for the same."""
-    keep: float = 0.0
-    """Weight of the distance between images' vectors and those of the tower before it learned; 0 lets it forget."""
+    keep: float | None = None
+    """Weight of the distance between images' vectors and those of the tower before it learned. By default 1 where
+    something is inherited and the tower learns; 0 lets it forget."""
     keep_text: float | None = None
     """Weight of the distance between inherited captions' vectors and what the tower's text half says of them. By
     default 4; 0 lets the adaptor forget."""

@@ -49,6 +49,9 @@ from llm2clip.student.validate import validate
 logger = logging.getLogger("llm2clip")
 PAPER_DIM = 1280
 """Width of the shared space where nothing is inherited (paper, section 6.2)."""
+KEEP = 1.0
+"""Costs a forward of the frozen tower; brings two points of the mean, and what it knew of single things
+(docs/student.md)."""
 KEEP_TEXT = 4.0
 """Of 1, 4 and 10 the one that kept what was inherited at the least cost in long captions (docs/lab-notes.md)."""
 MOST_REMEMBERED = 1 << 28
@@ -193,7 +196,9 @@ class Session:
         finally:
             if self.accelerator.is_main_process:
                 self.accelerator.wait_for_everyone()
-        if config.keep:
+        keep = KEEP if config.keep is None and config.unlocked_blocks != 0 else config.keep
+        if keep:
+            self.keep = keep
             fixed = config.min_crop >= 1 and self.loader.num_samples * half.width <= MOST_REMEMBERED
             number = self.loader.num_samples if fixed else 0
             self.own_view = OwnView(self.student, half.width, num_samples=number)
@@ -254,7 +259,7 @@ class Session:
         if self.own_view is not None:
             with self.accelerator.autocast():
                 images = [self.own_view(*part) for part in self._micro(batch.pixels, batch.samples)]
-            kept.update(keep=config.keep, images=torch.cat(images))
+            kept.update(keep=self.keep, images=torch.cat(images))
         keep_text = KEEP_TEXT if config.keep_text is None else config.keep_text
         if self.inherited is not None and keep_text:
             random = np.random.default_rng([config.seed, place, self.accelerator.process_index])

@@ -17,9 +17,11 @@ from llm2clip.bank.build import build_bank
 from llm2clip.bank.config import BankConfig
 from llm2clip.bank.reader import Bank
 from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.student import train as training
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.inheritance import inherit as inheriting
 from llm2clip.student.inheritance.inherit import Inheritance, distance, fit, open_text_half, read, take_over
+from llm2clip.student.inheritance.keep import Objective
 from llm2clip.student.model import Student
 from llm2clip.student.start import open_tower, start_student
 from llm2clip.student.train import train_student
@@ -251,6 +253,21 @@ def test_a_cache_serves_other_runs_of_the_same_and_no_others(models, bank, tmp_p
     monkeypatch.setattr(inheriting, "read", lambda *_, **__: pytest.fail("it is there"))
     again = begin("b")
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights"), [({}, [1.0]), ({"unlocked_blocks": 0}, []), ({"keep": 0.0}, []), ({"keep": 0.5}, [0.5])]
+)
+def test_a_tower_that_learns_is_held_to_its_own_view(changes, weights, models, bank, tmp_path, monkeypatch) -> None:
+    seen: list[float] = []
+
+    def objective(*args, **kept) -> Objective:
+        seen.extend([kept["keep"]] if "keep" in kept else [])
+        return Objective(*args, **kept)
+
+    monkeypatch.setattr(training, "Objective", objective)
+    train_student(run(bank, models["clip"], tmp_path / "out", steps=1, **changes))
+    assert seen == weights
 
 
 def test_towers_without_a_text_half_start_as_they_did(tiny_tower, models, bank, tmp_path, caplog) -> None:

@@ -23,7 +23,8 @@ from llm2clip.hub import one_line_errors, quiet_transformers
 from llm2clip.student.start import load_tower, open_tower, open_transform
 from llm2clip.student.tower import default_pooling, resize_tower
 
-IMAGE = "<image>"
+IMAGE, WORD = "<image>", "< image >"
+"""What stands for an image, and what a user who wrote the former in a text is taken to have written."""
 FLATTENED = """
 {%- set llava = namespace(messages=[]) -%}
 {%- for message in messages -%}

@@ -152,10 +152,7 @@ def encode(sample: Conversation, processor: Any, *, plain: bool, max_length: int
         at += len(piece) + len(IMAGE)
         moved[at] = (count - 1) * len(IMAGE)
     spans = [tuple(end + sum(more for place, more in moved.items() if place <= end) for end in span) for span in spans]
-    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(
-        text.replace(IMAGE, IMAGE * count), add_special_tokens=not begun, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(text.replace(IMAGE, IMAGE * count), return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if processor.image_token_id in ids[max_length:]:
         raise LLM2CLIPError(

@@ -49,6 +49,8 @@ FLATTENED = """
 Of a turn in parts only an image part is an image; `<image>` in a text part is a word. In a turn that is one string,
 as some test kits write it, `<image>` stands for an image.
 """
+ONE_BOS = "{%- set bos_token = '' -%}"
+"""Goes before the template of a tokenizer that begins every text with its own, so that no program begins it twice."""
 VICUNA = (
     '{{ "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, '
     "detailed, and polite answers to the user's questions. \" }}"
@@ -188,7 +190,8 @@ def open_llm(name: str, template: str | None, dtype: str) -> tuple[Any, Any]:
         own = Path(template or "").read_text(encoding="utf-8").removesuffix("\n")
     if not isinstance(own, str):
         raise UsageError(f"{what} has no chat template; add {setting('template', 'vicuna')} (LLaVA-1.5's), or a file")
-    tokenizer.chat_template = FLATTENED.strip() + own
+    adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    tokenizer.chat_template = FLATTENED.strip() + (ONE_BOS if adds_bos else "") + own
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

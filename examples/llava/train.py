@@ -168,14 +168,9 @@ def new_trainer(config: TrainConfig, samples: list[Any]) -> Any:
 
 def open_model(config: TrainConfig, *, frozen_dtype: torch.dtype) -> Any:
     """The LLaVA, what learns in float32 and the rest in `frozen_dtype`."""
-    from transformers import AutoModelForImageTextToText
-
-    if read_json(config.model / "config.json")["vision_config"]["model_type"] == "timm_tokens":
-        importlib.import_module("llm2clip.export.timm_tokens")  # AutoModel knows the class from then on
     # Trainer looks for its checkpoint's weights under other names than save_pretrained gives a LLaVA's, and finds none
     begun = None if config.lora_rank else last_checkpoint(config.out)
-    with quiet_transformers():
-        model: Any = AutoModelForImageTextToText.from_pretrained(begun or config.model, dtype=frozen_dtype)
+    model = open_weights(Path(begun or config.model), dtype=frozen_dtype)
     model.requires_grad_(False)
     llm, projector = model.model.language_model, model.model.multi_modal_projector
     learning = [projector] if config.stage == 1 else [projector, llm, model.lm_head]
@@ -196,6 +191,16 @@ def open_model(config: TrainConfig, *, frozen_dtype: torch.dtype) -> Any:
     for part in learning:
         part.float().requires_grad_(True)
     return model
+
+
+def open_weights(folder: Path, *, dtype: Any) -> Any:
+    """The LLaVA in a folder."""
+    from transformers import AutoModelForImageTextToText
+
+    if read_json(folder / "config.json")["vision_config"]["model_type"] == "timm_tokens":
+        importlib.import_module("llm2clip.export.timm_tokens")  # AutoModel knows the class from then on
+    with quiet_transformers(bars=False):
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
 
 
 def last_checkpoint(out: Path) -> str | None:

@@ -183,10 +183,12 @@ def test_the_llms_own_template_and_words(tiny_llm: Path, made: Any, tmp_path: Pa
     folder = make_llava(MakeConfig(tower=tower, llm=str(tmp_path / "llm"), out=tmp_path / "out"))
     model = t.AutoModelForImageTextToText.from_pretrained(folder)
     assert model.config.image_token_id == len(tokenizer) == model.lm_head.weight.shape[0] - 1
-    text = t.AutoProcessor.from_pretrained(folder).apply_chat_template(
+    processor = t.AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]}], add_generation_prompt=True
     )
-    assert text == "<s>user <image>\nhi.assistant "
+    assert text == "user <image>\nhi.assistant "  # the tokenizer begins it with <s>, and nobody else
+    assert processor.tokenizer(text)["input_ids"][:2] == [1, tokenizer("user")["input_ids"][1]]
     ids = torch.tensor([[1, 7, 9]])
     with torch.no_grad():
         found, own = model(input_ids=ids).logits, llm(input_ids=ids).logits

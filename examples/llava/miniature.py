@@ -54,15 +54,15 @@ class MiniatureConfig:
     """Runs, with seeds 0, 1, ...: of the students too, and of all data."""
     demo: Path | None = None
     """A folder of `llm2clip demo` with as many seeds, whose students are taken; by default they are made."""
-    captions: int = 3000
+    captions: int = 1500
     """Images of stage 1, a short caption each."""
-    scenes: int = 8000
+    scenes: int = 4000
     """Images of stage 2, with a question of each kind."""
-    test: int = 400
+    test: int = 200
     """Questions of each kind in the test."""
     batch_size: int = 32
     """Conversations a step, in both stages."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """The peak, in both stages."""
 
 
@@ -74,7 +74,7 @@ def miniature(config: MiniatureConfig) -> Path:
         write_data(folder / "data", config, seed)
         student = make_tower(config.demo or config.out / "demo", folder / "tower", seed)
         how = {"batch_size": config.batch_size, "micro_batch_size": config.batch_size, "workers": 0}
-        how |= {"learning_rate": config.learning_rate, "gradient_checkpointing": 0}
+        how |= {"learning_rate": config.learning_rate, "gradient_checkpointing": 0, "save_every": 50}
         data = folder / "data"
         settings = ArmsConfig(
             arms={"CLIP": str(SHIPPED / "clip"), "student": str(student)},
@@ -84,13 +84,14 @@ def miniature(config: MiniatureConfig) -> Path:
             captions=(data / "captions.json", data),
             instructions=(data / "questions.json", data),
             tests={kind: ("words", data / f"{kind}.jsonl", data) for kind in ASKED},
-            out=folder,
+            out=config.out,
+            seed=seed,
             suffix="",
             stage_1=how,
             stage_2=how,
         )
         compare(settings)
-        for arm, scores in read_json(folder / "results.json").items():
+        for arm, scores in read_json(config.out / "results.json").items():
             for kind, values in scores.items():
                 found.setdefault(arm, {}).setdefault(kind, []).extend(values)
     *_, least = found

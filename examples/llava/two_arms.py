@@ -28,7 +28,7 @@ class ArmsConfig:
     """Compare vision towers in a LLaVA-1.5: the same LLM, data, seeds and tests, one table."""
 
     arms: dict[str, str]
-    """Name=tower of each arm: folders of `llm2clip export --to tower`, or Hub ids."""
+    """NAME TOWER of each arm: folders of `llm2clip export --to tower`, or Hub ids."""
     llm: str
     """The LLM, folder or Hub id."""
     captions: tuple[Path, Path]
@@ -36,13 +36,15 @@ class ArmsConfig:
     instructions: tuple[Path, Path]
     """Stage 2: the same."""
     tests: dict[str, tuple[str, Path, Path]]
-    """Name=test, file, images of each test; test is pope, words or mmbench (whose images are in its file)."""
+    """NAME TEST FILE IMAGES of each test; TEST is pope, words or mmbench (whose file holds its images)."""
     out: Path
     """Folder of everything; OUT/table.md is the table."""
     template: str | None = None
     """As of make_llava."""
     seeds: int = 1
-    """Runs of each arm, with seeds 0, 1, ...; the table then shows means and their spread."""
+    """Runs of each arm, with seeds SEED, SEED+1, ...; the table then shows means and their spread."""
+    seed: int = 0
+    """The first seed."""
     blind: bool = True
     """One arm more, that trains stage 2 and is asked without images."""
     dtype: str = "auto"
@@ -50,9 +52,9 @@ class ArmsConfig:
     suffix: str = ONE_WORD
     """As of score."""
     stage_1: dict[str, float] = field(default_factory=dict)
-    """Settings of train in stage 1 that are not LLaVA's, such as micro-batch-size=8."""
+    """Settings of train in stage 1 that are not LLaVA's, such as `micro-batch-size 8`."""
     stage_2: dict[str, float] = field(default_factory=dict)
-    """The same in stage 2, such as lora-rank=128."""
+    """The same in stage 2, such as `lora-rank 128`."""
 
 
 def compare(config: ArmsConfig) -> Path:
@@ -66,7 +68,7 @@ def compare(config: ArmsConfig) -> Path:
     if unknown := [test for test, _, _ in config.tests.values() if test not in TESTS]:
         raise UsageError(f"{setting('tests')}: {unknown[0]} is none of {', '.join(TESTS)}")
     found: dict[str, dict[str, list[float]]] = {}
-    for seed in range(config.seeds):
+    for seed in range(config.seed, config.seed + config.seeds):
         for name, tower in config.arms.items():
             folder = config.out / f"seed-{seed}" / name
             _add(found, name, run_arm(config, tower, folder, seed=seed))

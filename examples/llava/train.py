@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> Path:
         trainer = new_trainer(config, samples)
         with quiet_transformers():
             trainer.train(resume_from_checkpoint=last_checkpoint(out))
-        save(trainer, out)
+        save(trainer, out, dtype=getattr(torch, read_json(config.model / "config.json")["dtype"]))
         if trainer.is_world_process_zero():
             log = [line for line in trainer.state.log_history if "loss" in line]
             write_manifest(out, "llava", config=settings, samples=len(samples), log=log)
@@ -211,12 +211,14 @@ def last_checkpoint(out: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
-def save(trainer: Any, out: Path) -> None:
+def save(trainer: Any, out: Path, *, dtype: torch.dtype) -> None:
     """Write the model as the LLaVA it began as, in the precision of its folder, with its processor."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = trainer.accelerator.get_state_dict(trainer.model)
     if hasattr(model, "merge_and_unload"):
-        model, weights = model.merge_and_unload(), None
+        model, weights = model.merge_and_unload().to(dtype), None
+    else:
+        model.to(dtype)
+        weights = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
         model.save_pretrained(out, state_dict=weights)
         trainer.processing_class.save_pretrained(out)

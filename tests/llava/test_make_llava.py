@@ -205,7 +205,7 @@ def test_another_image_size(made: Any, tiny_llm: Path, tmp_path: Path) -> None:
     assert model.config.image_seq_length == 36 and model(**batch).logits.isfinite().all()
 
 
-def test_what_cannot_be_is_one_line(made: Any, tiny_llm: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_one_line(made: Any, tiny_llm: Path, finished_student: Path, tmp_path: Path) -> None:
     folder = made("clip")[1]
     right = {"tower": str(folder.parent / "tower"), "llm": str(tiny_llm), "template": "vicuna", "out": tmp_path / "out"}
     (tmp_path / "empty").mkdir()
@@ -220,6 +220,7 @@ def test_what_cannot_be_is_one_line(made: Any, tiny_llm: Path, tmp_path: Path) -
     for changed, said in [
         ({"tower": str(tmp_path / "nowhere")}, "tower .*nowhere is no folder"),
         ({"tower": str(tmp_path / "empty")}, "is no vision model: no config.json"),
+        ({"tower": str(finished_student)}, "is a student; write its tower with `llm2clip export --to tower` first"),
         ({"tower": str(tiny_llm)}, "is no vision model .*llama"),
         ({"tower": str(tmp_path / "resnet")}, "resnet gives maps, no tokens; take a ViT"),
         ({"llm": right["tower"]}, "llm .* cannot be used"),

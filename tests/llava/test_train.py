@@ -258,6 +258,22 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(
         assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.ci
+def test_weights_are_saved_in_the_precision_they_had(llava: Path, files: Path, tmp_path: Path) -> None:
+    settings = {"tower": str(tmp_path / "tower"), "llm": str(tmp_path / "llm"), "dtype": "bfloat16"}
+    model = t.AutoModelForImageTextToText.from_pretrained(llava)
+    t.CLIPVisionModel.from_pretrained(llava, config=model.config.vision_config).save_pretrained(tmp_path / "tower")
+    llm = t.LlamaForCausalLM(model.config.text_config)
+    llm.save_pretrained(tmp_path / "llm")
+    t.AutoTokenizer.from_pretrained(llava).save_pretrained(tmp_path / "llm")
+    half = make_llava(MakeConfig(**settings, template=str(llava.parent / "template"), out=tmp_path / "half"))
+    data = {"data": files / "mix.json", "images": files, "steps": 1, "batch_size": 4, "micro_batch_size": 4}
+    for rank in (0, 2):
+        config = TrainConfig(model=half, **data, stage=2, lora_rank=rank, workers=0, out=tmp_path / f"out-{rank}")
+        found = t.AutoModelForImageTextToText.from_pretrained(train(config), dtype="auto")
+        assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}, rank
+
+
 def test_the_recipe(llava: Path, files: Path, tmp_path: Path) -> None:
     """LLaVA-1.5's: batch 256 and 128, 1e-3 and 2e-5, cosine after 3 % of warm-up, no weight decay, one epoch."""
     samples = read_conversations(files / "captions.json", files)

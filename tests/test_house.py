@@ -32,10 +32,10 @@ SIZES = {
     "eval": (3_040, 22, 8.9),
     "eval/benchmarks": (900, 29, 15),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
-    "export": (810, 8, 13.1),  # with what push may say of this machine, and what the Hub is asked for
+    "export": (890, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (24_060, 179, 8.2),
+    "*": (24_150, 180, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -95,6 +95,7 @@ TESTED_IN: dict[str, str | None] = {
     "export/check.py": "export/test_run.py",
     "export/config.py": "export/test_run.py",
     "export/format.py": "export/test_run.py",
+    "export/timm_tokens.py": "llava/test_make_llava.py",
     "export/formats/onnx.py": "export/test_onnx.py",
     "export/formats/open_clip.py": "export/test_open_clip.py",
     "export/formats/sentence_transformers.py": "export/test_run.py",

@@ -26,7 +26,7 @@ SIZES = {
     "data": (3_020, 18, 7.2),  # 2,300 before nothing of a source could get lost and missing images were found
     "teacher": (3_140, 17, 7.7),  # with adapters as teachers
     "bank": (2_740, 17, 8.4),
-    "student": (5_180, 28, 7.4),  # with the released students, and towers that AutoModel does not list
+    "student": (5_225, 28, 7.4),  # with released and finished students, and towers that AutoModel does not list
     "student/inheritance": (460, 3, 9),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms and intervals
     "eval": (3_040, 22, 8.9),
@@ -34,7 +34,7 @@ SIZES = {
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (810, 8, 13.1),  # with what push may say of this machine, and what the Hub is asked for
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
-    "*": (23_910, 177, 8.2),
+    "*": (23_935, 177, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

@@ -73,7 +73,7 @@ class Named:
 
     def __init__(self, name: str, root: str | Path, *, images: bool = True) -> None:
         self.name, self.card, self.bad = name, card_of(name), NoneBad(name)
-        place = Place(root, name, self.card.fetch)
+        place = Place(root, name, self.card.fetch, variant_of=self.card.variant_of)
         self._notes = place.notes
         found = find_part(benchmarks, name, "read")(place)
         self._labelled = found if isinstance(found, Labelled) else None

@@ -34,7 +34,7 @@ SIZES = {
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (810, 8, 13.1),  # with what push may say of this machine, and what the Hub is asked for
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
-    "*": (23_935, 177, 8.2),
+    "*": (23_980, 177, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

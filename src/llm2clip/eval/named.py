@@ -123,7 +123,8 @@ class Named:
     def facts(self) -> dict[str, Any]:
         """What is no score, of the model that was scored last: median ranks, or the classes and those it confuses."""
         if self._zero_shot is None:
-            return {"median_rank": dict(self._retrieval.median_ranks)}
+            chart = {"by_length": self._retrieval.by_length} if self._retrieval.by_length else {}
+            return {"median_rank": dict(self._retrieval.median_ranks), **chart}
         found = self._zero_shot.found
         return {
             "classes": len(found.names),

@@ -172,8 +172,8 @@ def finished_student(tiny_tower: Path, finished_teacher: Path, tmp_path_factory:
     return write_student(tiny_tower, folder, teacher_fingerprint=teacher_fingerprint(finished_teacher))
 
 
-def write_student(tower: Path, folder: Path, **facts: object) -> Path:
-    """A random student around `tower` for teachers of width 32, with a manifest that says `facts`."""
+def write_student(tower: Path, folder: Path, *, teacher_dim: int = 32, **facts: object) -> Path:
+    """A random student around `tower` for teachers of that width, with a manifest that says `facts`."""
     import torch
 
     from llm2clip.artifacts import write_manifest
@@ -181,7 +181,7 @@ def write_student(tower: Path, folder: Path, **facts: object) -> Path:
     from llm2clip.student.transform import ImageTransform
 
     torch.manual_seed(3)
-    student = start_student(str(tower), teacher_dim=32, projection_dim=24)
+    student = start_student(str(tower), teacher_dim=teacher_dim, projection_dim=24)
     student.save_pretrained(folder)
     ImageTransform.from_pretrained(tower).save(folder)
     write_manifest(folder, "student", config={"tower": "a/tower", "batch_size": 8}, steps=3, **facts)

@@ -26,7 +26,7 @@ SIZES = {
     "data": (3_020, 18, 7.2),  # 2,300 before nothing of a source could get lost and missing images were found
     "teacher": (3_140, 17, 7.7),  # with adapters as teachers
     "bank": (2_740, 17, 8.4),
-    "student": (5_130, 27, 7.4),  # with the released students
+    "student": (5_225, 28, 7.4),  # with released and finished students, and towers that AutoModel does not list
     "student/inheritance": (460, 3, 9),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms and intervals
     "eval": (3_040, 22, 8.9),
@@ -35,7 +35,7 @@ SIZES = {
     "export": (890, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (24_150, 180, 8.2),
+    "*": (24_270, 181, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -109,6 +109,7 @@ TESTED_IN: dict[str, str | None] = {
     "student/accelerator.py": "student/test_session.py",
     "student/adaptor_module.py": "test_pipeline.py",
     "student/gather.py": "student/test_loss.py",
+    "student/tower_module.py": "export/test_towers.py",
     "student/trainable.py": "student/test_model.py",
     "teacher/joined_module.py": "teacher/test_join.py",
     "teacher/reach.py": "teacher/test_architectures.py",

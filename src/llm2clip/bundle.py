@@ -102,11 +102,15 @@ def _image_leg(
     """The tower in the folder `tower`, read off as the student does, its projection if any, unit length."""
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    from llm2clip.student.tower_module import TowerModule
 
     config = student.config
     output, pooling = _read_off(student, image_size)
+    module = Transformer if config.vision_config.model_type in MODEL_MAPPING_NAMES else TowerModule
     # Named: left to itself it would pool the first token, also for families that pool otherwise.
-    transformer = Transformer(
+    transformer = module(
         tower,
         model_kwargs=dict(options),
         modality_config={"image": {"method": "forward", "method_output_name": output}},
@@ -204,9 +208,12 @@ def _student_of(folder: Path, parts: dict[str, Any]) -> Student:
     from sentence_transformers.base.modules import Transformer
 
     from llm2clip.student.model import Student, StudentModelConfig
+    from llm2clip.student.tower import find_class
 
+    config = StudentModelConfig.from_dict(read_json(folder / STUDENT_CONFIG))
+    find_class(config.vision_config)  # which AutoModel may not know by itself
     tower = Transformer.load(str(folder), subfolder=parts["tower"], model_kwargs={"use_safetensors": True}).model
-    student = Student(StudentModelConfig.from_dict(read_json(folder / STUDENT_CONFIG)), tower=tower)
+    student = Student(config, tower=tower)
     if student.config.projection == "linear":
         projection = load_file(folder / parts["projection"] / "model.safetensors")
         student.visual_projection.load_state_dict(

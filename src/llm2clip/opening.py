@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm2clip.artifacts import MANIFEST, read_json
-from llm2clip.errors import ArtifactError, UsageError, one_line, setting
-from llm2clip.hub import LOAD_ERRORS, ModelFolder, cast, drop_remote_code, listed
+from llm2clip.errors import UsageError, setting
+from llm2clip.hub import ModelFolder, cast
 from llm2clip.released import released
 
 if TYPE_CHECKING:
@@ -101,9 +101,8 @@ def open_student(
         UsageError: if `folder` holds something else.
         ArtifactError: if it is damaged or lacks weights.
     """
-    from llm2clip.student.model import Student
     from llm2clip.student.official import open_released
-    from llm2clip.student.transform import ImageTransform
+    from llm2clip.student.start import open_own
 
     if folder.kind == "released":
         model, transform = open_released(folder)
@@ -113,23 +112,5 @@ def open_student(
         raise UsageError(
             f"{folder.name} is no student (found: {found}); give a folder that train-student or export made"
         )
-    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
-    try:
-        loaded: Any = Student.from_pretrained(folder.path, **options)
-    except LOAD_ERRORS as error:
-        raise ArtifactError(f"{folder.name} cannot be loaded as a student: {one_line(error)}") from None
-    model, report = loaded
-    if report["missing_keys"]:
-        raise ArtifactError(f"{folder.name} lacks weights of the student, such as {sorted(report['missing_keys'])[0]}")
-    if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"])[0]
-        raise ArtifactError(
-            f"{folder.name}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
-        )
-    if report["unexpected_keys"]:
-        raise ArtifactError(
-            f"{folder.name} holds weights that the student does not have: {listed(report['unexpected_keys'])}"
-        )
-    drop_remote_code(model)
-    model = cast(model, device, dtype).eval()
-    return model, ImageTransform.from_pretrained(folder.path, name=folder.name)
+    model, transform = open_own(folder)
+    return cast(model, device, dtype).eval(), transform

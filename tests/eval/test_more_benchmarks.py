@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.errors import LLM2CLIPError, SourceError
+from llm2clip.errors import LLM2CLIPError, SourceError, UsageError
 from llm2clip.eval import annotations
 from llm2clip.eval.benchmarks import xm3600, xtd10
-from llm2clip.eval.named import Named
+from llm2clip.eval.named import Named, card_of
 from llm2clip.eval.writing import RANGES, WORDS, check_language
 from tests.eval.lookalikes import captions_of, coco_json, expected, image, json_lines, write, write_tar, write_zip
 from tests.eval.test_benchmarks import fault, is_read, same, scores
@@ -300,3 +300,17 @@ def test_a_language_is_told_by_letters_and_common_words() -> None:
         check_language(["un perro en el parque con una pelota"], "en", "here")
     with pytest.raises(SourceError, match="'two dogs' is not written as 'ja' is"):
         check_language(["two dogs"], "ja", "here")
+
+
+def test_variants_read_one_folder(tmp_path: Path) -> None:
+    """A folder of their own comes first; every benchmark that is made of another's card reads its files."""
+    for name, whose in (("dci-extra", "dci"), ("dci-long", "dci"), ("coco-cn-translated", "coco-cn")):
+        (tmp_path / whose).mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match=re.escape(f"{name}: {tmp_path / whose} lacks")):
+            Named(name, tmp_path)
+    assert card_of("xm3600-first").variant_of == "xm3600"
+    (tmp_path / "dci-long").mkdir()
+    with pytest.raises(UsageError, match=re.escape(f"{tmp_path / 'dci-long'} lacks")):
+        Named("dci-long", tmp_path)
+    with pytest.raises(UsageError, match=re.escape(f"{tmp_path} lacks")):
+        Named("docci", tmp_path)

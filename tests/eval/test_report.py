@@ -188,3 +188,16 @@ def test_curves_of_a_training(tmp_path: Path) -> None:
     assert loss[0] == (1, 1.0) and loss[-1] == (1000, 0.001)
     assert second.startswith("R@1") and score == [(500, 0.25), (1000, 0.5)]
     assert curves(tmp_path / "none.jsonl") == []
+
+
+def test_bars_by_the_length_of_captions() -> None:
+    report = copy.deepcopy(REPORT)
+    assert "by the length" not in render("report.html", report, galleries={}, curves=[])
+    bars = [("up to 20", 1200, 0.25), ("over 300", 7, 0.75)]
+    report["datasets"]["d"]["by_length"] = [{"tokens": t, "captions": n, "t2i_r@1": v} for t, n, v in bars]
+    page = render("report.html", report, galleries={}, curves=[])
+    figure = page.partition('aria-label="Text to image R@1 by the length')[2].partition("</figure>")[0]
+    assert re.findall(r'text-anchor="end">(.+?)<', figure) == ["up to 20 (1,200)", "over 300 (7)"]
+    width = 400 - 130 - 50
+    assert re.findall(r'width="([\d.]+)" height="13"', figure) == [f"{v * width:.1f}" for v in (0.25, 0.75)]
+    assert figure.count("tokens of CLIP (how many), %.") == 1

@@ -53,7 +53,15 @@ def test_shares_add_up_to_the_value() -> None:
 
 
 def test_short_and_long_captions_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chart's bars are of all captions of a length, and none are of one length alone, or of a language."""
     monkeypatch.setattr(retrieval, "token_counter", lambda: lambda text: 2 + len(text.split()))
+    evaluator = NamedRetrieval(samples(["a" + " word" * 18, "b" + " word" * 19], ["b" + " x" * 38], ["c" + " x" * 398]))
+    list(evaluator.run(Given()))
+    bars = [tuple(bar.values()) for bar in evaluator.by_length]
+    assert bars == [("21 to 40", 2, 0.5), ("41 to 77", 1, 1.0), ("over 300", 1, 1.0)]
+    spoken = [Sample(s.id, s.image, {"en": s.captions[""]}) for s in evaluator.samples]
+    of_a_language = NamedRetrieval(spoken)
+    assert any("tokens" in score.name for score in of_a_language.run(Given())) and not of_a_language.by_length
     long, cut = "a" + " word" * 75, "c" + " word" * 74
     found = {score.name: score.value for score in NamedRetrieval(samples([long], ["b"], [cut, "a"])).run(Given())}
     assert found["over-77-tokens/t2i_r@1"] == 1

@@ -32,6 +32,10 @@ def build(family: str) -> tuple[Any, Any]:
             return t.Dinov2Model(t.Dinov2Config(**SHAPE, image_size=32)), processor
         case "vit":  # its pooler is left out: the class token is read
             return t.ViTModel(t.ViTConfig(**SHAPE, image_size=32)), t.ViTImageProcessor(**PIXELS)
+        case "metaclip_2":  # AutoModel lists the whole model alone
+            return t.MetaClip2VisionModel(t.MetaClip2VisionConfig(**SHAPE, image_size=32)), t.SiglipImageProcessor(
+                **PIXELS
+            )
         case "resnet":  # pools to a 1 x 1 map
             config = t.ResNetConfig(hidden_sizes=[8, 32], depths=[1, 1], embedding_size=8)
             crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -53,7 +57,7 @@ def awaken(tower: Any) -> None:
                 parameter.mul_(4)
 
 
-@pytest.fixture(params=["siglip", "dinov2", "vit", "resnet", "timm"])
+@pytest.fixture(params=["siglip", "dinov2", "vit", "metaclip_2", "resnet", "timm"])
 def model(request: pytest.FixtureRequest, finished_teacher: Path, tmp_path: Path) -> LLM2CLIP:
     from llm2clip.teacher.model import load_teacher
 
@@ -85,6 +89,43 @@ def test_tower_and_bundle_are_the_model(model: LLM2CLIP, tmp_path: Path) -> None
     assert least_cosine(texts, np.asarray(bundle.encode(list(PROBE_TEXTS)))) > 0.9999
     opened = LLM2CLIP.from_pretrained(tmp_path / "bundle", device="cpu")
     assert least_cosine(expected, opened.encode_image(probe_images())) > 0.9999
+    assert (tmp_path / "bundle" / "tower_module.py").exists() == isinstance(model.student.tower, t.MetaClip2VisionModel)
+
+
+def test_a_tower_that_automodel_does_not_list_goes_on_from_a_bundle(
+    finished_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved again, and on the way to another process; opened by us where nothing has told AutoModel of it."""
+    import pickle
+
+    from sentence_transformers import SentenceTransformer
+
+    from llm2clip.teacher.model import load_teacher
+
+    torch.manual_seed(1)
+    tower, processor = build("metaclip_2")
+    awaken(tower)
+    for part in (tower, processor):
+        part.save_pretrained(tmp_path / "tower")
+    student = start_student(str(tmp_path / "tower"), teacher_dim=32, projection_dim=24).eval()
+    transform = ImageTransform.from_processor(processor)
+    (tmp_path / "bundle").mkdir()
+    save_bundle(tmp_path / "bundle", student, transform, load_teacher(finished_teacher, device="cpu"))
+    expected = LLM2CLIP(student, transform).encode_image(probe_images())
+    bundle = SentenceTransformer(str(tmp_path / "bundle"), trust_remote_code=True, device="cpu")
+    bundle.save_pretrained(str(tmp_path / "again"), create_model_card=False)
+    known = t.MODEL_MAPPING._extra_content
+    monkeypatch.delitem(known, t.MetaClip2VisionConfig)
+    opened = LLM2CLIP.from_pretrained(tmp_path / "bundle", device="cpu")
+    assert least_cosine(expected, opened.encode_image(probe_images())) > 0.9999
+    for folder in ("bundle", "again"):
+        monkeypatch.delitem(known, t.MetaClip2VisionConfig)
+        opened = SentenceTransformer(str(tmp_path / folder), trust_remote_code=True, device="cpu")
+        assert least_cosine(expected, np.asarray(opened.encode(probe_images()))) > 0.9999
+    module = pickle.loads(pickle.dumps(bundle[0].sub_modules["image"][0]))
+    assert type(module).__name__ == "TowerModule"
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(value, student.tower.state_dict()[name])
 
 
 @pytest.mark.parametrize("image_size", [28, 42])

@@ -254,3 +254,23 @@ def test_a_revision_picks_the_tower_and_its_image_processor(config, tiny_tower, 
         run = Session(settings, start_accelerator(settings))
         assert all(torch.equal(value, wanted[name]) for name, value in run.student.tower.state_dict().items())
         assert run.transform.mean[0] == run.student.config.image_mean[0] == mean
+
+
+def test_a_finished_student_is_trained_further(config, bank, tmp_path) -> None:
+    """All of it goes on, on a bank of its own teacher alone; killed, that run goes on as any other."""
+    first = train_student(config(steps=2))
+    further = config(steps=3, tower=str(first), dim=None, out=tmp_path / "further")
+    run = Session(further, start_accelerator(further))
+    before = load_file(first / "model.safetensors")
+    for name, value in run.student.state_dict().items():
+        torch.testing.assert_close(value.cpu(), before[name])
+    again = train_student(further)
+    after = load_file(again / "model.safetensors")
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    other = write_test_bank(tmp_path / "other", image_samples(tmp_path / "images", 24), teacher="u" * 16).folder
+    wrong = config(steps=3, tower=str(first), dim=None, bank=(str(other),), out=tmp_path / "wrong")
+    with pytest.raises(
+        UsageError, match=r"is a student of teacher t{16}, bank .*other is of u{16}; build the bank with"
+    ):
+        train_student(wrong)

@@ -7,6 +7,7 @@ import torch
 
 from llm2clip.errors import UsageError
 from llm2clip.student.start import open_transform, start_student
+from llm2clip.student.transform import ImageTransform
 
 
 def complaint(tower, **options) -> str:
@@ -34,9 +35,24 @@ def test_a_hub_id_that_cannot_be_had() -> None:
     assert "no-such/tower" in complaint("no-such/tower")
 
 
-def test_a_student_is_no_tower(tiny_tower, tmp_path) -> None:
-    start_student(str(tiny_tower), teacher_dim=8, projection_dim=4).save_pretrained(tmp_path)
-    assert "export --to tower" in complaint(tmp_path)
+def test_a_student_of_ours_goes_on_as_it_is(tiny_tower, tmp_path) -> None:
+    """Tower, projection, adaptor, scale and bias; at another size, too."""
+    whole = start_student(str(tiny_tower), teacher_dim=8, projection_dim=4, loss="sigmoid")
+    torch.nn.init.constant_(whole.logit_bias, -3.0)
+    whole.save_pretrained(tmp_path)
+    assert "no usable image processor" in complaint(tmp_path)
+    ImageTransform(image_size=(32, 32), resize=40).save(tmp_path)
+    further = start_student(str(tmp_path), teacher_dim=8, projection_dim=4, loss="sigmoid")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(further.state_dict()[name], value), name
+    assert open_transform(str(tmp_path), image_size=48).resize == 60
+    larger = start_student(str(tmp_path), teacher_dim=8, projection_dim=4, image_size=48)
+    assert larger.logit_bias is None and larger.tower.embeddings.position_embedding.weight.shape == (37, 32)
+    assert torch.equal(larger.adaptor.projection.weight, whole.adaptor.projection.weight)
+    with pytest.raises(UsageError, match="reads vectors of 8 numbers, the bank's have 6; build the bank with its own"):
+        start_student(str(tmp_path), teacher_dim=6, projection_dim=4)
+    with pytest.raises(UsageError, match="is a whole student, which goes on as it is: give dim=4"):
+        start_student(str(tmp_path), teacher_dim=8, projection_dim=5)
 
 
 def test_naflex_is_named(tmp_path) -> None:

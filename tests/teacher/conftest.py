@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,4 +123,33 @@ def chat_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
+    return folder
+
+
+def write_released(folder: Path, layout: str, chat_llm: Path) -> Path:
+    """A folder as the released LLM2CLIP teachers lie on the Hub: LLM2Vec's classes, remote code that must not run.
+
+    "8B": an encoder's class and bare keys. "1B": a two-way class, keys of a causal LM, no chat template.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    shutil.copytree(chat_llm, folder)
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    if layout == "8B":
+        module = "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp--modeling_llama_encoder"
+        config |= {"architectures": ["LlamaEncoderModel"], "auto_map": {"AutoModel": f"{module}.LlamaEncoderModel"}}
+        weights = {name.removeprefix("model."): w for name, w in weights.items() if name != "lm_head.weight"}
+    else:
+        module = "modeling_bidirectional_llama_encoder"
+        config |= {"architectures": ["LlamaBiModel"], "auto_map": {"AutoModel": f"{module}.LlamaBiModel"}}
+        (folder / f"{module}.py").write_text("raise SystemExit('remote code was run')")
+        tokenizer.chat_template = None
+        (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from llm2clip.bank.encoder import CaptionEncoder
 from llm2clip.bank.load import resolve_prompt
 from llm2clip.teacher.model import llm_as_encoder, load_teacher, save, teacher_fingerprint
+from tests.teacher.conftest import write_released
 
 CAPTIONS = [
     "a red disc",
@@ -94,27 +94,8 @@ def test_vectors_equal_llm2vecs_without_the_wrapper(chat_llm, tmp_path):
 
 @pytest.fixture(params=["encoder-class, bare keys", "bi-class, keys of a causal LM, no chat template"])
 def released(request, chat_llm, tmp_path) -> Path:
-    """A folder as the released LLM2CLIP teachers lie on the Hub: LLM2Vec's classes, remote code that must not run."""
-    folder = tmp_path / "LLM2CLIP-tiny-CC-Finetuned"
-    shutil.copytree(chat_llm, folder)
-    config = json.loads((folder / "config.json").read_text())
-    weights = load_file(folder / "model.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    tokenizer.pad_token = tokenizer.eos_token
-    if request.param.startswith("encoder"):
-        module = "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp--modeling_llama_encoder"
-        config |= {"architectures": ["LlamaEncoderModel"], "auto_map": {"AutoModel": f"{module}.LlamaEncoderModel"}}
-        weights = {name.removeprefix("model."): w for name, w in weights.items() if name != "lm_head.weight"}
-    else:
-        module = "modeling_bidirectional_llama_encoder"
-        config |= {"architectures": ["LlamaBiModel"], "auto_map": {"AutoModel": f"{module}.LlamaBiModel"}}
-        (folder / f"{module}.py").write_text("raise SystemExit('remote code was run')")
-        tokenizer.chat_template = None
-        (folder / "chat_template.jinja").unlink()
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    layout = "8B" if request.param.startswith("encoder") else "1B"
+    return write_released(tmp_path / "LLM2CLIP-tiny-CC-Finetuned", layout, chat_llm)
 
 
 @pytest.mark.parametrize("trust", [False, True])

@@ -56,6 +56,16 @@ def language_values(report: Mapping[str, Any], name: str) -> list[tuple[str, flo
     return sorted(found, key=lambda pair: -pair[1])
 
 
+def length_values(facts: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Text to image R@1 by the captions' length; [] of a dataset, given by its facts, whose captions are alike long.
+
+    >>> length_values({"by_length": [{"tokens": n, "captions": 1, "t2i_r@1": 0.5} for n in ("up to 20", "over 300")]})
+    [('up to 20 (1)', 0.5), ('over 300 (1)', 0.5)]
+    """
+    found = facts.get("by_length", ())
+    return [(f"{each['tokens']} ({each['captions']:,})", each["t2i_r@1"]) for each in found if len(found) > 1]
+
+
 def change_of(change: Mapping[str, float]) -> str:
     """A difference between two models in points, and how likely chance gives none.
 

@@ -34,6 +34,7 @@ class Card:
         captions: how many there are, by language where there are such; likewise.
         notes: what else one should know.
         cra: whether captions are also sought among captions.
+        variant_of: the benchmark whose files it reads, too; below `--root` that one's folder serves both.
     """
 
     title: str
@@ -48,11 +49,12 @@ class Card:
     captions: int | Mapping[str, int] | None
     notes: tuple[str, ...] = ()
     cra: bool = False
+    variant_of: str = ""
 
     def told(self) -> dict[str, Any]:
         """What a report says of the protocol, JSON-ready."""
         return {
-            **{name: value for name, value in to_dict(self).items() if name not in ("folders", "cra")},
+            **{name: value for name, value in to_dict(self).items() if name not in ("folders", "cra", "variant_of")},
             "ties": TIES,
         }
 

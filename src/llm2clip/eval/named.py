@@ -73,7 +73,7 @@ class Named:
 
     def __init__(self, name: str, root: str | Path, *, images: bool = True) -> None:
         self.name, self.card, self.bad = name, card_of(name), NoneBad(name)
-        place = Place(root, name, self.card.fetch)
+        place = Place(root, name, self.card.fetch, variant_of=self.card.variant_of)
         self._notes = place.notes
         found = find_part(benchmarks, name, "read")(place)
         self._labelled = found if isinstance(found, Labelled) else None
@@ -123,7 +123,8 @@ class Named:
     def facts(self) -> dict[str, Any]:
         """What is no score, of the model that was scored last: median ranks, or the classes and those it confuses."""
         if self._zero_shot is None:
-            return {"median_rank": dict(self._retrieval.median_ranks)}
+            chart = {"by_length": self._retrieval.by_length} if self._retrieval.by_length else {}
+            return {"median_rank": dict(self._retrieval.median_ranks), **chart}
         found = self._zero_shot.found
         return {
             "classes": len(found.names),

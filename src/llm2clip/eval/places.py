@@ -43,14 +43,16 @@ class Place:
         root: the folder itself, or the one that holds it under the benchmark's name.
         name: of the benchmark, also for messages.
         fetch: what must lie there, for messages.
+        variant_of: another benchmark, whose folder below the root will do where there is none of this name.
 
     Raises:
         UsageError: if there is no such folder.
     """
 
-    def __init__(self, root: str | Path, name: str, fetch: Sequence[str]) -> None:
-        own = Path(root) / name
-        self.name, self.folder, self._fetch = name, own if own.is_dir() else Path(root), fetch
+    def __init__(self, root: str | Path, name: str, fetch: Sequence[str], *, variant_of: str = "") -> None:
+        below = (Path(root) / each for each in (name, variant_of) if each)
+        self.name, self._fetch = name, fetch
+        self.folder = next((folder for folder in below if folder.is_dir()), Path(root))
         self.notes: list[str] = []
         if not self.folder.is_dir():
             raise UsageError(f"{setting('root')} {root} is no folder")

@@ -15,6 +15,7 @@ from llm2clip.eval.beside import (
     compare_tables,
     is_by_language,
     language_values,
+    length_values,
     named_tables,
     protocol_tables,
 )
@@ -75,6 +76,7 @@ def render(template: str, report: Mapping[str, Any], **more: Any) -> str:
             model=model_table(report),
             compare=list(compare_tables(report)),
             languages={name: language_values(report, name) for name in report["datasets"]},
+            lengths={name: length_values(facts) for name, facts in report["datasets"].items()},
             similarity=report["similarity"],
             **more,
         )

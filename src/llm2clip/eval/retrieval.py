@@ -18,6 +18,8 @@ DEPTH = 10
 """Of mean average precision and nDCG."""
 CONTEXT = 77
 """What the first CLIPs read of a caption, in their own tokens."""
+LENGTHS = (20, 40, CONTEXT, 150, 300)
+"""The most tokens of captions that are counted together."""
 
 
 class NamedRetrieval:
@@ -31,6 +33,8 @@ class NamedRetrieval:
         self.samples = samples
         self.median_ranks: dict[str, float] = {}
         """"[<part>/]<i2t|t2i>" -> median rank, after a run."""
+        self.by_length: list[dict[str, Any]] = []
+        """Text to image R@1 of captions of like length, the shortest first, after a run; of languages there is none."""
 
     def run(self, encoder: Encoder) -> Iterator[Score]:
         """R@k, mAP@10 and nDCG@10 both ways, and by the captions' length."""
@@ -59,7 +63,12 @@ class NamedRetrieval:
         for name, measure in (("map", average_precision), ("ndcg", ndcg)):
             yield score_of(f"i2t_{name}@{DEPTH}", by_image(measure(stand, found.owners, num, DEPTH), own, num))
             yield score_of(f"t2i_{name}@{DEPTH}", by_image(measure(back, each, len(back), DEPTH), owners, num))
-        yield from _by_length(texts, back, owners, num)
+        if (tokens := _lengths(texts)) is not None:
+            self.by_length = [] if part else _bins(tokens, back)
+            if len(set(tokens > CONTEXT)) == 2:
+                for name, which in ((f"up-to-{CONTEXT}", tokens <= CONTEXT), (f"over-{CONTEXT}", tokens > CONTEXT)):
+                    shares = by_image(back[which] <= 1, owners[which], num)
+                    yield score_of(f"{name}-tokens/t2i_r@1", shares)
 
 
 def _mean(scores: Sequence[Score]) -> Score:
@@ -68,16 +77,29 @@ def _mean(scores: Sequence[Score]) -> Score:
     return score_of(scores[0].name, shares, float(np.mean(chances)) if chances else None)
 
 
-def _by_length(texts: Sequence[str], ranks: np.ndarray, owners: np.ndarray, num: int) -> Iterator[Score]:
-    """Text to image R@1 of captions that a CLIP reads whole, and of longer ones, where there are both."""
-    long = [len(text.encode()) + 2 > CONTEXT for text in texts]  # a token is a byte or more
-    count = token_counter() if any(long) else None
-    if count is None:
-        return
-    beyond = np.array([may_be and count(text) > CONTEXT for may_be, text in zip(long, texts, strict=True)])
-    if beyond.any() and not beyond.all():
-        for name, which in ((f"up-to-{CONTEXT}-tokens", ~beyond), (f"over-{CONTEXT}-tokens", beyond)):
-            yield score_of(f"{name}/t2i_r@1", by_image(ranks[which] <= 1, owners[which], num))
+def _lengths(texts: Sequence[str]) -> np.ndarray | None:
+    """The tokens of each text; None where all are short for certain, or nobody counts."""
+    if all(len(text.encode()) + 2 <= CONTEXT for text in texts):  # a token is a byte or more
+        return None
+    count = token_counter()
+    return None if count is None else np.array([count(text) for text in texts])
+
+
+def _bins(tokens: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
+    """Text to image R@1 of captions by their length in tokens; lengths that no caption has are left out.
+
+    >>> _bins(np.array([9, 20, 400]), np.array([1, 2, 1]))
+    [{'tokens': 'up to 20', 'captions': 2, 't2i_r@1': 0.5}, {'tokens': 'over 300', 'captions': 1, 't2i_r@1': 1.0}]
+    """
+    found, which = [], np.searchsorted(LENGTHS, tokens)
+    for i in range(len(LENGTHS) + 1):
+        own = ranks[which == i]
+        name = f"up to {LENGTHS[0]}" if not i else f"over {LENGTHS[-1]}"
+        if 0 < i < len(LENGTHS):
+            name = f"{LENGTHS[i - 1] + 1} to {LENGTHS[i]}"
+        if len(own):
+            found.append({"tokens": name, "captions": len(own), "t2i_r@1": float((own <= 1).mean())})
+    return found
 
 
 @functools.lru_cache

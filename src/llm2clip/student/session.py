@@ -106,6 +106,11 @@ class Session:
         for bank in self.text_banks:
             check_teacher(bank, self.banks[0])
         self.tower = open_tower(config.tower, revision=config.tower_revision)
+        if self.tower.teacher not in (None, self.banks[0].teacher_fingerprint):
+            raise UsageError(
+                f"{self.tower} is a student of teacher {self.tower.teacher}, {setting('bank')} {self.banks[0].folder} "
+                f"is of {self.banks[0].teacher_fingerprint}; build the bank with the student's own teacher"
+            )
         self.transform = open_transform(self.tower, image_size=config.image_size)
         dataset = BankDataset(
             self.banks,

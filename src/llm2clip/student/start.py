@@ -15,8 +15,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImagePro
 
 from llm2clip.artifacts import check_name, read_json
 from llm2clip.config import check_choice
-from llm2clip.errors import UsageError, one_line, setting
-from llm2clip.hub import ModelFolder, drop_remote_code, find_model, listed, one_line_errors, quiet_transformers
+from llm2clip.errors import ArtifactError, UsageError, one_line, setting
+from llm2clip.hub import (
+    LOAD_ERRORS,
+    ModelFolder,
+    drop_remote_code,
+    find_model,
+    listed,
+    one_line_errors,
+    quiet_transformers,
+)
 from llm2clip.on_hub import files_of, is_pickled
 from llm2clip.released import is_released, known_teacher, released
 from llm2clip.student.model import Student, StudentModelConfig
@@ -54,7 +62,9 @@ class Tower(NamedTuple):
     files: Sequence[str] = ()
     """In its folder, or of the Hub id."""
     whole: tuple[Student, ImageTransform] | None = None
-    """The student that it is a part of, if that is one of those that the paper's authors released."""
+    """The student that it is a part of, if a whole one was named: ours, or one that the paper's authors released."""
+    teacher: str | None = None
+    """Fingerprint of that student's teacher, as far as its folder says so."""
     half_of: Any = None
     """Config of the model of images and texts that it is half of, if it is."""
 
@@ -82,7 +92,7 @@ def start_student(
 ) -> Student:
     """A student around a tower, float32, its projection and adaptor fresh from torch's random generator.
 
-    A student that the paper's authors released goes on as it is: tower, projection, adaptor and scale.
+    A student, ours or one that the paper's authors released, goes on as it is: tower, projection, adaptor and scale.
 
     Args:
         tower: folder or Hub id of any vision model of transformers; of CLIP-like models the vision half is taken.
@@ -156,7 +166,10 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
         whole = open_released(find_model(name, revision=revision))
         return Tower(name, revision, whole[0].config.vision_config, whole=whole)
     if config.model_type == "llm2clip":
-        raise UsageError(f"{what} is a student; write its tower with `llm2clip export --to tower` first")
+        folder = find_model(name, revision=revision)
+        whole = open_own(folder)
+        teacher = folder.manifest.get("teacher_fingerprint")
+        return Tower(name, revision, whole[0].config.vision_config, whole=whole, teacher=teacher)
     both, config = config, getattr(config, "vision_config", config)  # the vision half of CLIP-like models
     if family_of(config).refused:
         raise UsageError(f"{what} is {family_of(config).refused}")
@@ -167,6 +180,34 @@ def open_tower(name: str | Tower, *, revision: str | None = None) -> Tower:
         )
     half_of = None if both is config else both
     return Tower(name, revision, config, files_of(name, revision=revision), half_of=half_of)
+
+
+def open_own(folder: ModelFolder) -> tuple[Student, ImageTransform]:
+    """A student that train-student or export made, every weight accounted for, and how its images are prepared.
+
+    Raises:
+        UsageError: if its image processor cannot be used.
+        ArtifactError: if it is damaged or lacks weights.
+    """
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    try:
+        loaded: Any = Student.from_pretrained(folder.path, **options)
+    except LOAD_ERRORS as error:
+        raise ArtifactError(f"{folder.name} cannot be loaded as a student: {one_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ArtifactError(f"{folder.name} lacks weights of the student, such as {sorted(report['missing_keys'])[0]}")
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise ArtifactError(
+            f"{folder.name}: its weights do not fit its config.json: {name} is {list(found)}, expected {list(wanted)}"
+        )
+    if report["unexpected_keys"]:
+        raise ArtifactError(
+            f"{folder.name} holds weights that the student does not have: {listed(report['unexpected_keys'])}"
+        )
+    drop_remote_code(model)
+    return model, ImageTransform.from_pretrained(folder.path, name=folder.name)
 
 
 def _released_folder(name: str, revision: str | None) -> ModelFolder | None:
@@ -209,6 +250,8 @@ def go_on(
     further = Student(config, tower=model)
     further.visual_projection, further.adaptor = student.visual_projection, student.adaptor
     further.logit_scale = student.logit_scale
+    if None not in (student.logit_bias, further.logit_bias):
+        further.logit_bias = student.logit_bias
     logger.info("%s: a whole student goes on, with its projection, adaptor and scale", tower)
     return further
 

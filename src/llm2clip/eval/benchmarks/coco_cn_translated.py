@@ -13,6 +13,7 @@ from llm2clip.eval.places import Place
 FILE = "imageid.manually-translated-caption.txt"
 CARD: Card = replace(
     coco_cn.CARD,
+    variant_of="coco-cn",
     title="COCO-CN, 5,000 captions translated by people",
     per_image="5 an image, all count",
     source="COCO-CN 201805 v1.1 (li-xirong/coco-cn); the protocol of FG-CLIP 2",

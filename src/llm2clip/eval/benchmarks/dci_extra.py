@@ -12,6 +12,7 @@ from llm2clip.eval.places import Place
 
 CARD: Card = replace(
     dci.CARD,
+    variant_of="dci",
     title="DCI, the long caption alone in lower case, as FG-CLIP 2 scores it",
     split="all whose long caption is not empty",
     text="the long caption alone, in lower case, without the blanks around it",

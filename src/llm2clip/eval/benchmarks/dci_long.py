@@ -12,6 +12,7 @@ from llm2clip.eval.places import Place
 
 CARD: Card = replace(
     dci.CARD,
+    variant_of="dci",
     title="Long-DCI, the long captions as they stand",
     split="the rows of dci_long.csv: all images of DCI that have a long caption",
     text="the column title, without the blanks around it",

@@ -12,6 +12,7 @@ from llm2clip.eval.places import Place
 
 CARD: Card = replace(
     xm3600.CARD,
+    variant_of="xm3600",
     title="Crossmodal-3600, 36 languages, the first caption of each",
     per_image="1 to 4 an image and language, the first counts",
     source="google.github.io/crossmodal-3600; the protocol of CLIP_benchmark, NLLB-CLIP, MEXMA and FLAME",

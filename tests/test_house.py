@@ -35,7 +35,7 @@ SIZES = {
     "export": (890, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (24_270, 181, 8.2),
+    "*": (24_290, 181, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -103,6 +103,7 @@ TESTED_IN: dict[str, str | None] = {
     "export/formats/transformers.py": "export/test_towers.py",
     "flags.py": "test_cli.py",
     "protocols.py": "test_pipeline.py",
+    "recipes/inherit.py": "recipes/test_recipes.py",
     "recipes/paper.py": "recipes/test_recipes.py",
     "released.py": "student/test_official.py",
     "same_settings.py": "test_artifacts.py",

@@ -22,7 +22,7 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 SIZES = {
     # with the bundle, of export before, the journal of both trainings, the table of verbs, the evaluators' scores,
     # and what runs say of themselves before, while and after they learn
-    "": (4_160, 26, 7.1),  # two towers are opened here, and what few images take
+    "": (4_230, 27, 7.1),  # two towers are opened here, what few images take, and what code for open_clip takes
     "data": (3_020, 18, 7.2),  # 2,300 before nothing of a source could get lost and missing images were found
     "teacher": (3_140, 17, 7.7),  # with adapters as teachers
     "bank": (2_740, 17, 8.4),
@@ -34,7 +34,7 @@ SIZES = {
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (810, 8, 13.1),  # with what push may say of this machine, and what the Hub is asked for
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
-    "*": (23_980, 177, 8.2),
+    "*": (24_065, 178, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -44,7 +44,7 @@ FUNCTION, NINE_IN_TEN = 80, 25
 STAGES = {"data", "teacher", "bank", "student", "eval", "export", "search", "recipes"}
 CORE = {"artifacts", "compat", "config", "cuts", "errors", "hub", "journal", "metrics", "parts", "progress"}
 CORE |= {"few", "on_hub", "outlook", "protocols", "released", "same_settings", "scores"}
-TOP = {"__init__", "__main__", "bundle", "cli", "flags", "opening", "pipeline", "two_towers", "verbs"}
+TOP = {"__init__", "__main__", "bundle", "cli", "flags", "open_clip", "opening", "pipeline", "two_towers", "verbs"}
 
 # who may import whom, beside itself and core; the module names an edge allowed from that one file alone
 ALLOWED = {
@@ -56,6 +56,7 @@ ALLOWED = {
     "export": {"student", "bundle", "opening", "pipeline"},
     "bundle": {"teacher", "student"},
     "flags": {"verbs"},
+    "open_clip": {"pipeline"},
     "two_towers": {"data"},
     "opening": {"teacher", "student"},
     "pipeline": {"data", "teacher", "student", "bundle", "opening"},

@@ -22,7 +22,11 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 SIZES = {
     # with the bundle, of export before, the journal of both trainings, the table of verbs, the evaluators' scores,
     # and what runs say of themselves before, while and after they learn
-    "": (4_190, 26, 7.1),  # two towers are opened here, what few images take, and flags beside a recipe
+    "": (
+        4_250,
+        27,
+        7.1,
+    ),  # two towers are opened here, what few images and code for open_clip take, flags beside a recipe
     "data": (3_020, 18, 7.2),  # 2,300 before nothing of a source could get lost and missing images were found
     "teacher": (3_140, 17, 7.7),  # with adapters as teachers
     "bank": (2_740, 17, 8.4),
@@ -35,7 +39,7 @@ SIZES = {
     "export": (890, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (595, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (24_290, 181, 8.2),
+    "*": (24_390, 182, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""
@@ -45,7 +49,7 @@ FUNCTION, NINE_IN_TEN = 80, 25
 STAGES = {"data", "teacher", "bank", "student", "eval", "export", "search", "recipes"}
 CORE = {"artifacts", "compat", "config", "cuts", "errors", "hub", "journal", "metrics", "parts", "progress"}
 CORE |= {"few", "on_hub", "outlook", "protocols", "released", "same_settings", "scores"}
-TOP = {"__init__", "__main__", "bundle", "cli", "flags", "opening", "pipeline", "two_towers", "verbs"}
+TOP = {"__init__", "__main__", "bundle", "cli", "flags", "open_clip", "opening", "pipeline", "two_towers", "verbs"}
 
 # who may import whom, beside itself and core; the module names an edge allowed from that one file alone
 ALLOWED = {
@@ -58,6 +62,7 @@ ALLOWED = {
     "bundle": {"teacher", "student"},
     "flags": {"verbs", "recipes"},
     "recipes": {"teacher", "student"},
+    "open_clip": {"pipeline"},
     "two_towers": {"data"},
     "opening": {"teacher", "student"},
     "pipeline": {"data", "teacher", "student", "bundle", "opening"},

@@ -244,6 +244,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
     },
     "convert": dict.fromkeys(("model", "out", "model_revision"), NEW),
     "push": dict.fromkeys(("folder", "name", "private"), NEW),
+    "recipes": {"name": NEW},
     "demo": {
         "out": PLACE,
         "seed": Because("minutes a run; base shows all its parts"),
@@ -302,6 +303,7 @@ _READS = {
 ADDED: dict[str, dict[str, str]] = {
     "convert": {"*": "a new verb"},
     "push": {"*": "a new verb"},
+    "recipes": {"*": "a new verb"},
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
     **dict.fromkeys(("train-teacher", "bank add"), _READS),
     "build-bank": {**_READS, "text_only": "off by default"},

@@ -1,7 +1,8 @@
 """The comparison in small: scenes with questions, the mini LLM, the mini CLIP's tower against its student's.
 
 `python -m examples.llava.miniature --out DIR --seeds 3`. Questions are of how many, what colour, and whether there is;
-scenes and wordings of the tests are none of the training's. It needs no download and no GPU.
+scenes and wordings of the tests are none of the training's.
+README.md says what came out.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, LlavaConfig, TimmWrapperConfig, TimmWrapperModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 __all__ = ["LlavaConfig", "TimmTokensConfig", "TimmTokensModel"]  # the first is what a LLaVA's config.json asks for
 
@@ -36,7 +36,7 @@ class TimmTokensModel(TimmWrapperModel):
     config: TimmTokensConfig
     config_class = TimmTokensConfig
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """What follows each block, before the last norm: `hidden_states`, one [B, N, W] a block.
 
         Args:
@@ -48,7 +48,7 @@ class TimmTokensModel(TimmWrapperModel):
             return_prefix_tokens=self.timm_model.num_prefix_tokens > 0,
         )
         tokens = [torch.cat([state[1], state[0]], dim=1) if isinstance(state, tuple) else state for state in states]
-        return BaseModelOutput(last_hidden_state=last, hidden_states=tuple(tokens))
+        return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=tuple(tokens))
 
 
 def with_tokens(tower: Any, *, image_size: int) -> TimmTokensModel:

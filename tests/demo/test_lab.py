@@ -59,7 +59,7 @@ def test_scenes_of_one_thing_are_of_their_split_and_class(tmp_path: Path) -> Non
         assert lines == sentences(kind) and all(line.count("{c}") == 1 for line in lines)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_quick_run_and_one_more_arm(tmp_path: Path) -> None:
     def run(*words: str) -> list[str]:
         command = [sys.executable, "-m", "demo.lab", str(tmp_path), "--quick", "--seeds", "1", *words]

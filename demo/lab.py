@@ -72,7 +72,7 @@ INHERIT: dict[str, Any] = {
     "adaptor_warmup_steps": 0,
     "warmup_steps": 0,
 }
-WHOLE = {**INHERIT, "unlocked_blocks": None, "learning_rate": 5e-4}
+WHOLE = {**INHERIT, "unlocked_blocks": None, "learning_rate": 5e-4, "keep": 0.0}
 BLIND = {**INHERIT, "steps": 1, "adaptor_learning_rate": NOTHING, "learning_rate": NOTHING}
 ARMS: dict[str, Arm] = {
     CONTROL: Arm(),

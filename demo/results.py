@@ -80,10 +80,14 @@ class Verdict:
 def collect(folders: Sequence[Path]) -> dict[str, dict[str, Value]]:
     """For each report of the pipelines ("D-all", "teacher-lora") its metrics, over the pipelines."""
     found: dict[str, dict[str, Value]] = {}
+    num_classified = sum(1 for _ in (folders[0] / "data" / "test-classes" / SETS[0]).glob("*/*.png"))
     for path in sorted((folders[0] / "scores").iterdir()):
         count = read_json(path / "report.json")["datasets"][DATASET]["images"]
         runs = [scores_of(folder, path.name) for folder in folders]
-        found[path.name] = {name: Value(tuple(run[name] for run in runs), count) for name in runs[0]}
+        found[path.name] = {
+            name: Value(tuple(run[name] for run in runs), num_classified if name in CLASSES else count)
+            for name in runs[0]
+        }
     return found
 
 

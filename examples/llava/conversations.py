@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -92,8 +93,12 @@ def conversation_of(row: dict[str, Any], folder: Path, *, name: str, blind: bool
             text = text.replace(IMAGE, "").strip()
         text = text.replace(IMAGE, WORD)  # of an answer, or without an image
         messages.append({"role": ROLES[turn["from"]], "content": text if blind else before + text})
+    while messages and messages[0]["role"] == "assistant":  # as LLaVA's own code: who answers was asked
+        messages.pop(0)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("nobody answers")
+    if any(one["role"] == two["role"] for one, two in itertools.pairwise(messages)):
+        raise ValueError("the same speaks twice")
     if count != len(images):
         raise ValueError("not as many <image> as images")
     if not (blind or all(path.is_file() for path in images)):

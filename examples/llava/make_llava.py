@@ -6,6 +6,7 @@ The projector between them is random; `examples.llava.train` trains it.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -103,6 +104,8 @@ def make_llava(config: MakeConfig) -> Path:
         num_patches = (transform.image_size[0] // patch_size) ** 2
         llm, tokenizer = open_llm(config.llm, config.template, config.dtype)
         prefix = num_tokens - num_patches  # class and register tokens; the first is left out
+        if prefix < 0:
+            raise UsageError(f"{setting('tower')}: {num_tokens} tokens of {num_patches} patches; take a plain ViT")
         select = "default" if prefix else "full"
         facts = LlavaConfig(
             vision_config=tower.config,
@@ -148,7 +151,11 @@ def open_vision(name: str, image_size: int | None) -> tuple[Any, Any]:
 
             tower = with_tokens(tower, image_size=size)
     from transformers import AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+    kind = tower.config.model_type
+    if kind not in MODEL_MAPPING_NAMES and kind != "timm_tokens":
+        raise UsageError(f"{setting('tower')}: AutoModel lists no {kind}, so that nothing would open the LLaVA")
     whole = AutoModel.from_config(tower.config)  # with a pooler that LLaVA leaves unused, if the family has one
     whole.load_state_dict(tower.state_dict(), strict=False)
     return whole.float().eval(), open_transform(found, image_size=size)
@@ -251,12 +258,12 @@ def save_code(config: Any, out: Path) -> None:
 def run(config_class: Any, function: Callable[[Any], Any]) -> None:
     """Read the flags, call `function`, and end with one line if it fails."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(config_class)
     with settings_as_flags():
         try:
-            print(function(config))
-        except LLM2CLIPError as error:
-            sys.exit(f"error: {error}")
+            print(function(tyro.cli(config_class)))
+        except LLM2CLIPError as error:  # of a loader's process it comes with all that process's traceback
+            line = str(error).strip().splitlines()[-1]
+            sys.exit(f"error: {re.sub(r'^llm2clip[.]errors[.][A-Za-z]+: ', '', line)}")
 
 
 if __name__ == "__main__":

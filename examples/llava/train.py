@@ -80,7 +80,15 @@ class TrainConfig:
             UsageError: for an impossible value or combination.
         """
         check_choice(setting("stage"), str(self.stage), ("1", "2"))
-        check_positive(micro_batch_size=self.micro_batch_size, max_length=self.max_length, save_every=self.save_every)
+        optional = ("steps", "batch_size", "learning_rate")
+        positive = ["micro_batch_size", "max_length", "save_every", "epochs"]
+        positive += [name for name in optional if getattr(self, name) is not None]
+        check_positive(**{name: getattr(self, name) for name in positive})
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"{setting('warmup')} is {self.warmup}; it is a part of all steps, in [0, 1)")
+        for name in ("lora_rank", "workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{setting(name)} is {getattr(self, name)}; it must not be below 0")
         if self.lora_rank and self.stage == 1:
             raise UsageError(f"{setting('lora_rank')} is of stage 2: stage 1 trains the projector alone")
         if self.blind and self.stage == 1:
@@ -170,7 +178,8 @@ def open_model(config: TrainConfig, *, frozen_dtype: torch.dtype) -> Any:
     """The LLaVA, what learns in float32 and the rest in `frozen_dtype`."""
     # Trainer looks for its checkpoint's weights under other names than save_pretrained gives a LLaVA's, and finds none
     begun = None if config.lora_rank else last_checkpoint(config.out)
-    model = open_weights(Path(begun or config.model), dtype=frozen_dtype)
+    # what has learned is not rounded
+    model = open_weights(Path(begun or config.model), dtype=torch.float32 if begun else frozen_dtype)
     model.requires_grad_(False)
     llm, projector = model.model.language_model, model.model.multi_modal_projector
     learning = [projector] if config.stage == 1 else [projector, llm, model.lm_head]
@@ -189,7 +198,9 @@ def open_model(config: TrainConfig, *, frozen_dtype: torch.dtype) -> Any:
         )
         model, learning = get_peft_model(model, adapters), []
     for part in learning:
-        part.float().requires_grad_(True)
+        part.requires_grad_(True)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else frozen_dtype)
     return model
 
 

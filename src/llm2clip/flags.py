@@ -40,6 +40,9 @@ def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
     groups = group_settings(cls, verb)
     nested = _nested(cls, groups)
     defaults = _defaults(name, cls, file, recipe)
+    for typed, other in (("steps", "epochs"), ("epochs", "steps")):  # the one that is typed wins over the other, too
+        if hasattr(defaults, other) and any(word.split("=")[0] == f"--{typed}" for word in rest):
+            object.__setattr__(defaults, other, None)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -293,3 +293,44 @@ def test_the_recipe(llava: Path, files: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"batch_size 20 is no multiple of 16, .*batch_size=16"):
         odd = TrainConfig(model=llava, data=files, images=files, out=tmp_path, stage=1, batch_size=20)
         new_trainer(odd, samples)
+
+
+def test_a_first_turn_of_the_assistant_is_dropped_and_who_speaks_twice_left_out(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"id": "greets", "conversations": [gpt("hello"), human("colour"), gpt("red")]},
+        {"id": "twice", "conversations": [human("colour"), gpt("red"), gpt("blue")]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with caplog.at_level("WARNING", "llm2clip"):
+        (sample,) = read_conversations(tmp_path / "a.json", files)
+    assert [message["content"] for message in sample.messages] == ["colour", "red"]
+    assert "1 of 2 samples left out, the same speaks twice: twice" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"stage": 1}, {"stage": 2}, {"stage": 2, "lora_rank": 2}])
+def test_what_learns_is_float32_beside_frozen_bf16(
+    settings: dict[str, int], llava: Path, files: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(model=llava, data=files / "mix.json", images=files, out=tmp_path / "out", **settings)
+    model = open_model(config, frozen_dtype=torch.bfloat16)
+    dtypes = {wanted: {p.dtype for p in model.parameters() if p.requires_grad is wanted} for wanted in (True, False)}
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    if "lora_rank" in settings:
+        return
+    learned = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():  # what bf16 cannot hold
+        for p in model.parameters():
+            p.data = p.data.float()
+            p.add_(1e-4 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path / "out" / "checkpoints" / "checkpoint-1")
+    wanted = {name: p.detach().clone() for name, p in model.named_parameters() if name in learned}
+    again = dict(open_model(config, frozen_dtype=torch.bfloat16).named_parameters())
+    assert all(torch.equal(again[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"warmup": 3.0}, {"lora_rank": -2}, {"learning_rate": 0.0}])
+def test_impossible_settings_are_refused(changes: dict[str, float], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=next(iter(changes))):
+        TrainConfig(**{"model": tmp_path, "data": tmp_path, "images": tmp_path, "out": tmp_path, "stage": 2, **changes})

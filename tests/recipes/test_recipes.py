@@ -24,6 +24,8 @@ def test_a_recipe_gives_the_settings_and_flags_beside_it_win() -> None:
     assert given == paper.student(("bank",), "tower", Path("student"))
     changed = parse("train-student", f"{STUDENT} --recipe=paper --epochs 20 --inherit auto")
     assert changed == paper.student(("bank",), "tower", Path("student"), epochs=20, inherit="auto")
+    short = parse("train-student", f"--recipe paper {STUDENT} --steps 100")
+    assert short == paper.student(("bank",), "tower", Path("student"), epochs=None, steps=100)
     teacher = parse("train-teacher", "--recipe paper --data a.csv --model llm --out teacher")
     assert teacher == paper.teacher(("a.csv",), "llm", Path("teacher"))
 

@@ -60,9 +60,9 @@ class StudentConfig:
     inherit_cache: str | None = None
     """Folder where what was inherited is kept for other runs of the same tower, banks and seed (in the adaptor's size).
     By default it is kept while the run is under way."""
-    inherit_noise: float = 0.2
+    inherit_noise: float | None = None
     """Length of what is added at random to the teacher's unit vectors of inherited captions: what lies near a caption,
-    such as other words for it and other languages, is then taken for the same."""
+    such as other words for it and other languages, is then taken for the same. By default 0.2."""
     keep: float | None = None
     """Weight of the distance between images' vectors and those of the tower before it learned. By default 1 where
     something is inherited and the tower learns; 0 lets it forget."""
@@ -245,7 +245,7 @@ class StudentConfig:
 
     def about_inheritance(self) -> dict[str, object]:
         """The settings that were given and have an effect only where something is inherited."""
-        names = ("inherit_kinds", "inherit_bank", "inherit_cache", "keep", "keep_text")
+        names = ("inherit_kinds", "inherit_bank", "inherit_cache", "inherit_noise", "keep", "keep_text")
         return {name: value for name in names if (value := getattr(self, name))}
 
     def settings(self) -> dict[str, object]:

@@ -253,6 +253,10 @@ def test_a_cache_serves_other_runs_of_the_same_and_no_others(models, bank, tmp_p
     monkeypatch.setattr(inheriting, "read", lambda *_, **__: pytest.fail("it is there"))
     again = begin("b")
     assert all(torch.equal(first[name], again[name]) for name in first)
+    with torch.no_grad():
+        half.encoder.model.text_projection.weight.mul_(1.5)
+    with pytest.raises(pytest.fail.Exception):
+        begin("another text half")
 
 
 @pytest.mark.parametrize(("changes", "weights"), [({}, [1.0]), ({"unlocked_blocks": 0}, []), ({"keep": 0.5}, [0.5])])

@@ -10,6 +10,7 @@ Letters: n captions, T teacher width, E width of the half's vectors, D >= E shar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +32,7 @@ from llm2clip.config import check_choice
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.hub import one_line_errors
 from llm2clip.progress import Progress
+from llm2clip.student.checkpoint import tensors_fingerprint
 from llm2clip.student.config import StudentConfig
 from llm2clip.student.model import Student
 from llm2clip.student.optim import cosine_factor
@@ -42,6 +45,8 @@ FILE = "inherited.safetensors"
 MOST_CAPTIONS = 200_000
 """Captions that are inherited from at most: a bound on the time, 25,000 steps."""
 BATCH_SIZE, WARMUP_STEPS, NOTED_EVERY = 256, 20, 50
+NOISE = 0.2
+"""Of 0, 0.2 and 0.3 the one with the best mean: Spanish and Chinese gain some nine points by it (docs/lab-notes.md)."""
 HIGHEST_RATE = 2e-3
 """Of learning, for narrow teachers such as the miniature's; wider ones take 1 / T."""
 PASSES, FEWEST_STEPS = 32, 300
@@ -77,6 +82,12 @@ class TextHalf:
         self.log_scale: Tensor = model.logit_scale.detach().float().cpu().view(1)
         bias = getattr(model, "logit_bias", None)
         self.bias: Tensor | None = None if bias is None else bias.detach().float().cpu().view(1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the whole model's weights and the tokenizer's words."""
+        weights = tensors_fingerprint(self.encoder.model.state_dict())
+        return fingerprint([weights, sorted(self.encoder.tokenizer.get_vocab().items())])
 
     @property
     def reads(self) -> int:
@@ -180,22 +191,24 @@ def inherit(
     """
     take_over(student, half)
     names = [bank.fingerprint for bank in banks]
-    model = [config.seed, config.dim, config.adaptor_blocks, config.inherit_noise]
-    how = [PASSES, FEWEST_STEPS, BATCH_SIZE, HIGHEST_RATE, READ_WELL, MOST_CAPTIONS]  # of this version
-    recipe = fingerprint([tower, names, len(config.bank), sorted(config.inherit_kinds), *model, *how])
+    noise = NOISE if config.inherit_noise is None else config.inherit_noise
+    model = [config.seed, config.dim, config.adaptor_blocks, noise]
+    how = [PASSES, FEWEST_STEPS, WARMUP_STEPS, BATCH_SIZE, HIGHEST_RATE, READ_WELL, MOST_CAPTIONS]  # of this version
+    recipe = fingerprint([tower, half.fingerprint, names, len(config.bank), sorted(config.inherit_kinds), *model, *how])
     path = Path(config.inherit_cache) / f"{recipe}.safetensors" if config.inherit_cache else out / FILE
-    found = _kept(path, recipe, student, banks)
-    if found is not None:
-        return replace(found, noise=config.inherit_noise)
-    found = read(half, banks, kinds=config.inherit_kinds, num_training=len(config.bank), seed=config.seed)
-    found = replace(found, noise=config.inherit_noise)
-    fit(student.adaptor, found, seed=config.seed)
-    _keep(path, recipe, student, found)
-    return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # of runs that share a cache the first computes, and the others wait for it
+    with FileLock(path.with_suffix(".lock")) if config.inherit_cache else contextlib.nullcontext():
+        found = _kept(path, recipe, student, banks)
+        if found is None:
+            found = read(half, banks, kinds=config.inherit_kinds, num_training=len(config.bank), seed=config.seed)
+            found = replace(found, noise=noise)
+            fit(student.adaptor, found, seed=config.seed)
+            _keep(path, recipe, student, found)
+    return replace(found, noise=noise)
 
 
 def _keep(path: Path, recipe: str, student: Student, found: Inheritance) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {f"adaptor.{name}": value.cpu().contiguous() for name, value in student.adaptor.state_dict().items()}
     tensors = {**weights, "places": torch.from_numpy(found.places), "own": found.own}
     with atomic_path(path) as temporary:

@@ -30,6 +30,7 @@ from demo.results import CLASSES, COLUMNS, scores_of
 from demo.run import SHIPPED
 from demo.write import TEST_KINDS, captioned
 from llm2clip.artifacts import atomic_path, is_complete, read_json, write_json
+from llm2clip.errors import LLM2CLIPError, UsageError
 
 LLM, CLIP = SHIPPED / "llm", SHIPPED / "clip"
 BUDGET = dataclasses.replace(BUDGETS["small"], steps=160, steps_tenth=80)
@@ -108,14 +109,19 @@ def main() -> None:
     asked = parser.parse_args()
     wanted = {name: ARMS[name] for name in asked.arms}
     if asked.set:
-        changes = dict(change.split("=", 1) for change in asked.set)
-        read = {name: json.loads(value) for name, value in changes.items()}
+        try:
+            read = {name: json.loads(value) for name, _, value in (change.partition("=") for change in asked.set)}
+        except ValueError:
+            parser.error(f"--set {' '.join(asked.set)}: write NAME=VALUE, the value as JSON: captions_per_image=2")
         wanted = {
             f"{name}, {', '.join(asked.set)}": dataclasses.replace(arm, settings={**arm.settings, **read})
             for name, arm in wanted.items()
         }
     lab = Lab(asked.out, asked.split, asked.share, BUDGETS["quick"] if asked.quick else BUDGET)
-    lab.run(wanted, range(asked.seeds), processes=asked.processes)
+    try:
+        lab.run(wanted, range(asked.seeds), processes=asked.processes)
+    except LLM2CLIPError as error:
+        sys.exit(f"error: {error}")
     sys.stdout.write(lab.write_table(range(asked.seeds)))
 
 
@@ -137,7 +143,16 @@ class Lab:
         return self.folder(seed) / "lab" / f"{arm}, {self.share}" / f"{self.split}.json"
 
     def run(self, wanted: Mapping[str, Arm], seeds: Sequence[int], *, processes: int) -> None:
-        """Make what is missing."""
+        """Make what is missing.
+
+        Raises:
+            UsageError: if what is there was made with other amounts of everything.
+        """
+        budget, amounts = self.out / "lab.json", dataclasses.asdict(self.budget)
+        if budget.exists() and read_json(budget) != amounts:
+            raise UsageError(f"{self.out} was begun with or without --quick, unlike this; name a new folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(budget, amounts)
         for seed in seeds:
             (self.folder(seed) / "lab").mkdir(parents=True, exist_ok=True)
         jobs = [job for seed in seeds for job in self.jobs(wanted, seed)]
@@ -241,7 +256,10 @@ def measure(lab: Lab, seed: int, name: str, arm: Arm | None) -> None:
     model, teacher = CLIP, None
     if arm is not None:
         model, teacher = out.parent / "model", str(lab.teacher(seed, arm.teacher))
-        told = train(lab, seed, arm, model)
+        costs = out.parent / "costs.json"  # of the training, which another split does not do again
+        if not costs.exists():
+            write_json(costs, train(lab, seed, arm, model))
+        told = read_json(costs)
     scores = f"lab-{lab.split}/{out.parent.name}"
     arms.score(folder, model=str(model), teacher=teacher, name=scores, split=lab.split)
     found = scores_of(folder, scores)
@@ -250,7 +268,7 @@ def measure(lab: Lab, seed: int, name: str, arm: Arm | None) -> None:
 
 
 def train(lab: Lab, seed: int, arm: Arm, out: Path) -> dict[str, float | None]:
-    """Stage 2; returns its seconds, the part of them before the first image, and the peak of its memory in MiB."""
+    """Stage 2; returns its seconds, with or without inheriting, those of a step, and the peak of its memory in MiB."""
     from llm2clip.student.train import train_student
 
     banks = [lab.bank(seed, arm.teacher, arm.dtype, texts=texts) for texts in (False, True)]

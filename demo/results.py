@@ -81,7 +81,7 @@ def collect(folders: Sequence[Path]) -> dict[str, dict[str, Value]]:
     """For each report of the pipelines ("D-all", "teacher-lora") its metrics, over the pipelines."""
     found: dict[str, dict[str, Value]] = {}
     num_classified = sum(1 for _ in (folders[0] / "data" / "test-classes" / SETS[0]).glob("*/*.png"))
-    for path in sorted((folders[0] / "scores").iterdir()):
+    for path in sorted(report.parent for report in (folders[0] / "scores").glob("*/report.json")):
         count = read_json(path / "report.json")["datasets"][DATASET]["images"]
         runs = [scores_of(folder, path.name) for folder in folders]
         found[path.name] = {

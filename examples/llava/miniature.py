@@ -22,7 +22,8 @@ from demo.scene import COLOURS, SHAPES, Scene, draw_scenes
 from demo.write import captioned
 from examples.llava.make_llava import run
 from examples.llava.two_arms import ArmsConfig, compare, write_table
-from llm2clip.artifacts import read_json
+from llm2clip.artifacts import read_json, write_json
+from llm2clip.errors import UsageError
 from llm2clip.progress import track
 
 logger = logging.getLogger("llm2clip")
@@ -141,7 +142,10 @@ def make_tower(demo: Path, out: Path, seed: int) -> Path:
 
 def write_data(folder: Path, config: MiniatureConfig, seed: int) -> None:
     """Captions and questions in LLaVA's JSON, tests in POPE's lines, and the images of all."""
-    if (folder / "exists.jsonl").exists():
+    amounts = {"captions": config.captions, "scenes": config.scenes, "test": config.test}
+    if (folder / "amounts.json").exists():
+        if (found := read_json(folder / "amounts.json")) != amounts:
+            raise UsageError(f"{folder} was made with {found}, now it is {amounts}; name a new folder")
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
     random, rows = Random(f"llava/{seed}"), []
@@ -168,6 +172,7 @@ def write_data(folder: Path, config: MiniatureConfig, seed: int) -> None:
             if len(lines) == config.test:
                 break
         (folder / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_json(folder / "amounts.json", amounts)  # last: all is there
 
 
 def conversation(folder: Path, name: str, scene: Scene, turns: list[tuple[str, str]]) -> dict[str, object]:

@@ -6,6 +6,7 @@ for training that differs between arms, type the commands of README.md one by on
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,11 @@ from examples.llava.make_llava import MakeConfig, make_llava, run
 from examples.llava.score import ONE_WORD, TESTS, ScoreConfig, read_lines, read_tsv, score
 from examples.llava.train import TrainConfig, train
 from llm2clip.artifacts import read_json, write_json
+from llm2clip.config import check_choice
 from llm2clip.errors import UsageError, setting
 
 logger = logging.getLogger("llm2clip")
+BLIND_FOLDER = "blind"
 BLIND, CONSTANT = "blind (no image)", "always the commonest answer"
 
 
@@ -67,13 +70,20 @@ def compare(config: ArmsConfig) -> Path:
         raise UsageError(f"give {setting('arms')} and {setting('tests')} at least one each")
     if unknown := [test for test, _, _ in config.tests.values() if test not in TESTS]:
         raise UsageError(f"{setting('tests')}: {unknown[0]} is none of {', '.join(TESTS)}")
+    files = [config.captions[0], config.instructions[0], *(path for _, path, _ in config.tests.values())]
+    if missing := [path for path in files if not path.is_file()]:
+        raise UsageError(f"{missing[0]} is no file; give one that is there")
+    if BLIND_FOLDER in config.arms:
+        raise UsageError(f"{setting('arms')}: {BLIND_FOLDER} is the arm without images; give this one another name")
+    for stage, options in ((1, config.stage_1), (2, config.stage_2)):
+        check_options(stage, options)
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(config.seed, config.seed + config.seeds):
         for name, tower in config.arms.items():
             folder = config.out / f"seed-{seed}" / name
             _add(found, name, run_arm(config, tower, folder, seed=seed))
         if config.blind:
-            folder, tower = config.out / f"seed-{seed}" / "blind", next(iter(config.arms.values()))
+            folder, tower = config.out / f"seed-{seed}" / BLIND_FOLDER, next(iter(config.arms.values()))
             _add(found, BLIND, run_arm(config, tower, folder, seed=seed, blind=True))
     return write_table(config.out, found, constant(config))
 
@@ -123,6 +133,19 @@ def whole_numbers(options: Mapping[str, float]) -> dict[str, Any]:
     """
     named = {name.replace("-", "_"): value for name, value in options.items()}
     return {name: int(value) if value == int(value) and name != "epochs" else value for name, value in named.items()}
+
+
+def check_options(stage: int, options: Mapping[str, float]) -> None:
+    """Raise if train would not take them.
+
+    Raises:
+        UsageError: for an unknown setting or an impossible value.
+    """
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in whole_numbers(options):
+        check_choice(setting(f"stage_{stage}"), name, known)
+    place = Path()
+    TrainConfig(model=place, data=place, images=place, out=place, stage=stage, **whole_numbers(options))
 
 
 def constant(config: ArmsConfig) -> dict[str, list[float]]:

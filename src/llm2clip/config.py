@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_file(cls: type[Config], path: str | Path) -> Config:
-    """The config of an earlier run, from its `run.json` or `manifest.json`, or a bare JSON object of fields.
+    """The config of an earlier run, from its `run.json` or `manifest.json`, or a bare JSON object of fields; unchecked.
 
     Raises:
         UsageError: if the file is no such JSON or names an unknown field (the nearest name is offered).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from demo.config import BUDGETS
 from demo.lab import ARMS, CONTROL, PRETRAINED, Lab, table
 from demo.results import CLASSES, COLUMNS
 from demo.scene import SPLITS
+from llm2clip.artifacts import write_json
+from llm2clip.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +60,12 @@ def test_scenes_of_one_thing_are_of_their_split_and_class(tmp_path: Path) -> Non
     for kind in SETS:
         lines = (tmp_path / kind / "zeroshot_classification_templates.txt").read_text().splitlines()
         assert lines == sentences(kind) and all(line.count("{c}") == 1 for line in lines)
+
+
+def test_a_folder_of_other_amounts_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "lab.json", dataclasses.asdict(BUDGETS["quick"]))
+    with pytest.raises(UsageError, match="was begun with or without --quick"):
+        Lab(tmp_path, "val", "all", BUDGETS["small"]).run({}, [0], processes=1)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_again_it_is_complete_and_untouched(demo: Path, caplog: pytest.LogCaptur
         run_demo(DemoConfig(out=demo, quick=True, seed=1))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_cut_short_goes_on_with_what_is_missing(demo: Path) -> None:
     whole, kept = (demo / "results.json").read_bytes(), demo / "seed-0" / "models" / "D-all" / "manifest.json"
     before = kept.stat().st_mtime_ns

@@ -81,7 +81,7 @@ def test_cut_captions_keep_their_closing_token() -> None:
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_models_script_makes_loadable_folders(tmp_path: Path) -> None:
     how = Pretraining(steps=2, width=16, layers=1, heads=2, inner=32, batch_size=2, length=16, warmup_steps=1)
     llm = AutoModelForCausalLM.from_pretrained(make_models.make_llm(tmp_path / "llm", how))

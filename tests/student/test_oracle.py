@@ -89,7 +89,8 @@ NUM_IMAGES = 16
 ELSEWHERE = {
     "bank": "every run has two; what a bank's vectors are is held by the tests of the bank",
     "tower": "test_every_family_learns_what_the_oracle_does",
-    **dict.fromkeys(("inherit", "inherit_kinds", "inherit_bank"), "inheritance/test_inherit.py"),
+    **dict.fromkeys(("inherit", "inherit_kinds", "inherit_bank", "inherit_cache"), "inheritance/test_inherit.py"),
+    "inherit_noise": "inheritance/test_inherit.py",
     **dict.fromkeys(("keep", "keep_text"), "inheritance/test_keep.py"),
     "tower_revision": "test_session.py: it picks among the commits of a tower on the Hub",
     "out": "where, not what",

@@ -35,6 +35,8 @@ from llm2clip.errors import LLM2CLIPError, UsageError
 LLM, CLIP = SHIPPED / "llm", SHIPPED / "clip"
 BUDGET = dataclasses.replace(BUDGETS["small"], steps=160, steps_tenth=80)
 CONTROL, PRETRAINED = "control", "mini CLIP as pretrained"
+CHOSEN = "inherit, whole tower, keep"
+"""On validation scenes, of the arms that inherit from captions without images (docs/lab-notes.md)."""
 TEXT_SEED = 1000
 """Seeds of scenes that only their captions are taken of begin here."""
 NOTHING = 1e-12
@@ -89,7 +91,7 @@ ARMS: dict[str, Arm] = {
     "inherit, mostly short": Arm({**INHERIT, "mix": arms.MIX}, texts=True),
     "inherit own, whole tower, keep": Arm({**WHOLE, "keep": 1.0}),
     "inherit, whole tower": Arm(WHOLE, texts=True),
-    "inherit, whole tower, keep": Arm({**WHOLE, "keep": 1.0}, texts=True),
+    CHOSEN: Arm({**WHOLE, "keep": 1.0}, texts=True),
 }
 
 
@@ -98,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.lab", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=["control", "inherit"], metavar="ARM", help=", ".join(ARMS)
+        "--arms", nargs="+", choices=list(ARMS), default=[CONTROL, CHOSEN], metavar="ARM", help=", ".join(ARMS)
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", choices=("val", "test"), default="val")

@@ -36,7 +36,7 @@ def parse(name: str, verb: Verb, cls: type[Any], arguments: list[str]) -> Any:
     rest, file = _take_flag(arguments, "config", "the run.json or manifest.json of an earlier run")
     recipe = None
     if name in TRAININGS:
-        rest, recipe = _take_flag(rest, "recipe", "of llm2clip recipes")
+        rest, recipe = _take_flag(rest, "recipe", "one that llm2clip recipes lists")
     groups = group_settings(cls, verb)
     nested = _nested(cls, groups)
     defaults = _defaults(name, cls, file, recipe)

@@ -50,8 +50,7 @@ logger = logging.getLogger("llm2clip")
 PAPER_DIM = 1280
 """Width of the shared space where nothing is inherited (paper, section 6.2)."""
 KEEP = 1.0
-"""Costs a forward of the frozen tower; brings two points of the mean, and what it knew of single things
-(docs/student.md)."""
+"""Costs a forward of the frozen tower; brings a point of the mean, four of short captions (docs/student.md)."""
 KEEP_TEXT = 4.0
 """Of 1, 4 and 10 the one that kept what was inherited at the least cost in long captions (docs/lab-notes.md)."""
 MOST_REMEMBERED = 1 << 28

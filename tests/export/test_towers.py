@@ -92,6 +92,25 @@ def test_tower_and_bundle_are_the_model(model: LLM2CLIP, tmp_path: Path) -> None
     assert (tmp_path / "bundle" / "tower_module.py").exists() == isinstance(model.student.tower, t.MetaClip2VisionModel)
 
 
+@pytest.mark.parametrize("model", ["timm"], indirect=True)
+def test_a_timm_tower_alone_opens_plainly_and_with_tokens_as_hidden_states(
+    model: LLM2CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "alone").mkdir()
+    tower.write(model, tmp_path / "alone")
+    plain = t.AutoModel.from_pretrained(tmp_path / "alone").eval()
+    assert type(plain) is t.TimmWrapperModel
+    tokens = t.AutoModel.from_pretrained(tmp_path / "alone", trust_remote_code=True).eval()
+    pixels = torch.rand(2, 3, model.transform.image_size[0], model.transform.image_size[0])
+    with torch.no_grad():
+        inner, states = plain.timm_model, tokens(pixels).hidden_states
+        wanted = inner.forward_features(pixels)  # the last block's tokens after the norm, class token first
+        assert torch.allclose(inner.norm(states[-1]), wanted, atol=1e-5)
+    assert [len(states), states[0].shape[2]] == [tokens.config.num_hidden_layers, tokens.config.hidden_size]
+    assert states[0].shape[1] == (tokens.config.image_size // tokens.config.patch_size) ** 2 + inner.num_prefix_tokens
+
+
 def test_a_tower_that_automodel_does_not_list_goes_on_from_a_bundle(
     finished_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,19 @@ class TimmTokensModel(TimmWrapperModel):
         return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=tuple(tokens))
 
 
+def token_facts(tower: Any, *, image_size: int) -> dict[str, int]:
+    """What `TimmTokensConfig` has beside a `TimmWrapperModel`'s own config; {} if that is no ViT.
+
+    Args:
+        image_size: side in pixels that it is made for.
+    """
+    inner = tower.timm_model
+    if not hasattr(inner, "blocks") or not hasattr(inner, "num_prefix_tokens"):
+        return {}
+    sizes = {"hidden_size": inner.embed_dim, "patch_size": inner.patch_embed.patch_size[0]}
+    return {**sizes, "image_size": image_size, "num_hidden_layers": len(inner.blocks)}
+
+
 def with_tokens(tower: Any, *, image_size: int) -> TimmTokensModel:
     """The same tower, a `TimmWrapperModel`, as one of tokens.
 
@@ -60,20 +73,11 @@ def with_tokens(tower: Any, *, image_size: int) -> TimmTokensModel:
     Raises:
         ValueError: if it is no ViT.
     """
-    inner = tower.timm_model
-    if not hasattr(inner, "blocks") or not hasattr(inner, "num_prefix_tokens"):
+    facts = token_facts(tower, image_size=image_size)
+    if not facts:
         raise ValueError(f"timm's {tower.config.architecture} gives maps, no tokens; take a ViT (EVA02, SigLIP, CLIP)")
     given = {**tower.config.to_dict(), "model_type": TimmTokensConfig.model_type}
-    config = TimmTokensConfig.from_dict(
-        {
-            **given,
-            "hidden_size": inner.embed_dim,
-            "image_size": image_size,
-            "patch_size": inner.patch_embed.patch_size[0],
-            "num_hidden_layers": len(inner.blocks),
-        }
-    )
-    model = TimmTokensModel(config)
+    model = TimmTokensModel(TimmTokensConfig.from_dict({**given, **facts}))
     model.load_state_dict(tower.state_dict())
     return model.to(tower.dtype).eval()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm2clip.artifacts import read_json, write_json
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.export.format import Format, Vectors
 
@@ -30,8 +32,20 @@ It takes the place of the tower it was trained from, for example as the vision t
 
 
 def write(model: LLM2CLIP, folder: Path) -> None:
-    """Write the tower's weights and config, and how its images are prepared."""
-    model.transform.save_with(model.student.tower, folder)
+    """Write the tower's weights and config, and how its images are prepared.
+
+    Beside a ViT of timm's lies the class whose hidden states are tokens, for who gives `trust_remote_code=True`.
+    """
+    tower, transform = model.student.tower, model.transform
+    transform.save_with(tower, folder)
+    if tower.config.model_type != "timm_wrapper":
+        return
+    from llm2clip.export import timm_tokens
+
+    if facts := timm_tokens.token_facts(tower, image_size=transform.image_size[0]):
+        shutil.copyfile(timm_tokens.__file__, folder / "timm_tokens.py")
+        places = {name: f"timm_tokens.TimmTokens{name.removeprefix('Auto')}" for name in ("AutoConfig", "AutoModel")}
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **facts, "auto_map": places})
 
 
 def expect(model: LLM2CLIP) -> Vectors:

@@ -1,7 +1,8 @@
 """What so many images bring: `python table.py OUT [--images 100 300 1000 3000] [--seeds 3]` runs run.sh for each.
 
 Prints R@1 with 95 % intervals (Wilson's, over the test images of all seeds) of the student and of the mini CLIP that
-its tower is of, and minutes. What is done is kept, so a killed run goes on.
+its tower is of, and minutes. What is done is kept, so a killed run goes on
+(its minutes are then those of its last part).
 """
 
 from __future__ import annotations

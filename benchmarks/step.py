@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from benchmarks.rows import not_measured, spread
 from llm2clip.errors import LLM2CLIPError
 from llm2clip.student.accelerator import start_accelerator
 from llm2clip.student.config import StudentConfig
+from llm2clip.student.muon import Muon
 from llm2clip.student.session import Session
 from llm2clip.student.train import train_step
 
@@ -352,6 +354,33 @@ def memory_row(setting: Setting, name: str, parts: dict[str, Part]) -> dict:
     }
 
 
+def muon_row(setting: Setting, device: str) -> dict:
+    """Muon's step of the six matrices of one block, beside that of PyTorch's own, which computes in bf16 everywhere."""
+    width, times = setting.width, {}
+    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+    for kind in (Muon, torch.optim.Muon):
+        weights = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        part = Part(partial(_steps, kind(weights, lr=1e-3)), device)
+        for number in range(4):
+            part.step(record=number > 0)
+        times[kind] = statistics.median(part.seconds)
+    return {
+        "name": f"Muon's step of one block {width:,} wide",
+        "value": 1e3 * times[Muon],
+        "unit": "ms",
+        "ratio": times[Muon] / times[torch.optim.Muon],
+        "against": f"torch.optim.Muon, {1e3 * times[torch.optim.Muon]:,.4g} ms",
+    }
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> Iterator[int]:
+    while True:
+        optimizer.step()
+        yield 1
+
+
 def run(settings: list[Setting], device: str, until: float | None = None) -> Iterator[dict]:
     """Rows for `python -m benchmarks step`; the settings share images, bank and tower."""
     logging.getLogger("llm2clip").setLevel(logging.WARNING)
@@ -366,3 +395,4 @@ def run(settings: list[Setting], device: str, until: float | None = None) -> Ite
             yield from compare(setting, folder, device, share_of(until, left))
             gc.collect()
             torch.cuda.empty_cache()
+    yield muon_row(first, device)

@@ -30,7 +30,7 @@ MIX = {"short": 0.7, "long": 0.3}
 BEYOND = {f"short-{kind}": f"short_0,{kind}_0" for kind in ("unseen", "es", "zh")}
 """Kinds that stand for caption retrieval between two kinds: one caption of each."""
 CLASSES = "classes"
-"""Folder of the scores in classification, beside that of the others."""
+"""Folder of the accuracies in classification, beside that of the other scores."""
 MEAN_CAPTIONS = 1000
 """Training captions whose mean vector centres a raw LLM."""
 WARMUP_SHARE = 0.375
@@ -85,7 +85,7 @@ def make_teacher(
             scale=20.0,
             pair_weights={"short+short": 0.45, "long+short": 0.35, "long+long": 0.2},
             max_length=160,
-            eval_images=64,
+            eval_images=min(64, budget.test // 4),
             save_every=10**6,
             seed=seed,
         )
@@ -218,21 +218,25 @@ def read_pairs(data: tuple[str, ...], tokenizer: Any) -> Pairs:
 def score(folder: Path, *, model: str | None, teacher: str | None, name: str, split: str = "test") -> None:
     """Score a model (with its teacher) on the images of a split: retrieval by kind of caption, and classification."""
     from llm2clip.eval.config import EvaluateConfig
-    from llm2clip.eval.run import evaluate
+    from llm2clip.eval.named import Named
+    from llm2clip.eval.run import open_encoder, read_dataset, run_evaluators
 
     _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns(), split=split)
+    out = folder / CLASSES / f"{name}.json"
+    if out.exists():
+        return
+    root, benchmark = folder / "data" / f"{split}-classes", "class-folders"
+    config = EvaluateConfig(
+        benchmark=(benchmark,), root=str(root), out=out, model=model, teacher=teacher, precision="fp32", baseline="none"
+    )
+    encoder, _ = open_encoder(config)  # once for all sets
+    found = {}
     for kind in SETS:
-        evaluate(
-            EvaluateConfig(
-                benchmark=("class-folders",),
-                root=str(folder / "data" / f"{split}-classes" / kind),
-                out=folder / CLASSES / name / kind,
-                model=model,
-                teacher=teacher,
-                precision="fp32",
-                baseline="none",
-            )
-        )
+        images = Named(benchmark, root / kind)
+        scores = run_evaluators(images, *read_dataset(images, encoder, config))
+        found[kind] = next(score.value for score in scores if score.name == "top1")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, found)
 
 
 def score_teacher(folder: Path, *, teacher: str, name: str) -> None:

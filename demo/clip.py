@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm2clip.progress import Progress
 from llm2clip.student.loss import contrastive_loss
+from llm2clip.student.muon import Muon
 
 CONTEXT = 128
 """Positions of the text encoder; arm B reads 32 of them."""
@@ -144,7 +145,7 @@ def _optimizers(clip: Any, training: ClipTraining) -> list[torch.optim.Optimizer
     known = {id(p) for p in hidden}
     rest = [p for p in clip.parameters() if id(p) not in known]
     return [
-        torch.optim.Muon(hidden, lr=training.muon_rate, weight_decay=0.01),
+        Muon(hidden, lr=training.muon_rate, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=training.adam_rate, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 

@@ -90,13 +90,13 @@ class Budget:
 BUDGETS = {
     "small": Budget(),
     "quick": Budget(
-        train=200,
+        train=160,
         test=50,
         per_class=1,
         batch_size=16,
-        steps=4,
+        steps=3,
         steps_tenth=2,
-        teacher_steps=4,
+        teacher_steps=2,
         teacher_batch=16,
         texts=60,
         dim=32,

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from demo.text import documents
 from llm2clip.progress import Progress
+from llm2clip.student.muon import Muon
 
 END = 3
 """The tokenizer's `</s>`, between documents."""
@@ -87,7 +88,7 @@ def pretrain(model: Any, tokenizer: Any, how: Pretraining, *, device: str = "cpu
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in known]
     optimizers = [
-        torch.optim.Muon(matrices, lr=how.muon_rate, weight_decay=0.01),
+        Muon(matrices, lr=how.muon_rate, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=how.adam_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     log: list[dict[str, float]] = []

@@ -95,9 +95,8 @@ def scores_of(folder: Path, name: str) -> dict[str, float]:
     """Every metric of a model or teacher of one pipeline."""
     metrics = read_json(folder / "scores" / name / "report.json")["metrics"]
     found = {key.partition("/")[2]: value for key, value in metrics.items()}
-    for column, kind in zip(CLASSES, SETS, strict=True):
-        if (path := folder / arms.CLASSES / name / kind / "report.json").exists():
-            found[column] = read_json(path)["metrics"]["class-folders/top1"]
+    if (path := folder / arms.CLASSES / f"{name}.json").exists():
+        found |= {column: read_json(path)[kind] for column, kind in zip(CLASSES, SETS, strict=True)}
     return found
 
 

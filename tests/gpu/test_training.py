@@ -109,7 +109,7 @@ def test_an_average_lies_beside_the_weights(device: torch.device) -> None:
 
 
 def test_muon_takes_the_steps_it_takes_on_a_cpu(device: torch.device) -> None:
-    """It orthogonalises in bf16 everywhere, of 8 bits: five rounds differ by some hundredths in single numbers."""
+    """It orthogonalises in bf16 on a GPU, of 8 bits: five rounds differ by some hundredths in single numbers."""
     start, ends = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), []
     for place in ("cpu", device):
         weight, bias = nn.Parameter(start.to(place, copy=True)), nn.Parameter(torch.zeros(32, device=place))

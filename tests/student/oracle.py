@@ -211,8 +211,8 @@ def depth(name: str, blocks: int = 10**6) -> int:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Five steps of Newton-Schulz in bfloat16, with the coefficients of Muon's author."""
-    x = matrix.bfloat16()
+    """Five steps of Newton-Schulz in float32, with the coefficients of Muon's author."""
+    x = matrix.float()
     x = x.T if len(matrix) > matrix.shape[1] else x
     x = x / x.norm()
     for _ in range(5):

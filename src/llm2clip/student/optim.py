@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llm2clip.student.model import Student
+from llm2clip.student.muon import Muon
 from llm2clip.student.tower import tower_blocks
 
 ADAMW_BETAS, ADAMW_EPS = (0.9, 0.999), 1e-8
@@ -70,7 +71,7 @@ def build_optimizer(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` as one optimizer.
+    """`Muon` and `torch.optim.AdamW` as one optimizer.
 
     One, because accelerate's loss scaler for fp16 moves on after each optimizer's step: a second one would have its
     gradients scaled down twice. Groups and state of the two are those of this one.
@@ -82,7 +83,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, hidden_groups: list[dict[str, Any]], other_groups: list[dict[str, Any]]) -> None:
         # Scaled to the size of AdamW's updates (arXiv 2502.16982, equation 4): rates mean the same for both.
-        self.muon = torch.optim.Muon(hidden_groups, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(hidden_groups, adjust_lr_fn="match_rms_adamw")
         self.adamw = _adamw(other_groups)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self.defaults = {"fused": True}  # where AdamW's step counts lie depends on it

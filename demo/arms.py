@@ -218,8 +218,9 @@ def read_pairs(data: tuple[str, ...], tokenizer: Any) -> Pairs:
 def score(folder: Path, *, model: str | None, teacher: str | None, name: str, split: str = "test") -> None:
     """Score a model (with its teacher) on the images of a split: retrieval by kind of caption, and classification."""
     from llm2clip.eval.config import EvaluateConfig
+    from llm2clip.eval.models import open_encoder
     from llm2clip.eval.named import Named
-    from llm2clip.eval.run import open_encoder, read_dataset, run_evaluators
+    from llm2clip.eval.run import read_dataset, run_evaluators
 
     _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns(), split=split)
     out = folder / CLASSES / f"{name}.json"

@@ -138,7 +138,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "dtype": ["--dtype float32", "--dtype bfloat16", "--dtype int8"],
         "shard_rows": "= --shard-rows 8",
         "reuse": "= --reuse build-bank/data=more.csv",
-        "text_only": Because("the old code lacks it"),
+        **dict.fromkeys(("text_only", "benchmark", "root"), Because("the old code lacks it")),
     },
     "bank info": {"bank": "build-bank/dtype=int8", "json": "--json"},
     "bank verify": {
@@ -214,6 +214,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
             ("inherit", "inherit_kinds", "inherit_bank", "inherit_cache", "inherit_noise", "keep", "keep_text"),
             Because("the old code lacks it"),
         ),
+        **dict.fromkeys(("val", "val_root", "val_score"), Because("the old code lacks it")),
     },
     "evaluate": {
         **SOURCE,
@@ -306,11 +307,14 @@ ADDED: dict[str, dict[str, str]] = {
     "recipes": {"*": "a new verb"},
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
     **dict.fromkeys(("train-teacher", "bank add"), _READS),
-    "build-bank": {**_READS, "text_only": "off by default"},
-    "train-student": dict.fromkeys(
-        ("inherit", "inherit_kinds", "inherit_bank", "inherit_cache", "inherit_noise", "keep", "keep_text"),
-        "for towers that come with a text half alone",
-    ),
+    "build-bank": {**_READS, "text_only": "off by default", **dict.fromkeys(("benchmark", "root"), "in place of data")},
+    "train-student": {
+        **dict.fromkeys(
+            ("inherit", "inherit_kinds", "inherit_bank", "inherit_cache", "inherit_noise", "keep", "keep_text"),
+            "for towers that come with a text half alone",
+        ),
+        **dict.fromkeys(("val", "val_root", "val_score"), "new: named benchmarks pick the weights"),
+    },
     "evaluate": {
         **_READS,
         "baseline": "adds to the report; the model's own scores are as before",

@@ -62,7 +62,7 @@ VERBS = {
         function="llm2clip.bank.build:build_bank",
         memory=("--batch-tokens", "--precision bf16", "--device cpu"),
         main="data teacher out dtype",
-        groups={"source": "captions", "machine": "precision", "model": "teacher_revision", "bank": "prompt"},
+        groups={"source": "captions", "machine": "precision", "model": "teacher_revision", "bank": "benchmark"},
         example="llm2clip build-bank --data train.csv --teacher teacher --out bank",
     ),
     "bank info": Verb(

@@ -97,6 +97,7 @@ ELSEWHERE = {
     "max_bad_fraction": "test_train.py: it stops runs",
     "val_bank": "test_session.py: it picks among the weights of a run",
     "val_every": "test_session.py, as --val-bank",
+    **dict.fromkeys(("val", "val_root", "val_score"), "test_validate.py"),
     "patience": "test_session.py: it stops runs",
     "compile": "test_compile.py",
     "workers": "test_train.py: test_what_only_changes_speed_changes_nothing_else",

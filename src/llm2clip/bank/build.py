@@ -34,8 +34,11 @@ from llm2clip.bank.reader import FACTS, TABLE, Bank, Table, has_table
 from llm2clip.bank.reuse import Reuse, check_reuse, limit_of
 from llm2clip.bank.vectors import VECTORS, Layout
 from llm2clip.cuts import say_cut
+from llm2clip.data.bad import BadSamples
+from llm2clip.data.sample import ImageRef, Sample
 from llm2clip.data.source import open_source
 from llm2clip.errors import UsageError, setting
+from llm2clip.eval.named import Named
 from llm2clip.hub import pick_device, pick_precision
 from llm2clip.progress import human_bytes
 
@@ -85,7 +88,7 @@ def build_bank(config: BankConfig) -> Path:
         >>> build_bank(BankConfig(data=("captions.csv",), teacher="teacher", out="bank"))     # doctest: +SKIP
         PosixPath('bank')
     """
-    out = Path(config.out)
+    out, intake = Path(config.out), open_intake(config)  # before the teacher: what is not there is told at once
     encoder, teacher = load_encoder(
         config,
         config.teacher,
@@ -97,23 +100,33 @@ def build_bank(config: BankConfig) -> Path:
     )
     settings = same_teacher_settings(out, config.settings(), teacher)
 
-    def intake() -> Intake:
-        source = open_source(config, images=config.needs_images)
-        return Intake(source, source.fingerprint, source.bad)
-
     return write_bank(
         Plan(
             out=out,
             settings=settings,
             teacher=teacher,
             encoder=encoder,
-            intake=intake,
+            intake=lambda: intake,
             dtype=config.dtype,
             shard_rows=config.shard_rows,
             reuse=tuple(Bank.open(bank) for bank in config.reuse),
             part=config.part(),
         )
     )
+
+
+def open_intake(config: BankConfig) -> Intake:
+    """The samples of the sources; of named benchmarks each text that is asked for, a sample without an image."""
+    if not config.benchmark:
+        source = open_source(config, images=config.needs_images)
+        return Intake(source, source.fingerprint, source.bad)
+    named = [Named(name, str(config.root), images=False) for name in dict.fromkeys(config.benchmark)]
+    samples = (
+        Sample(f"{one.name}/{number}", ImageRef(""), {one.name: (text,)})
+        for one in named
+        for number, text in enumerate(one.texts())
+    )
+    return Intake(samples, fingerprint([one.fingerprint for one in named]), BadSamples(0.0))
 
 
 def load_encoder(

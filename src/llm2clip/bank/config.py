@@ -13,6 +13,7 @@ from llm2clip.bank.dtypes import DTYPES
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError, setting
+from llm2clip.eval.benchmarks import check_benchmarks
 
 SPEED_FIELDS = ("out", "reuse", "shard", "device", "batch_tokens", "compile")
 """Fields that do not decide what is written (beyond rounding), so a run may go on with other values of them."""
@@ -70,6 +71,14 @@ class EncodeConfig:
 class BankConfig(EncodeConfig, SourceConfig):
     """Encode every distinct caption of the sources once, with the teacher; a killed run goes on where it stopped."""
 
+    data: tuple[str, ...] = ()
+    """Sources, one or several: as elsewhere, paths, globs or brace ranges ending in .tar .csv .tsv .jsonl .json or
+    .parquet; folders; hf:org/name[:split]; URLs of such files."""
+    benchmark: tuple[str, ...] = ()
+    """In place of --data, named benchmarks (see evaluate --list): all texts that they ask a model for, for
+    train-student --val."""
+    root: str | None = None
+    """The folder of the benchmark's files, or the one that holds those of each benchmark under its name."""
     teacher: str
     """The teacher: a folder made by train-teacher, an LLM, or any SentenceTransformer; a local folder or a Hub id."""
     out: Path
@@ -91,13 +100,19 @@ class BankConfig(EncodeConfig, SourceConfig):
     @property
     def needs_images(self) -> bool:
         """Whether the images are read, too, and not the captions alone."""
-        return not self.text_only
+        return not (self.text_only or self.benchmark)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_encoding()
         check_choice(setting("dtype"), self.dtype, DTYPES)
         check_positive(shard_rows=self.shard_rows)
+        check_benchmarks(self.benchmark, self.root)
+        if bool(self.data) == bool(self.benchmark):
+            said = "both are given; leave one out" if self.data else "neither is given"
+            raise UsageError(
+                f"a bank is of {setting('data', ('train.csv',))} or of {setting('benchmark')} NAME: {said}"
+            )
         if self.prompt is not None and self.prompt_name is not None:
             raise UsageError(
                 f"{setting('prompt')} {self.prompt!r} and {setting('prompt_name')} {self.prompt_name}: give one of "

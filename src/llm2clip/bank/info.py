@@ -47,7 +47,10 @@ def bank_facts(folder: str | Path) -> dict[str, Any]:
         "folder": str(folder),
         "fingerprint": bank.fingerprint,
         "teacher": manifest["teacher"],
-        "sources": [*([config["bank"]] if "bank" in config else []), *(config.get("data") or config["banks"])],
+        "sources": [
+            *([config["bank"]] if "bank" in config else []),
+            *(config.get("data") or config.get("benchmark") or config["banks"]),
+        ],
         "source_fingerprint": manifest["source_fingerprint"],
         "num_samples": bank.num_samples,
         "num_captions": manifest["num_captions"],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llm2clip.artifacts import read_json, read_manifest
 from llm2clip.bank.dtypes import read_dtype, unpack
-from llm2clip.bank.hashes import HASH_BYTES, Hashes
+from llm2clip.bank.hashes import HASH_BYTES, Hashes, HashIndex, as_hashes, digest, text_bytes
 from llm2clip.bank.vectors import Layout
 from llm2clip.config import check_choice
 from llm2clip.data.sample import ImageRef, Sample
@@ -139,6 +140,17 @@ class Table:
     def texts(self, rows: Iterable[int]) -> list[str]:
         """The captions of rows."""
         return [self.text(row) for row in rows]
+
+    @cached_property
+    def index(self) -> HashIndex:
+        """From the hash of a text to its row."""
+        index = HashIndex()
+        index.insert(self.hashes, np.arange(self.num_rows))
+        return index
+
+    def find(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """The rows of texts `[n]`; -1 for one that is not here."""
+        return self.index.lookup(as_hashes([digest(text_bytes(text)) for text in texts]))
 
     def sample(self, index: int) -> Sample:
         """A sample with its captions' texts."""

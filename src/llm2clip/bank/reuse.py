@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from llm2clip.bank.dtypes import Stored, pack
-from llm2clip.bank.hashes import Hashes, HashIndex
+from llm2clip.bank.hashes import Hashes
 from llm2clip.bank.load import TeacherFacts
 from llm2clip.bank.reader import Bank
 from llm2clip.bank.vectors import ShardBuffer
@@ -24,19 +24,13 @@ class Reuse:
     """
 
     def __init__(self, banks: Sequence[Bank]) -> None:
-        self._banks = list(banks)
-        self._indexes = []
-        self.limit = limit_of(banks)
-        for bank in banks:
-            index = HashIndex()
-            index.insert(bank.hashes, np.arange(bank.num_rows))
-            self._indexes.append(index)
+        self._banks, self.limit = list(banks), limit_of(banks)
 
     def copy(self, hashes: Hashes, buffer: ShardBuffer) -> NDArray[np.int64]:
         """Copy what is known of the captions `[N, 16]` into `buffer`; returns the places of the others."""
         wanted = np.arange(len(hashes))
-        for bank, index in zip(self._banks, self._indexes, strict=True):
-            rows = index.lookup(hashes[wanted])
+        for bank in self._banks:
+            rows = bank.index.lookup(hashes[wanted])
             known, rows = wanted[rows >= 0], rows[rows >= 0]
             if len(known):
                 buffer.put(known, self._stored(bank, rows, buffer.layout.dtype))

@@ -76,10 +76,13 @@ class ZeroShot:
             yield score_of(f"{prefix}top5", ((ranks <= 5).astype(float), np.ones(len(hits))))
             yield score_of(f"{prefix}mean_per_class", mean_per_class(hits, labels))
 
+    def sentences(self, templates: Sequence[str]) -> list[str]:
+        """Those that are asked for with `templates`, class by class."""
+        return [template.format(c=name) for name in self.found.names for template in templates]
+
     def _classes(self, templates: Sequence[str], encoder: Encoder) -> Tensor:
         """[classes, D]: the mean over the sentences of a class."""
-        texts = [template.format(c=name) for name in self.found.names for template in templates]
-        vectors = normalize(encoder.texts(texts).float(), dim=-1)
+        vectors = normalize(encoder.texts(self.sentences(templates)).float(), dim=-1)
         return vectors.reshape(len(self.found.names), len(templates), -1).mean(1)
 
     def _note_confused(self, best: np.ndarray, labels: np.ndarray) -> None:

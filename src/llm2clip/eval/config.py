@@ -9,8 +9,7 @@ from typing import Any
 from llm2clip.config import PRECISIONS, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import UsageError, setting
-from llm2clip.eval import benchmarks
-from llm2clip.parts import part_names
+from llm2clip.eval.benchmarks import check_benchmarks
 
 NO_BASELINE = "none"
 SPEED_FIELDS = ("out", "root", "list", "cache", "batch_size", "device")
@@ -76,16 +75,13 @@ class EvaluateConfig(SourceConfig):
         super().__post_init__()
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_positive(batch_size=self.batch_size)
-        for name in self.benchmark:
-            check_choice(setting("benchmark"), name, part_names(benchmarks))
+        check_benchmarks(self.benchmark, "" if self.list else self.root)
         if self.list:
             return
         if not (self.data or self.benchmark):
             raise UsageError(
                 f"nothing to score on: give {setting('data', ('test.csv',))} or {setting('benchmark')} NAME"
             )
-        if self.benchmark and self.root is None:
-            raise UsageError(f"{setting('benchmark')} {self.benchmark[0]} takes {setting('root', 'DIR')}, its files")
         if self.out is None:
             raise UsageError(f"there is no {setting('out', 'DIR')}: name the folder of the report")
         if self.model is None and self.teacher is None:

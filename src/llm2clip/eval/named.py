@@ -16,7 +16,7 @@ from llm2clip.errors import SourceError
 from llm2clip.eval import benchmarks
 from llm2clip.eval.annotations import Row
 from llm2clip.eval.card import Card, described, published
-from llm2clip.eval.classification import Labelled, ZeroShot
+from llm2clip.eval.classification import ONE, Labelled, ZeroShot
 from llm2clip.eval.places import Images, Place
 from llm2clip.eval.retrieval import NamedRetrieval
 from llm2clip.parts import find_part, part_names
@@ -119,6 +119,13 @@ class Named:
         """What its protocol asks of a model; of one that sees no images what can be asked."""
         scored: list[Evaluator] = [self._zero_shot or self._retrieval] if images else []
         return [*scored, *([CaptionRetrieval(self._samples)] if self.card.cra else [])]
+
+    def texts(self) -> list[str]:
+        """Every text that its evaluators ask a model for, once."""
+        found = [text for sample in self._samples for own in sample.captions.values() for text in own]
+        if self._zero_shot is not None:
+            found += self._zero_shot.sentences((*self._zero_shot.found.templates, *ONE))
+        return list(dict.fromkeys(found))
 
     def facts(self) -> dict[str, Any]:
         """What is no score, of the model that was scored last: median ranks, or the classes and those it confuses."""

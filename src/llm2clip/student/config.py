@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llm2clip.config import PRECISIONS, Weights, check_choice, check_positive, to_dict
 from llm2clip.errors import UsageError, setting
+from llm2clip.eval.benchmarks import check_benchmarks
 
 LOSSES = ("softmax", "sigmoid")
 """Rows of `loss.KINDS`; settings import no torch."""
@@ -146,6 +147,14 @@ class StudentConfig:
 
     val_bank: str | None = None
     """A bank of held-out images; its retrieval score picks the weights that are saved."""
+    val: tuple[str, ...] = ()
+    """Named benchmarks (see evaluate --list) whose scores do that instead; --val-bank then holds the vectors of their
+    texts (build-bank --benchmark)."""
+    val_root: str | None = None
+    """The folder of the benchmark's files, or the one that holds those of each benchmark under its name."""
+    val_score: str | None = None
+    """The score that picks, as the log names it after val/: urban1k/t2i_r@1, say. By default the mean of R@1 both ways
+    over all kinds; of benchmarks the mean of theirs, and of top-1 accuracy."""
     val_every: int = 500
     """Steps between scores on --val-bank."""
     patience: int | None = None
@@ -233,8 +242,11 @@ class StudentConfig:
             raise UsageError(
                 f"{setting('label_smoothing')} is for {setting('loss', 'softmax')}; leave one of the two out"
             )
-        if self.patience is not None and self.val_bank is None:
-            raise UsageError(f"{setting('patience')} needs scores to wait for; add {setting('val_bank', 'DIR')}")
+        check_benchmarks(self.val, self.val_root, flag="val", place="val_root")
+        for name in ("patience", "val", "val_score"):
+            if getattr(self, name) and self.val_bank is None:
+                why = "vectors of its texts" if name == "val" else "scores to wait for"
+                raise UsageError(f"{setting(name)} needs {why}; add {setting('val_bank', 'DIR')}")
 
     def _check_inheritance(self) -> None:
         if self.inherit == "auto" and self.init == "pretrained":

@@ -30,7 +30,8 @@ def check_banks(banks: Sequence[Bank]) -> None:
     for bank in banks:
         if not bank.num_samples:
             raise UsageError(f"{setting('bank')} {bank.folder} holds no samples; leave it out")
-        if bank.manifest["config"].get("text_only"):
+        config = bank.manifest["config"]
+        if config.get("text_only") or config.get("benchmark"):
             raise UsageError(
                 f"{setting('bank')} {bank.folder} holds captions without images; give it as "
                 f"{setting('inherit_bank', (str(bank.folder),))}"

@@ -44,7 +44,7 @@ from llm2clip.student.optim import build_optimizer
 from llm2clip.student.start import open_tower, open_transform, start_student
 from llm2clip.student.tower import checkpoint_activations
 from llm2clip.student.trainable import choose_what_learns
-from llm2clip.student.validate import validate
+from llm2clip.student.validate import open_evaluators, validate
 
 logger = logging.getLogger("llm2clip")
 PAPER_DIM = 1280
@@ -101,9 +101,11 @@ class Session:
         self.banks = [Bank.open(folder) for folder in config.bank]
         self.text_banks = [Bank.open(folder) for folder in config.inherit_bank]
         self.val_bank = Bank.open(config.val_bank) if config.val_bank else None
-        check_banks([*self.banks, self.val_bank] if self.val_bank else self.banks)
-        for bank in self.text_banks:
+        check_banks(self.banks)
+        for bank in [*self.text_banks, *([self.val_bank] if self.val_bank else [])]:
             check_teacher(bank, self.banks[0])
+        if self.val_bank is not None:
+            self.evaluators = open_evaluators(self.val_bank, config.val, config.val_root, config.val_score)
         self.tower = open_tower(config.tower, revision=config.tower_revision)
         if self.tower.teacher not in (None, self.banks[0].teacher_fingerprint):
             raise UsageError(
@@ -326,12 +328,14 @@ class Session:
         assert self.val_bank is not None
         workers = self.config.workers
         with self._averaged():
-            scores = validate(self.student, self.accelerator, self.val_bank, self.transform, workers=workers)
+            parts = (self.student, self.accelerator, self.val_bank, self.transform, self.evaluators)
+            scores = validate(*parts, workers=workers)
             weights = self._weights()
         self.journal.note(self.step, scores)
         self.waited += 1
-        if scores["val/r@1"] > self.best:
-            self.best, self.waited = scores["val/r@1"], 0
+        value = scores[f"val/{self.config.val_score or 'r@1'}"]
+        if value > self.best:
+            self.best, self.waited = value, 0
             if self.accelerator.is_main_process:
                 save_best(self.out, weights)
         return self.config.patience is not None and self.waited >= self.config.patience

@@ -1,9 +1,10 @@
-"""The score that picks the weights: retrieval between held-out images and their captions' vectors in a bank."""
+"""The score that picks the weights: on held-out images and their captions in a bank, or on named benchmarks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from llm2clip.bank.reader import Bank
+from llm2clip.config import check_choice
 from llm2clip.data.bad import BadImage, BadSamples
 from llm2clip.data.feeder import encoded
 from llm2clip.data.images import load_image
-from llm2clip.errors import LLM2CLIPError, setting
+from llm2clip.data.sample import ImageRef
+from llm2clip.errors import LLM2CLIPError, UsageError, setting
+from llm2clip.eval.named import Named
+from llm2clip.protocols import Captioned, Encoder, Evaluator
 from llm2clip.scores import Retrieval
 from llm2clip.student.transform import ImageTransform
 
@@ -24,10 +29,14 @@ ROWS_AT_ONCE = 4096
 """Captions' vectors that go through the adaptor together."""
 
 
-class BankSample(NamedTuple):
-    """A sample of a bank as evaluators take one: its image is its number, its captions are rows."""
+RETRIEVED, ONE_OF_MANY = ("i2t_r@1", "t2i_r@1", "top1"), ("one-template/", "-tokens/")
+"""The scores whose mean is that of a benchmark, and what the names of those hold that are of a part or another way."""
 
-    image: int
+
+class BankSample(NamedTuple):
+    """A sample of a bank as evaluators take one: its captions are rows."""
+
+    image: ImageRef
     captions: Mapping[str, Sequence[int]]
     id: str = ""
 
@@ -39,32 +48,46 @@ class StudentEncoder:
     numbers past the last one among them, and an image that cannot be read goes through the tower as a black one.
 
     Args:
+        bank: the vectors of captions, and of all texts that are asked for.
+        benchmark: what the samples are of, every image of which must be read; None where they are the bank's.
         threads: that read images.
     """
 
     def __init__(
-        self, student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, *, threads: int = 1
+        self,
+        student: Any,
+        accelerator: Any,
+        bank: Bank,
+        transform: ImageTransform,
+        *,
+        benchmark: str | None = None,
+        threads: int = 1,
     ) -> None:
         self._student, self._accelerator, self._bank = student, accelerator, bank
-        self._transform, self._threads = transform, threads
+        self._transform, self._benchmark, self._threads = transform, benchmark, threads
+        self._samples: Sequence[Captioned] = ()
         self._unreadable: set[int] = set()
 
-    def images(self, samples: Sequence[BankSample]) -> tuple[list[int], Tensor]:
-        """The samples of a whole bank whose image can be read, and their vectors [n, D] on the CPU.
+    def images(self, samples: Sequence[Captioned]) -> tuple[list[int], Tensor]:
+        """The numbers of the samples whose image can be read, and their vectors [n, D] on the CPU.
 
         Raises:
-            LLM2CLIPError: if there is none.
+            LLM2CLIPError: if there is none; of a benchmark, if one cannot be read.
         """
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        own = (BankSample(number, {}) for number in range(rank, -(-len(samples) // world) * world, world))
+        self._samples, self._unreadable = samples, set()
+        own = (_Numbered(number) for number in range(rank, -(-len(samples) // world) * world, world))
         none_stop = BadSamples(1.0, quiet=True)
         with torch.no_grad(), self._accelerator.autocast():
             batches = list(encoded(own, self, batch_size=BATCH_SIZE, bad=none_stop, threads=self._threads))
         everyone = _all_parts([([s.image for s in batch], vectors) for batch, vectors in batches], world)
         unreadable = set(_all_parts(list(self._unreadable), world))
         numbers = [number for part, _ in everyone for number in part]
-        kept = [row for row, number in enumerate(numbers) if number not in unreadable]
-        what = f"{setting('val_bank')} {self._bank.folder}"
+        kept = [row for row in np.argsort(numbers) if numbers[row] not in unreadable]
+        what = f"{setting('val_bank')} {self._bank.folder}" if self._benchmark is None else self._benchmark
+        bad = sorted(number for number in unreadable if number < len(samples))
+        if bad and self._benchmark is not None:
+            raise LLM2CLIPError(f"{what}: image {samples[bad[0]].id} cannot be read; a score on a part is no score")
         if not kept:
             raise LLM2CLIPError(f"{what}: none of its {len(samples)} images can be read")
         if len(kept) < len(samples):
@@ -75,9 +98,9 @@ class StudentEncoder:
     def prepare_image(self, number: int) -> Tensor:
         """The pixels of a sample's image; black, and noted, if it cannot be read."""
         try:
-            if number >= self._bank.num_samples:
-                raise BadImage("missing image", f"{number} of {self._bank.num_samples}")
-            return self._transform(load_image(self._bank.image(number), min_size=self._transform.eval_decode_size))
+            if number >= len(self._samples):
+                raise BadImage("missing image", f"{number} of {len(self._samples)}")
+            return self._transform(load_image(self._samples[number].image, min_size=self._transform.eval_decode_size))
         except BadImage:
             self._unreadable.add(number)
             return torch.zeros(3, *self._transform.image_size, dtype=torch.uint8)
@@ -88,9 +111,10 @@ class StudentEncoder:
         vectors: Tensor = self._student.get_image_features(pixels)
         return vectors.float().cpu().numpy()
 
-    def texts(self, texts: Sequence[int]) -> Tensor:
-        """[N, D] on the CPU, of the bank's vectors in these rows."""
-        rows, parts = np.array(texts, dtype=np.int64), [torch.empty(0, 1)]
+    def texts(self, texts: Sequence[Any]) -> Tensor:
+        """[N, D] on the CPU, of the bank's vectors of these texts; of its own captions, of these rows."""
+        rows = np.array(texts, dtype=np.int64) if self._benchmark is None else self._bank.find(texts)
+        parts = [torch.empty(0, 1)]
         with torch.no_grad(), self._accelerator.autocast():
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 vectors = torch.from_numpy(self._bank.vectors(rows[start : start + ROWS_AT_ONCE])).float()
@@ -98,26 +122,108 @@ class StudentEncoder:
         return torch.cat(parts[1:] or parts)
 
 
-def validate(
-    student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, *, workers: int = 0
-) -> dict[str, float]:
-    """R@1 of `student` on every readable image and every caption of `bank`, both ways by kind, and their mean.
+class _Numbered(NamedTuple):
+    """A sample whose image is known by its number, the last ones of some processes by one past all."""
+
+    image: int
+    captions: Mapping[str, Sequence[Any]] = MappingProxyType({})
+    id: str = ""
+
+
+class _Blank:
+    """Gives every image and text the same vector: what evaluators say of it are names."""
+
+    def images(self, samples: Sequence[Any]) -> tuple[list[int], Tensor]:
+        return list(range(len(samples))), torch.ones(len(samples), 1)
+
+    def texts(self, texts: Sequence[Any]) -> Tensor:
+        return torch.ones(len(texts), 1)
+
+
+Evaluators = Mapping[str | None, Sequence[Evaluator]]
+"""What a student is scored by: of each benchmark, or of None, which is the bank itself."""
+
+
+def open_evaluators(bank: Bank, benchmarks: Sequence[str], root: str | None, score: str | None) -> Evaluators:
+    """What a student is scored by, all there.
+
+    Args:
+        bank: the held-out images, or the texts of the benchmarks.
+        benchmarks: their names.
+        root: the folder of their files.
+        score: the one that picks the weights.
 
     Raises:
-        LLM2CLIPError: if no image can be read.
+        UsageError: if the bank lacks texts of a benchmark, or there is no such score.
+        SourceError: for files of a benchmark that are damaged, or not those of its protocol.
+    """
+    found: dict[str | None, Sequence[Evaluator]] = {}
+    for name in dict.fromkeys(benchmarks):
+        named = Named(name, str(root))
+        texts = named.texts()
+        absent = np.flatnonzero(bank.find(texts) < 0)
+        if len(absent):
+            raise UsageError(
+                f"{setting('val_bank')} {bank.folder} lacks {len(absent):,} of {len(texts):,} texts of {name}, such as "
+                f"{texts[absent[0]][:60]!r}; build it with llm2clip build-bank --benchmark {' '.join(benchmarks)} "
+                f"--root {root}"
+            )
+        found[name] = named.evaluators(images=True)
+    if not found:
+        if not (bank.num_samples and bank.image(0).path):
+            raise UsageError(
+                f"{setting('val_bank')} {bank.folder} holds texts without images; give {setting('val', ('NAME',))} or "
+                "another bank"
+            )
+        found[None] = [Retrieval(bank_samples(bank), ks=(1,))]
+    if score is not None:
+        check_choice(setting("val_score"), score, scores_by(found, lambda _: _Blank()))
+    return found
+
+
+def scores_by(evaluators: Evaluators, encoder_of: Callable[[str | None], Encoder]) -> dict[str, float]:
+    """The scores of an encoder: "<benchmark>/<score>", of the bank itself the score alone, and "r@1".
+
+    "r@1" is the mean, over benchmarks, of the mean of R@1 both ways over all parts, or of top-1 accuracy.
+    """
+    found: dict[str, float] = {}
+    means = []
+    for benchmark, each in evaluators.items():
+        encoder = encoder_of(benchmark)
+        own = {score.name: score.value for evaluator in each for score in evaluator.run(encoder)}
+        counted = [
+            value
+            for name, value in own.items()
+            if name.rpartition("/")[2] in RETRIEVED and not any(part in name for part in ONE_OF_MANY)
+        ]
+        means.append(np.mean(counted))
+        found |= {name if benchmark is None else f"{benchmark}/{name}": value for name, value in own.items()}
+    return {**found, "r@1": float(np.mean(means))}
+
+
+def validate(
+    student: Any, accelerator: Any, bank: Bank, transform: ImageTransform, evaluators: Evaluators, *, workers: int = 0
+) -> dict[str, float]:
+    """The scores of `student` by their names behind "val/", see `scores_by`.
+
+    Raises:
+        LLM2CLIPError: if no image can be read; of a benchmark, if one cannot.
     """
     was_training = student.training
     student.eval()
-    encoder = StudentEncoder(student, accelerator, bank, transform, threads=max(1, workers))
-    found = {f"val/{score.name}": score.value for score in Retrieval(bank_samples(bank), ks=(1,)).run(encoder)}
+
+    def encoder_of(benchmark: str | None) -> StudentEncoder:
+        return StudentEncoder(student, accelerator, bank, transform, benchmark=benchmark, threads=max(1, workers))
+
+    found = scores_by(evaluators, encoder_of)
     student.train(was_training)
-    return {**found, "val/r@1": float(np.mean(list(found.values())))}
+    return {f"val/{name}": value for name, value in found.items()}
 
 
 def bank_samples(bank: Bank) -> list[BankSample]:
     """All samples of a bank as `Retrieval` takes them, each with all kinds, so that scores come in the bank's order."""
     return [
-        BankSample(number, {kind: bank.rows(number, kind).tolist() for kind in bank.kinds})
+        BankSample(bank.image(number), {kind: bank.rows(number, kind).tolist() for kind in bank.kinds})
         for number in range(bank.num_samples)
     ]
 

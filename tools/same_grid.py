@@ -226,7 +226,9 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "teacher_revision": HUB,
         "trust_remote_code": HUB,
         "baseline": Because("the old code lacks it"),
-        **dict.fromkeys(("benchmark", "root", "list", "compare", "cache"), Because("the old code lacks it")),
+        **dict.fromkeys(
+            ("benchmark", "root", "download", "list", "compare", "cache"), Because("the old code lacks it")
+        ),
         "precision": "--precision bf16",
         "batch_size": "= --batch-size 5",
         "device": "= --device cpu",
@@ -318,7 +320,7 @@ ADDED: dict[str, dict[str, str]] = {
     "evaluate": {
         **_READS,
         "baseline": "adds to the report; the model's own scores are as before",
-        **dict.fromkeys(("benchmark", "root", "list", "compare", "cache"), "new: named benchmarks"),
+        **dict.fromkeys(("benchmark", "root", "download", "list", "compare", "cache"), "new: named benchmarks"),
     },
 }
 """Verb -> field that the old code lacks -> why the rest is as before. Verbs that are new: field "*"."""

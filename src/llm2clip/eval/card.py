@@ -14,6 +14,8 @@ from llm2clip.config import to_dict
 PUBLISHED = Path(__file__).parent / "published.tsv"
 FIVE = ("flickr30k", "coco-karpathy", "sharegpt4v-1k", "urban1k", "docci")
 """The sets of the paper's table 1, whose average it prints."""
+INNER = ("folders", "cra", "downloads", "variant_of")
+"""Fields that are nothing of the protocol."""
 TIES = "a tie counts against the model (cosines within 1e-6)"
 
 
@@ -34,6 +36,7 @@ class Card:
         captions: how many there are, by language where there are such; likewise.
         notes: what else one should know.
         cra: whether captions are also sought among captions.
+        downloads: plain addresses of all its files, where the licence lets anyone fetch them.
         variant_of: the benchmark whose files it reads, too; below `--root` that one's folder serves both.
     """
 
@@ -49,12 +52,13 @@ class Card:
     captions: int | Mapping[str, int] | None
     notes: tuple[str, ...] = ()
     cra: bool = False
+    downloads: tuple[str, ...] = ()
     variant_of: str = ""
 
     def told(self) -> dict[str, Any]:
         """What a report says of the protocol, JSON-ready."""
         return {
-            **{name: value for name, value in to_dict(self).items() if name not in ("folders", "cra", "variant_of")},
+            **{name: value for name, value in to_dict(self).items() if name not in INNER},
             "ties": TIES,
         }
 
@@ -72,6 +76,7 @@ def described(name: str, card: Card) -> Iterator[str]:
         ("source", card.source),
         ("licence", card.licence),
         *(("fetch", line) for line in card.fetch),
+        *([("fetch", "or give --download")] if card.downloads else []),
         *(("note", line) for line in card.notes),
         *(("published", row.told()) for row in published(name)),
     ):

@@ -12,7 +12,7 @@ from llm2clip.errors import UsageError, setting
 from llm2clip.eval.benchmarks import check_benchmarks
 
 NO_BASELINE = "none"
-SPEED_FIELDS = ("out", "root", "list", "cache", "batch_size", "device")
+SPEED_FIELDS = ("out", "root", "download", "list", "cache", "batch_size", "device")
 """Fields that do not decide the scores (beyond rounding)."""
 
 
@@ -31,6 +31,8 @@ class EvaluateConfig(SourceConfig):
     """Named benchmarks, each scored as its protocol card says."""
     root: str | None = None
     """The folder of the benchmark's files, or the one that holds those of each benchmark under its name."""
+    download: bool = False
+    """First fetch what --root lacks, where the licence and plain addresses allow it: docci, xm3600, xm3600-first."""
     list: bool = False
     """Print the benchmarks there are, or the cards of those named, and do nothing else."""
     out: Path | None = None
@@ -76,6 +78,8 @@ class EvaluateConfig(SourceConfig):
         check_choice(setting("precision"), self.precision, PRECISIONS)
         check_positive(batch_size=self.batch_size)
         check_benchmarks(self.benchmark, "" if self.list else self.root)
+        if self.download and not self.benchmark:
+            raise UsageError(f"{setting('download')} fetches what {setting('benchmark')} NAME takes; name one")
         if self.list:
             return
         if not (self.data or self.benchmark):

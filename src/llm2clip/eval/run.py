@@ -20,11 +20,12 @@ from llm2clip.eval import evaluators
 from llm2clip.eval.cache import Features, arithmetic_of, model_digest
 from llm2clip.eval.config import EvaluateConfig
 from llm2clip.eval.datasets import named_datasets
+from llm2clip.eval.download import download
 from llm2clip.eval.encode import Remembering
 from llm2clip.eval.foreign import StoredVectors
 from llm2clip.eval.gallery import QUERIES, gallery
 from llm2clip.eval.models import check_same_model, open_baseline, open_beside, open_encoder
-from llm2clip.eval.named import Named, NoneBad, told
+from llm2clip.eval.named import Named, NoneBad, card_of, told
 from llm2clip.eval.ranking import differences_of, intervals
 from llm2clip.eval.report import write_pages
 from llm2clip.eval.verdict import judge
@@ -57,6 +58,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return {}
     out = Path(config.out or "")
     with open_output(out, "report", config=config.settings()):
+        for name in config.benchmark if config.download else ():
+            download(name, card_of(name), Path(str(config.root)))
         sources = open_all(config)
         if is_complete(out):
             done = dict(read_json(out / REPORT))

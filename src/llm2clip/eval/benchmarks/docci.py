@@ -17,6 +17,10 @@ CARD = Card(
     licence="CC BY 4.0",
     fetch=("docci_descriptions.jsonlines, and docci_images.tar.gz unpacked to images/ (google.github.io/docci)",),
     folders=("images", "docci_images/images"),
+    downloads=(
+        "https://storage.googleapis.com/docci/data/docci_descriptions.jsonlines",
+        "https://storage.googleapis.com/docci/data/docci_images.tar.gz",
+    ),
     images=5000,
     captions=5000,
     notes=("the paper speaks of 1.5K images; the split has 5,000, and all who give their code use them",),

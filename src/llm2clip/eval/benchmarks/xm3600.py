@@ -29,6 +29,10 @@ CARD = Card(
         "or the Parquet files of hf floschne/xm3600, data/<language>-*.parquet",
     ),
     folders=("images",),
+    downloads=(
+        "https://google.github.io/crossmodal-3600/web-data/captions.zip",
+        "https://open-images-dataset.s3.amazonaws.com/crossmodal-3600/images.tgz",
+    ),
     images=3600,
     captions={language: int(count) for language, count in COUNTS.items()},
     notes=(

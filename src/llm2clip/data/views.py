@@ -11,12 +11,13 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-END = re.compile(r"""[.!?]+["'”’»)\]]*\s+|[。！？]+["'”’」』）]*\s*""")
+END = re.compile(r"""(?<![.!?])[.!?]+["'”’»)\]]*\s+|[。！？]+["'”’」』）]*\s*""")
 """Where a sentence may end: at marks before a space or at full-width ones, with quotes and brackets that close."""
 ABBREVIATION = re.compile(
     r"(?<!\w)([A-Z]|([^\W\d_]\.)+[^\W\d_]|(?i:mr|mrs|ms|dr|st|mt|vs|approx|sr|sra|srta|dra|p|ej))$"
 )
 """What a single full stop ends no sentence behind: an initial, "e.g", "U.S", and usual English and Spanish ones."""
+LONGEST_ABBREVIATION = 16
 
 
 def split_sentences(text: str) -> list[str]:
@@ -28,12 +29,14 @@ def split_sentences(text: str) -> list[str]:
     ['A dog, e.g. 3.5 m long. ', '¿Es grande? ', '一只狗。', '很大！']
     """
     found: list[str] = []
-    start = 0
+    start = looked_at = 0
+    has_letter = False
     for mark in END.finditer(text):
-        is_stop = mark.group().rstrip() == "."
-        if _has_letter(text[start : mark.start()]) and not (is_stop and ABBREVIATION.search(text, start, mark.start())):
-            found.append(text[start : mark.end()])
-            start = mark.end()
+        has_letter = has_letter or _has_letter(text[looked_at : mark.start()])
+        looked_at = mark.end()
+        if has_letter and not (mark.group().rstrip() == "." and _is_abbreviated(text, start, mark.start())):
+            found.append(text[start:looked_at])
+            start, has_letter = looked_at, False
     tail = text[start:]
     if _has_letter(tail) or not found:
         return [*found, tail]
@@ -42,6 +45,10 @@ def split_sentences(text: str) -> list[str]:
 
 def _has_letter(text: str) -> bool:
     return any(map(str.isalpha, text))
+
+
+def _is_abbreviated(text: str, start: int, end: int) -> bool:
+    return ABBREVIATION.search(text, max(start, end - LONGEST_ABBREVIATION), end) is not None
 
 
 def rest(sentences: Sequence[str]) -> str:

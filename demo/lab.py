@@ -37,6 +37,8 @@ BUDGET = dataclasses.replace(BUDGETS["small"], steps=160, steps_tenth=80)
 CONTROL, PRETRAINED = "control", "mini CLIP as pretrained"
 CHOSEN = "inherit, whole tower, keep"
 """On validation scenes, of the arms that inherit from captions without images (docs/lab-notes.md)."""
+VIEWS = {"long": "rest,sample"}
+"""What a bank with views has beside the captions themselves."""
 TEXT_SEED = 1000
 """Seeds of scenes that only their captions are taken of begin here."""
 NOTHING = 1e-12
@@ -52,16 +54,19 @@ class Arm:
         texts: whether it inherits from captions without images, too.
         teacher: lora; lora-texts, which has read those captions in stage 1; or joined: lora's and the CLIP's text half.
         dtype: of the bank.
+        views: whether the bank has views of the long captions, too.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     texts: bool = False
     teacher: str = "lora"
     dtype: str = "float16"
+    views: bool = False
 
-    def banks(self) -> list[tuple[str, str, bool]]:
-        """Teacher, dtype and whether it is of the captions without images, of each bank it needs."""
-        return [(self.teacher, self.dtype, texts) for texts in {False, self.texts}]
+    def banks(self) -> list[tuple[str, str, str]]:
+        """Teacher, dtype and content of each bank it needs: "" or "views", and "texts", of captions without images."""
+        contents = ["views" if self.views else "", *(["texts"] if self.texts else [])]
+        return [(self.teacher, self.dtype, content) for content in contents]
 
 
 INHERIT: dict[str, Any] = {
@@ -75,6 +80,8 @@ INHERIT: dict[str, Any] = {
     "adaptor_warmup_steps": 0,
     "warmup_steps": 0,
 }
+VIEWED = {"short": 0.3, "long": 0.3, "long-rest": 0.2, "long-sample": 0.2}
+"""The mix of `INHERIT`, the long captions' share divided among them and their views."""
 WHOLE = {**INHERIT, "unlocked_blocks": None, "learning_rate": 5e-4, "keep": 0.0}
 BLIND = {**INHERIT, "steps": 1, "adaptor_learning_rate": NOTHING, "learning_rate": NOTHING}
 ARMS: dict[str, Arm] = {
@@ -92,6 +99,7 @@ ARMS: dict[str, Arm] = {
     "inherit own, whole tower, keep": Arm({**WHOLE, "keep": 1.0}),
     "inherit, whole tower": Arm(WHOLE, texts=True),
     CHOSEN: Arm({**WHOLE, "keep": 1.0}, texts=True),
+    f"{CHOSEN}, views": Arm({**WHOLE, "keep": 1.0, "mix": VIEWED}, texts=True, views=True),
 }
 
 
@@ -171,7 +179,7 @@ class Lab:
             jobs.append(Job(f"{seed} {teacher}", make_teacher, {**made, "teacher": teacher}, (before,), 110))
         jobs.sort(key=lambda job: job.name.endswith("joined"))
         for bank in {bank for arm in missing.values() for bank in arm.banks()}:
-            settings = dict(zip(("teacher", "dtype", "texts"), bank, strict=True))
+            settings: dict[str, Any] = dict(zip(("teacher", "dtype", "content"), bank, strict=True))
             jobs.append(Job(f"{seed} bank {bank}", make_bank, {**made, **settings}, (f"{seed} {bank[0]}",), 30))
         for name, arm in missing.items():
             needs = tuple(f"{seed} bank {bank}" for bank in arm.banks())
@@ -181,12 +189,11 @@ class Lab:
             jobs.append(Job(f"{seed} {PRETRAINED}", measure, settings, (f"{seed} data",), 10))
         return jobs
 
-    def bank(self, seed: int, teacher: str, dtype: str, *, texts: bool) -> Path:
-        """The folder of a bank: of the training captions, or of those without images."""
-        if (teacher, dtype, texts) == ("lora", "float16", False):
+    def bank(self, seed: int, teacher: str, dtype: str, content: str) -> Path:
+        """The folder of a bank: of the training captions, with their views or not, or of those without images."""
+        if (teacher, dtype, content) == ("lora", "float16", ""):
             return self.folder(seed) / "banks" / f"D-{self.share}"  # the demo's own
-        words = "-texts" if texts else ""
-        return self.folder(seed) / "banks" / f"{teacher}-{dtype}{words}-{self.share}"
+        return self.folder(seed) / "banks" / "-".join(filter(None, (teacher, dtype, content, self.share)))
 
     def teacher(self, seed: int, name: str) -> Path:
         """The folder of a teacher."""
@@ -241,15 +248,16 @@ def make_teacher(lab: Lab, seed: int, teacher: str) -> None:
         arms.make_teacher(lab.folder(seed), LLM, lab.budget, seed, share=lab.share, tuning="lora", texts=texts)
 
 
-def make_bank(lab: Lab, seed: int, teacher: str, dtype: str, texts: bool) -> None:
-    """The vectors of the training captions, or of the captions without images."""
+def make_bank(lab: Lab, seed: int, teacher: str, dtype: str, content: str) -> None:
+    """The vectors of the training captions, with their views or not, or of the captions without images."""
     from llm2clip.bank.build import build_bank
     from llm2clip.bank.config import BankConfig
 
-    out, encoder = lab.bank(seed, teacher, dtype, texts=texts), str(lab.teacher(seed, teacher))
+    out, encoder, texts = lab.bank(seed, teacher, dtype, content), str(lab.teacher(seed, teacher)), content == "texts"
     data = (str(lab.texts(seed)),) if texts else arms.tars(lab.folder(seed), lab.share)
+    views = VIEWS if content == "views" else {}
     if not is_complete(out):
-        build_bank(BankConfig(data=data, teacher=encoder, out=out, dtype=dtype, text_only=texts))
+        build_bank(BankConfig(data=data, teacher=encoder, out=out, dtype=dtype, text_only=texts, views=views))
 
 
 def measure(lab: Lab, seed: int, name: str, arm: Arm | None) -> None:
@@ -273,7 +281,7 @@ def train(lab: Lab, seed: int, arm: Arm, out: Path) -> dict[str, float | None]:
     """Stage 2; returns its seconds, with or without inheriting, those of a step, and the peak of its memory in MiB."""
     from llm2clip.student.train import train_student
 
-    banks = [lab.bank(seed, arm.teacher, arm.dtype, texts=texts) for texts in (False, True)]
+    banks = [lab.bank(seed, *bank) for bank in arm.banks()]
     config = arms.student_config(banks[0], CLIP, out, lab.budget, seed=seed, share=lab.share)
     config = dataclasses.replace(config, **{"inherit": "none", **arm.settings})
     if arm.texts:

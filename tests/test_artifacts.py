@@ -391,6 +391,7 @@ def test_what_a_killed_process_held_of_a_shared_folder_is_free(tmp_path: Path) -
         ({"epochs": 1}, {"epochs": 1.0}),
         ({"mix": {"short": 1.0}}, {"mix": {"short": 1}}),
         ({"seed": 0}, {"seed": 0, "image_root": None}),
+        ({"seed": 0}, {"seed": 0, "views": {}}),
     ],
 )
 def test_settings_that_mean_the_same_are_the_same(

@@ -29,6 +29,7 @@ SOURCE = {
     "split": Because("the old code lacks it"),
     "text_lines": Because("the old code lacks it"),
     "image_root": Because("the old code lacks it"),
+    "views": Because("the old code lacks it"),
 }
 ENCODE = {
     "precision": "--precision bf16",
@@ -302,6 +303,7 @@ _READS = {
     "split": "all rows as before, where it is not given",
     "text_lines": "differs for texts of several lines alone",
     "image_root": "images beside the table as before, where it is not given",
+    "views": "none by default",
 }
 ADDED: dict[str, dict[str, str]] = {
     "convert": {"*": "a new verb"},

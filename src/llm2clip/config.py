@@ -28,6 +28,11 @@ def _parse_columns(words: list[str]) -> dict[str, str]:
     return _parse_pairs(words, "short=caption")
 
 
+def _parse_views(words: list[str]) -> dict[str, str]:
+    """`["long=rest,sample"]` as `{"long": "rest,sample"}`."""
+    return _parse_pairs(words, "long=rest,sample")
+
+
 def _parse_texts(words: list[str]) -> dict[str, str]:
     """`["nli=Find an entailed sentence."]` as `{"nli": "Find an entailed sentence."}`."""
     return _parse_pairs(words, 'name="some words"')
@@ -64,6 +69,8 @@ def _spec(parse: Any, metavar: str) -> Any:
 
 Columns = Annotated[Mapping[str, str], _spec(_parse_columns, "KIND=COLUMN ...")]
 """A config field given as `--field kind=column ...` on the command line, as a dict in Python."""
+Views = Annotated[Mapping[str, str], _spec(_parse_views, "KIND=VIEW,... ...")]
+"""A config field given as `--field kind=view,view ...` on the command line, as a dict in Python."""
 Texts = Annotated[Mapping[str, str], _spec(_parse_texts, "NAME=TEXT ...")]
 """A config field given as `--field name="some words" ...` on the command line, as a dict in Python."""
 Weights = Annotated[Mapping[str, float], _spec(_parse_weights, "KIND=WEIGHT ...")]

@@ -18,7 +18,7 @@ MOST_NAMED = 3
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of settings, JSON-ready, that do not mean the same; what is absent is None.
+    """The names of settings, JSON-ready, that do not mean the same; what is absent is None, as is an empty mapping.
 
     >>> differing({"data": ["a/../b.csv"], "epochs": 1}, {"data": [os.path.abspath("b.csv")], "epochs": 1.0})
     []
@@ -32,7 +32,7 @@ def _place(name: str, settings: Mapping[str, Any]) -> Any:
     """A setting's value, or of a path the place that it leads to from here."""
     value = settings.get(name)
     if name not in PATHS or value is None:
-        return value
+        return None if value == {} else value
     places = [
         path if "://" in path else os.path.realpath(path) for path in ([value] if isinstance(value, str) else value)
     ]

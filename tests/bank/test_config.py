@@ -25,6 +25,11 @@ def config(**settings: Any) -> BankConfig:
         ({"shard": "8/8"}, "with i from 0 to n-1"),
         ({"prompt": "x", "prompt_name": "query"}, "give one of the two"),
         ({"max_bad_fraction": 2.0}, "^max_bad_fraction is 2.0"),
+        ({"data": ()}, "neither is given"),
+        ({"benchmark": ("urban1k",), "root": "b"}, "both are given; leave one out"),
+        ({"data": (), "benchmark": ("urban1k",)}, "benchmark urban1k takes root='DIR'"),
+        ({"data": (), "benchmark": ("urban",), "root": "b"}, "did you mean 'urban1k'"),
+        ({"data": (), "benchmark": ("urban1k",), "root": "b", "views": {"long": "rest"}}, "^views is about sources"),
     ],
 )
 def test_refused(settings: dict[str, Any], complaint: str) -> None:

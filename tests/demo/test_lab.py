@@ -13,10 +13,11 @@ import pytest
 
 from demo.classes import SETS, draw_alone, sentences, write_classes
 from demo.config import BUDGETS
-from demo.lab import ARMS, CONTROL, PRETRAINED, Lab, table
+from demo.lab import ARMS, CHOSEN, CONTROL, PRETRAINED, VIEWS, Lab, table
 from demo.results import CLASSES, COLUMNS
 from demo.scene import SPLITS
 from llm2clip.artifacts import write_json
+from llm2clip.data.views import views_of
 from llm2clip.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,16 @@ def test_an_arm_needs_its_teachers_and_banks_before_it(tmp_path: Path) -> None:
     for index, job in enumerate(jobs):
         assert set(job.needs) <= set(names[:index])
     assert {f"3 {name}" for name in (*ARMS, PRETRAINED)} <= set(names)
+
+
+def test_an_arm_with_views_has_a_bank_of_its_own_that_has_its_kinds(tmp_path: Path) -> None:
+    lab, arm = Lab(tmp_path, "val", "all", BUDGETS["quick"]), ARMS[f"{CHOSEN}, views"]
+    banks = [lab.bank(3, *bank) for bank in arm.banks()]
+    assert [bank.name for bank in banks] == ["lora-float16-views-all", "lora-float16-texts-all"]
+    assert [lab.bank(3, *bank).name for bank in ARMS[CHOSEN].banks()] == ["D-all", "lora-float16-texts-all"]
+    mix, plain = arm.settings["mix"], ARMS[CHOSEN].settings["mix"]
+    assert set(mix) - set(plain) == {made for _, _, made in views_of(VIEWS)} and mix["short"] == plain["short"]
+    assert sum(mix.values()) == pytest.approx(sum(plain.values()))
 
 
 def test_scenes_of_one_thing_are_of_their_split_and_class(tmp_path: Path) -> None:
@@ -82,6 +93,9 @@ def test_a_quick_run_and_one_more_arm(tmp_path: Path) -> None:
     assert run("--arms", "control", "inherit")[2:] == ["inherit"]
     assert run("--arms", "control", "--set", "captions_per_image=2")[3:] == ["control, captions_per_image=2"]
     assert (control / "val.json").stat().st_mtime_ns == before
+    assert run("--arms", f"{CHOSEN}, views")[-1] == f"{CHOSEN}, views"
+    bank = json.loads((tmp_path / "seed-0" / "banks" / "lora-float16-views-all" / "manifest.json").read_text())
+    assert list(bank["kinds"]) == ["short", "long", "long-rest", "long-sample"]
     inherited = json.loads((tmp_path / "seed-0" / "lab" / "inherit, all" / "model" / "manifest.json").read_text())[
         "config"
     ]

@@ -106,6 +106,7 @@ NOT_LEARNING = {
     "max_bad_fraction": "how a source is read: tests/data",
     "split": "which rows of a source are read: tests/data",
     "text_lines": "how a source is read: tests/data",
+    "views": "further kinds of caption of a source: tests/data",
     "revision": "where a source is from",
     "quantize": "needs a GPU",
     "save_adapter": "what is written",

@@ -113,6 +113,11 @@ class BankConfig(EncodeConfig, SourceConfig):
             raise UsageError(
                 f"a bank is of {setting('data', ('train.csv',))} or of {setting('benchmark')} NAME: {said}"
             )
+        if self.benchmark and (self.captions or self.views):
+            name = "captions" if self.captions else "views"
+            raise UsageError(
+                f"{setting(name)} is about sources; a benchmark says itself what it asks for: leave it out"
+            )
         if self.prompt is not None and self.prompt_name is not None:
             raise UsageError(
                 f"{setting('prompt')} {self.prompt!r} and {setting('prompt_name')} {self.prompt_name}: give one of "

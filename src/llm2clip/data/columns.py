@@ -31,6 +31,8 @@ LANGUAGES = frozenset(
     "sl sr sv sw ta te th tr uk ur vi zh".split()
 )
 """`caption_zh`, `zh_caption` -> kind "zh"."""
+USUAL_KINDS = ("raw", "short", "long", *sorted(LANGUAGES))
+"""The kinds that captions without named columns can be of."""
 SENTENCE_KEYS = ("raw", "caption", "text", "sentence")
 """Where a caption that is an object, as Karpathy's sentences are, has its text."""
 UNSEEN = frozenset({"Cc", "Cf", "Cn", "Zl", "Zp", "Zs"})

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llm2clip.config import Columns, check_choice
+from llm2clip.config import Columns, Views, check_choice
+from llm2clip.data.columns import USUAL_KINDS
+from llm2clip.data.views import VIEWS, views_of
 from llm2clip.errors import UsageError, setting
 
 TEXT_LINES = ("auto", "one")
@@ -28,6 +30,10 @@ class SourceConfig:
     captions: Columns = field(default_factory=dict)
     """Which column holds the captions of which kind: short=caption long=dense_caption. A kind may take several columns
     (raw=caption_0,caption_1). Columns of JSON files inside tars count too. Usual names are recognised without it."""
+
+    views: Views = field(default_factory=dict)
+    """Further kinds made of a kind's captions: rest (all sentences but the first) and sample (some of these, at least
+    one and not all): long=rest,sample adds the kinds long-rest and long-sample. After DeBias-CLIP; by default none."""
 
     image: str | None = None
     """Column that holds the image (a path, or embedded bytes); in a tar, its extension. Usual names are known."""
@@ -69,6 +75,20 @@ class SourceConfig:
         if not isinstance(self.captions, Mapping):
             example = setting("captions", {"short": "caption"})
             raise UsageError(f"{setting('captions')} is {self.captions!r}; give each kind its column, as in {example}")
+        self._check_views()
         check_choice(setting("text_lines"), self.text_lines, TEXT_LINES)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"{setting('max_bad_fraction')} is {self.max_bad_fraction}; it is a share between 0 and 1")
+
+    def _check_views(self) -> None:
+        if not isinstance(self.views, Mapping):
+            example = setting("views", {"long": "rest,sample"})
+            raise UsageError(f"{setting('views')} is {self.views!r}; name the views of each kind, as in {example}")
+        for kind, name, made in views_of(self.views):
+            given = setting("views", {kind: self.views[kind]})
+            check_choice(f"{given}: view", name, VIEWS)
+            check_choice(f"{given}: kind of caption", kind, self.captions or USUAL_KINDS)
+            if made in self.captions:
+                raise UsageError(
+                    f"{given} makes {made}, which {setting('captions')} names too; call that one otherwise"
+                )

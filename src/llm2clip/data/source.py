@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from llm2clip.data.sample import Part, Reading, Sample
 from llm2clip.data.spec import File, find_files, local_file
 from llm2clip.data.tables import OUTSIDE, TablePart
 from llm2clip.data.urls import is_url, suffix
+from llm2clip.data.views import add_views, views_of
 from llm2clip.errors import SourceError, UsageError
 from llm2clip.errors import setting as written
 
@@ -83,7 +84,7 @@ def open_source(config: SourceConfig, *, images: bool = True, setting: str = "da
         if what:
             _tell(f"{paths[0]}{f' and {len(paths) - 1} like it' if len(paths) > 1 else ''}: {what}")
     _look_for_images(parts, reading, fails=config.max_bad_fraction < 1)
-    return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction)
+    return Source(parts, reading=reading, max_bad_fraction=config.max_bad_fraction, views=config.views)
 
 
 def _look_for_images(parts: Sequence[Part], reading: Reading, *, fails: bool) -> None:
@@ -160,16 +161,21 @@ def _naming(part: Part) -> Iterator[None]:
 class Source:
     """Samples of several parts, one part after another; iterating again gives the same.
 
-    Its `fingerprint` is of the parts' names and sizes and the named columns, the same wherever the files lie; `bad` is
-    what was wrong in the present or last iteration.
+    Its `fingerprint` is of the parts' names and sizes, the named columns and the views, the same wherever the files
+    lie; `bad` is what was wrong in the present or last iteration.
     """
 
-    def __init__(self, parts: Sequence[Part], *, reading: Reading, max_bad_fraction: float) -> None:
+    def __init__(
+        self, parts: Sequence[Part], *, reading: Reading, max_bad_fraction: float, views: Mapping[str, str]
+    ) -> None:
         self._parts, self.num_parts = list(parts), len(parts)
+        self._views, self._lacking = dict(views), {made: kind for kind, _, made in views_of(views)}
         self._names = part_names([part.name for part in parts])
         self.bad = _CountedBad(max_bad_fraction)
         sizes = [[name, part.size] for name, part in zip(self._names, parts, strict=True)]
-        unusual = [value for value in (reading.split, reading.text_lines) if value not in (None, "auto")]
+        unusual = [
+            value for value in (reading.split, reading.text_lines, self._views) if value not in (None, "auto", {})
+        ]
         self.fingerprint = fingerprint([sizes, dict(reading.captions), reading.image, *unusual])
 
     def __iter__(self) -> Iterator[Sample]:
@@ -187,6 +193,10 @@ class Source:
         self.bad.check(self.bad.num_good + self.bad.num_bad)
         if not self.bad.num_good:
             raise SourceError(f"no usable samples in {', '.join(self._names[:5])}")
+        for made, kind in self._lacking.items():
+            logger.warning(
+                "%s: there is no %s, as no caption of the kind %s has sentences enough", written("views"), made, kind
+            )
 
     def part(self, number: int) -> Iterator[Sample]:
         """The good samples of one part; bad ones are added to `bad`. For going on where a run stopped.
@@ -198,6 +208,9 @@ class Source:
         with _naming(part):
             for sample in part.samples(self.bad):
                 self.bad.num_good += 1
+                if self._views:
+                    sample = replace(sample, captions=add_views(sample.captions, self._views))
+                    self._lacking = {made: kind for made, kind in self._lacking.items() if made not in sample.captions}
                 name = prefix + sample.id
                 if not name.isascii():  # a file name that is no UTF-8 shows its odd bytes as \xe9
                     name = name.encode("utf-8", "backslashreplace").decode()

@@ -99,6 +99,7 @@ def test_a_quick_run_and_one_more_arm(tmp_path: Path) -> None:
     inherited = json.loads((tmp_path / "seed-0" / "lab" / "inherit, all" / "model" / "manifest.json").read_text())[
         "config"
     ]
-    assert inherited["inherit"] == "auto" and len(inherited["inherit_bank"]) == 1 and inherited["steps"] == 4
+    assert inherited["inherit"] == "auto" and len(inherited["inherit_bank"]) == 1
+    assert inherited["steps"] == BUDGETS["quick"].steps
     told = json.loads((tmp_path / "lab-val-all.json").read_text())["arms"]
     assert told["inherit"][0]["seconds"] > 0 and set(told["control"][0]["scores"]) == {*COLUMNS, *CLASSES}

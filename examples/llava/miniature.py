@@ -56,16 +56,16 @@ class MiniatureConfig:
     """Runs, with seeds 0, 1, ...: of the students too, and of all data."""
     demo: Path | None = None
     """A folder of `llm2clip demo` with as many seeds, whose students are taken; by default they are made."""
-    captions: int = 480
+    captions: int = 960
     """Images of stage 1, a short caption each."""
-    scenes: int = 8000
+    scenes: int = 5000
     """Images of stage 2, with questions of each kind."""
     test: int = 200
     """Questions of each kind in the test."""
     batch_size: int = 8
     """Conversations a step, in both stages."""
-    learning_rate: float = 2e-3
-    """The peak, in both stages."""
+    rates: tuple[float, float] = (2e-3, 7e-4)
+    """The peaks of stages 1 and 2."""
 
 
 def miniature(config: MiniatureConfig) -> Path:
@@ -76,7 +76,8 @@ def miniature(config: MiniatureConfig) -> Path:
         write_data(folder / "data", config, seed)
         student = make_tower(config.demo or config.out / "demo", folder / "tower", seed)
         how = {"batch_size": config.batch_size, "micro_batch_size": config.batch_size, "workers": 0}
-        how |= {"learning_rate": config.learning_rate, "gradient_checkpointing": 0, "save_every": 50}
+        how |= {"gradient_checkpointing": 0, "save_every": 100}
+        rates = [{"learning_rate": rate} for rate in config.rates]
         data = folder / "data"
         settings = ArmsConfig(
             arms={"CLIP": str(SHIPPED / "clip"), "student": str(student)},
@@ -89,8 +90,8 @@ def miniature(config: MiniatureConfig) -> Path:
             out=config.out,
             seed=seed,
             suffix="",
-            stage_1=how,
-            stage_2=how,
+            stage_1=how | rates[0],
+            stage_2=how | rates[1],
         )
         compare(settings)
         for arm, scores in read_json(config.out / "results.json").items():

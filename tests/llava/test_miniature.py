@@ -99,4 +99,4 @@ def test_one_seed_at_its_smallest(finished_student: Path, tmp_path: Path) -> Non
     assert [len(log) for log in logs] == [1, 2, 1, 2]
     assert not (arms / "blind" / "1").exists()
     settings = json.loads((arms / "student" / "2" / "manifest.json").read_text())["config"]
-    assert (settings["seed"], settings["learning_rate"], settings["blind"]) == (0, config.learning_rate, False)
+    assert (settings["seed"], settings["learning_rate"], settings["blind"]) == (0, config.rates[1], False)

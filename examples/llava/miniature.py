@@ -56,16 +56,16 @@ class MiniatureConfig:
     """Runs, with seeds 0, 1, ...: of the students too, and of all data."""
     demo: Path | None = None
     """A folder of `llm2clip demo` with as many seeds, whose students are taken; by default they are made."""
-    captions: int = 1500
+    captions: int = 960
     """Images of stage 1, a short caption each."""
-    scenes: int = 4000
-    """Images of stage 2, with a question of each kind."""
+    scenes: int = 5000
+    """Images of stage 2, with questions of each kind."""
     test: int = 200
     """Questions of each kind in the test."""
-    batch_size: int = 32
+    batch_size: int = 8
     """Conversations a step, in both stages."""
-    learning_rate: float = 2e-3
-    """The peak, in both stages."""
+    rates: tuple[float, float] = (2e-3, 7e-4)
+    """The peaks of stages 1 and 2."""
 
 
 def miniature(config: MiniatureConfig) -> Path:
@@ -76,7 +76,8 @@ def miniature(config: MiniatureConfig) -> Path:
         write_data(folder / "data", config, seed)
         student = make_tower(config.demo or config.out / "demo", folder / "tower", seed)
         how = {"batch_size": config.batch_size, "micro_batch_size": config.batch_size, "workers": 0}
-        how |= {"learning_rate": config.learning_rate, "gradient_checkpointing": 0, "save_every": 50}
+        how |= {"gradient_checkpointing": 0, "save_every": 100}
+        rates = [{"learning_rate": rate} for rate in config.rates]
         data = folder / "data"
         settings = ArmsConfig(
             arms={"CLIP": str(SHIPPED / "clip"), "student": str(student)},
@@ -89,8 +90,8 @@ def miniature(config: MiniatureConfig) -> Path:
             out=config.out,
             seed=seed,
             suffix="",
-            stage_1=how,
-            stage_2=how,
+            stage_1=how | rates[0],
+            stage_2=how | rates[1],
         )
         compare(settings)
         for arm, scores in read_json(config.out / "results.json").items():
@@ -155,10 +156,9 @@ def write_data(folder: Path, config: MiniatureConfig, seed: int) -> None:
     rows = []
     scenes = islice(draw_scenes("train", seed=seed + 1000), config.scenes)
     for i, scene in enumerate(track(scenes, description="questions", unit="images", total=config.scenes)):
-        kinds = random.sample(list(TRAINED), len(TRAINED))
-        turns = [
-            (random.choice(TRAINED[kind]).format(x=x), y) for kind in kinds for x, y in question(kind, scene, random)
-        ]
+        asked = [(kind, x, y) for kind in TRAINED for x, y in question(kind, scene, random, most=3)]
+        random.shuffle(asked)
+        turns = [(random.choice(TRAINED[kind]).format(x=x), y) for kind, x, y in asked]
         rows.append(conversation(folder, f"question-{i}", scene, turns))
     (folder / "questions.json").write_text(json.dumps(rows), encoding="utf-8")
     for kind in ASKED:
@@ -184,8 +184,10 @@ def conversation(folder: Path, name: str, scene: Scene, turns: list[tuple[str, s
     return {"id": name, "image": path, "conversations": said}
 
 
-def question(kind: str, scene: Scene, random: Random) -> list[tuple[str, str]]:
+def question(kind: str, scene: Scene, random: Random, *, most: int = 1) -> list[tuple[str, str]]:
     """What a question of a kind is about, and its answer; nothing where a scene has no such question.
+
+    Of colours, which tell nothing of each other, it is up to `most` questions.
 
     Every number that a scene offers is as likely, and so are yes and no; what is not there has the colour of one thing
     and the shape of another.
@@ -201,7 +203,7 @@ def question(kind: str, scene: Scene, random: Random) -> list[tuple[str, str]]:
         return [(random.choice([x for x, count in counts.items() if count == number]), NUMBERS[number])]
     if kind == "colour":
         single = [thing for thing in scene.things if shapes[thing.shape] == 1]
-        return [(thing.shape, thing.colour) for thing in random.sample(single, min(1, len(single)))]
+        return [(thing.shape, thing.colour) for thing in random.sample(single, min(most, len(single)))]
     there = {(thing.colour, thing.shape) for thing in scene.things}
     absent = sorted({(colour, shape) for colour in colours for shape in shapes} - there)
     chosen, label = (random.choice(sorted(there)), "yes") if not absent or random.random() < 0.5 else (None, "no")

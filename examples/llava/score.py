@@ -210,13 +210,15 @@ def word_scores(questions: Sequence[Question], answers: Sequence[str]) -> dict[s
 def choice_scores(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """How many letters are right; and of the questions, in how many all rotations (MMBench's CircularEval).
 
+    An answer is a letter if that stands alone, or before a full stop, bracket, colon, comma or line's end.
+
     >>> asked = [Question("7", None, "", "A"), Question("1000007", None, "", "B"), Question("8", None, "", "C")]
     >>> choice_scores(asked, ["A", "A. a dog", "(C)"])
     {'accuracy': 0.6666666666666666, 'circular': 0.5}
     """
     rounds = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        letter = re.match(rf"\W*([{OPTIONS}])\b", answer)
+        letter = re.match(rf"\W*([{OPTIONS}])(?=[.):,\n]|$)", answer)
         rounds[int(question.name) % ROTATED].append(letter is not None and letter[1] == question.label)
     hits = [hit for each in rounds.values() for hit in each]
     return {"accuracy": sum(hits) / len(hits), "circular": sum(map(all, rounds.values())) / len(rounds)}

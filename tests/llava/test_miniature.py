@@ -41,6 +41,15 @@ def test_answers_are_right_and_spread() -> None:
     assert max(found["number"].values()) < 0.45 * found["number"].total()
 
 
+def test_a_scene_has_as_many_colour_questions_as_shapes_that_are_there_once() -> None:
+    for scene in islice(draw_scenes("test", seed=1), 40):
+        shapes = Counter(thing.shape for thing in scene.things)
+        once = {(thing.shape, thing.colour) for thing in scene.things if shapes[thing.shape] == 1}
+        asked = question("colour", scene, Random(0), most=3)
+        assert len(asked) == len({*asked}) == min(3, len(once)) and {*asked} <= once
+        assert len(question("colour", scene, Random(0))) == min(1, len(once))
+
+
 def test_the_tests_wordings_are_new_but_their_words_are_known(tmp_path: Path) -> None:
     for kind, frame in ASKED.items():
         assert frame not in TRAINED[kind]
@@ -61,7 +70,9 @@ def test_the_data_are_in_llavas_and_popes_layouts(tmp_path: Path) -> None:
     questions = read_conversations(tmp_path / "questions.json", tmp_path)
     assert [len(each.images) for each in captions + questions] == [1] * 8
     assert all(each.messages[0]["content"].startswith("<image>\n") for each in captions + questions)
-    assert {len(each.messages) for each in questions} <= {4, 6}
+    assert {len(each.messages) for each in questions} <= {4, 6, 8, 10}  # number, exists, and up to three colours
+    for each in questions:
+        assert len(asked := {turn["content"] for turn in each.messages[::2]}) == len(each.messages) / 2, asked
     for kind, frame in ASKED.items():
         rows = [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
         assert len(rows) == 4 and all((tmp_path / row["image"]).is_file() for row in rows)
@@ -88,4 +99,4 @@ def test_one_seed_at_its_smallest(finished_student: Path, tmp_path: Path) -> Non
     assert [len(log) for log in logs] == [1, 2, 1, 2]
     assert not (arms / "blind" / "1").exists()
     settings = json.loads((arms / "student" / "2" / "manifest.json").read_text())["config"]
-    assert (settings["seed"], settings["learning_rate"], settings["blind"]) == (0, config.learning_rate, False)
+    assert (settings["seed"], settings["learning_rate"], settings["blind"]) == (0, config.rates[1], False)

@@ -123,7 +123,9 @@ def test_mmbench_is_read_from_its_tsv(tmp_path: Path) -> None:
     assert opened(first.image).size == (400, 300)
     assert choice_scores([first, second], ["B", "B"]) == {"accuracy": 0.5, "circular": 0.0}
     assert choice_scores([first, second], ["(B) square", "A."]) == {"accuracy": 1.0, "circular": 1.0}
-    assert choice_scores([first, second], ["Because", "A dog"])["accuracy"] == 0.5  # a word is no letter, but "A" is
+    assert choice_scores([first, second], ["Because", "A dog"])["accuracy"] == 0.0  # words are no letters
+    for answer in ("A", "a", "A:", "A) x", "A. dog", "A, a dog", "(A)", "A\nas it barks"):
+        assert choice_scores([second], [answer])["accuracy"] == (answer != "a")
 
 
 def test_what_cannot_be_read_is_one_line(llava: Path, tmp_path: Path) -> None:

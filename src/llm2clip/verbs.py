@@ -125,7 +125,7 @@ VERBS = {
         config="llm2clip.eval.config:EvaluateConfig",
         function="llm2clip.eval.run:evaluate",
         memory=("--batch-size", "--precision bf16", "--device cpu"),
-        main="data benchmark root model teacher out list batch_size",
+        main="data benchmark root download model teacher out list batch_size",
         groups={"source": "captions", "model": "model_revision", "machine": "precision"},
         example="llm2clip evaluate --data test.csv --model student --teacher teacher --out report",
     ),

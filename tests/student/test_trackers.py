@@ -63,6 +63,7 @@ def test_every_setting_and_curve_is_told(tracker: tuple[str, Notes], tiny_tower:
         "bank_weights": "[]",
         "inherit_kinds": "[]",
         "inherit_bank": "[]",
+        "val": "[]",
     }
     for line in log(out):
         told = notes.lines[line.pop("step")]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2clip.config import to_dict
+from llm2clip.errors import setting
 
 PUBLISHED = Path(__file__).parent / "published.tsv"
 FIVE = ("flickr30k", "coco-karpathy", "sharegpt4v-1k", "urban1k", "docci")
@@ -76,7 +77,7 @@ def described(name: str, card: Card) -> Iterator[str]:
         ("source", card.source),
         ("licence", card.licence),
         *(("fetch", line) for line in card.fetch),
-        *([("fetch", "or give --download")] if card.downloads else []),
+        *([("fetch", f"or give {setting('download')}")] if card.downloads else []),
         *(("note", line) for line in card.notes),
         *(("published", row.told()) for row in published(name)),
     ):

@@ -163,10 +163,10 @@ def open_evaluators(bank: Bank, benchmarks: Sequence[str], root: str | None, sco
         texts = named.texts()
         absent = np.flatnonzero(bank.find(texts) < 0)
         if len(absent):
+            asked = f"{setting('benchmark', tuple(benchmarks))} and {setting('root', root)}"
             raise UsageError(
                 f"{setting('val_bank')} {bank.folder} lacks {len(absent):,} of {len(texts):,} texts of {name}, such as "
-                f"{texts[absent[0]][:60]!r}; build it with llm2clip build-bank --benchmark {' '.join(benchmarks)} "
-                f"--root {root}"
+                f"{texts[absent[0]][:60]!r}; build it with llm2clip build-bank, {asked}"
             )
         found[name] = named.evaluators(images=True)
     if not found:

@@ -224,8 +224,6 @@ def score(folder: Path, *, model: str | None, teacher: str | None, name: str, sp
 
     _evaluate(folder, model=model, teacher=teacher, name=name, captions=columns(), split=split)
     out = folder / CLASSES / f"{name}.json"
-    if out.exists():
-        return
     root, benchmark = folder / "data" / f"{split}-classes", "class-folders"
     config = EvaluateConfig(
         benchmark=(benchmark,), root=str(root), out=out, model=model, teacher=teacher, precision="fp32", baseline="none"

@@ -18,9 +18,11 @@ MOST_NAMED = 3
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of settings, JSON-ready, that do not mean the same; what is absent is None, as is an empty mapping.
+    """The names of settings, JSON-ready, that do not mean the same; what is absent is None, as is what is empty.
 
     >>> differing({"data": ["a/../b.csv"], "epochs": 1}, {"data": [os.path.abspath("b.csv")], "epochs": 1.0})
+    []
+    >>> differing({"seed": 0}, {"seed": 0, "views": {}, "val": [], "inherit_bank": []})
     []
     >>> differing({"prompt": "./b", "seed": 0}, {"prompt": "b", "seed": 0, "split": None})
     ['prompt']
@@ -31,8 +33,10 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _place(name: str, settings: Mapping[str, Any]) -> Any:
     """A setting's value, or of a path the place that it leads to from here."""
     value = settings.get(name)
+    if value in ([], {}):  # a setting of later code, left out
+        return None
     if name not in PATHS or value is None:
-        return None if value == {} else value
+        return value
     places = [
         path if "://" in path else os.path.realpath(path) for path in ([value] if isinstance(value, str) else value)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +33,12 @@ RETRIEVED, ONE_OF_MANY = ("i2t_r@1", "t2i_r@1", "top1"), ("one-template/", "-tok
 
 
 class BankSample(NamedTuple):
-    """A sample of a bank as evaluators take one: its captions are rows."""
+    """A sample of a bank as evaluators take one: its captions are rows.
 
-    image: ImageRef
+    Its image is where that lies, or its number among the samples that an encoder is given.
+    """
+
+    image: ImageRef | int
     captions: Mapping[str, Sequence[int]]
     id: str = ""
 
@@ -76,7 +78,7 @@ class StudentEncoder:
         """
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         self._samples, self._unreadable = samples, set()
-        own = (_Numbered(number) for number in range(rank, -(-len(samples) // world) * world, world))
+        own = (BankSample(number, {}) for number in range(rank, -(-len(samples) // world) * world, world))
         none_stop = BadSamples(1.0, quiet=True)
         with torch.no_grad(), self._accelerator.autocast():
             batches = list(encoded(own, self, batch_size=BATCH_SIZE, bad=none_stop, threads=self._threads))
@@ -120,14 +122,6 @@ class StudentEncoder:
                 vectors = torch.from_numpy(self._bank.vectors(rows[start : start + ROWS_AT_ONCE])).float()
                 parts.append(self._student.get_text_features(vectors.to(self._accelerator.device)).float().cpu())
         return torch.cat(parts[1:] or parts)
-
-
-class _Numbered(NamedTuple):
-    """A sample whose image is known by its number, the last ones of some processes by one past all."""
-
-    image: int
-    captions: Mapping[str, Sequence[Any]] = MappingProxyType({})
-    id: str = ""
 
 
 class _Blank:

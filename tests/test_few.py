@@ -26,8 +26,11 @@ def teacher(images: int, **settings: Any) -> TeacherConfig:
 def test_a_teacher_of_few_images(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="llm2clip")
     found = teacher(300)
-    assert (found.steps, found.epochs, found.learning_rate) == (100, None, 8e-4) and caplog.messages == [FEW_TOLD]
+    assert (found.steps, found.epochs, found.learning_rate) == (100, None, 8e-4)
+    assert caplog.messages[0] == FEW_TOLD and "join=('TOWER',)" in caplog.messages[1]
     assert (teacher(300, learning_rate=1e-5).learning_rate, teacher(300, learning_rate=1e-5).steps) == (1e-5, 100)
+    caplog.clear()
+    assert teacher(300, join=("clip",)).steps == 100 and len(caplog.messages) == 1, "it is advised no more"
     for length in ({"epochs": 3}, {"steps": 7}):
         own = teacher(300, **length)
         assert {"steps": own.steps, "epochs": own.epochs, "rate": own.learning_rate} == {
@@ -59,8 +62,8 @@ def test_a_student_of_few_images(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(training, "Bank", Banks)
     caplog.set_level(logging.INFO, logger="llm2clip")
     found = student("200", "100")
-    assert (found.batch_size, found.steps, found.adaptor_learning_rate, found.unlocked_blocks) == (128, 160, 1e-3, 0)
-    assert caplog.messages[-1].startswith("300 images are few: batch_size=128, steps=160, adaptor_learning_rate=0.001")
+    assert (found.batch_size, found.steps, found.unlocked_blocks) == (128, 160, 0)
+    assert caplog.messages[-1].startswith("300 images are few: batch_size=128, steps=160, unlocked_blocks=0")
     assert student("100").batch_size == 100 and student("100", processes=3).batch_size == 99
     assert (
         student("300", lora_rank=4).unlocked_blocks is None and student("300", unlocked_blocks=2).unlocked_blocks == 2
@@ -70,7 +73,6 @@ def test_a_student_of_few_images(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         "a bank that is never drawn does not count"
     )
     many = student("5000")
-    assert (many.batch_size, many.steps, many.adaptor_learning_rate, many.unlocked_blocks) == (4096, None, 3e-4, None)
+    assert (many.batch_size, many.steps, many.unlocked_blocks) == (4096, None, None)
     own = student("300", epochs=2)
-    assert (own.batch_size, own.steps, own.adaptor_learning_rate, own.unlocked_blocks) == (300, None, 3e-4, None)
-    assert student("300", adaptor_learning_rate=1e-4).adaptor_learning_rate == 1e-4
+    assert (own.batch_size, own.steps, own.unlocked_blocks) == (300, None, None)

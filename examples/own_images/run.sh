@@ -9,7 +9,7 @@ mkdir -p "${1:-out/own_images}" && cd "${1:-out/own_images}"
 [ -e test.csv ] || "$python" "$here/draw.py" . --train "$images" --test 100 --seed "${3:-0}"
 
 run() { "$python" -m llm2clip "$@"; }
-run train-teacher --data train.csv --model "$models/llm" --out teacher
+run train-teacher --data train.csv --model "$models/llm" --join "$models/clip" --out teacher
 run build-bank    --data train.csv --teacher teacher --out bank
 run train-student --bank bank --tower "$models/clip" --out student
 run evaluate      --data test.csv --model student --teacher teacher --out scores

@@ -15,10 +15,10 @@ from llm2clip.errors import setting
 logger = logging.getLogger("llm2clip")
 FEW_IMAGES = 5000
 """Below so many images these are the defaults."""
-TEACHER_STEPS, TEACHER_BATCH = 100, 64
+TEACHER_STEPS = 100
 LORA_RATE, HIGHEST_LORA_RATE, LORA_WIDTH = 2e-4, 2e-3, 4096
 """The paper's rate, for an LLM of the paper's width; as much higher as the LLM is narrower, up to the miniature's."""
-STUDENT_STEPS, STUDENT_BATCH, ADAPTOR_RATE = 160, 128, 1e-3
+STUDENT_STEPS, STUDENT_BATCH = 160, 128
 
 
 def lora_rate(width: int) -> float:

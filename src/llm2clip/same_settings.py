@@ -9,8 +9,8 @@ from typing import Any
 from llm2clip.errors import setting, shown
 
 PATHS = frozenset(
-    "data eval_data text_pairs mntp_text image_root model teacher teachers tower baseline bank banks val_bank val_root "
-    "inherit_bank root compare".split()
+    "data eval_data text_pairs mntp_text image_root model join teacher teachers tower baseline bank banks val_bank "
+    "val_root inherit_bank root compare".split()
 )
 """Settings that name files, folders or Hub ids: two spellings of one place are the same setting."""
 MOST_NAMED = 3

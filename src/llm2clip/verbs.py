@@ -35,7 +35,7 @@ VERBS = {
         config="llm2clip.teacher.config:TeacherConfig",
         function="llm2clip.teacher.train:train_teacher",
         memory=("--micro-batch-size", "--gradient-checkpointing", "--precision bf16"),
-        main="data model out epochs batch_size eval_data",
+        main="data model join out epochs batch_size eval_data",
         groups={
             "source": "captions",
             "model": "model_revision",

@@ -26,15 +26,18 @@ from llm2clip import (
     ExportConfig,
     JoinConfig,
     StudentConfig,
+    TeacherConfig,
     build_bank,
     evaluate,
     join_teachers,
     load_teacher,
     train_student,
+    train_teacher,
 )
 from llm2clip.bank.load import load_for_encoding
 from llm2clip.cli import run
 from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.export.card import llm_of
 from llm2clip.export.run import export_model
 from llm2clip.hub import find_model
 from llm2clip.teacher import join as joining
@@ -329,3 +332,25 @@ def test_a_context_is_no_longer_than_the_tokenizer_says(two_towers, tmp_path: Pa
     t.AutoTokenizer.from_pretrained(folder, model_max_length=9).save_pretrained(folder)
     half = joining.text_half(find_model(folder))
     assert half.max_seq_length == 9 and half.preprocess([LONG])["input_ids"].shape == (1, 9)
+
+
+def test_train_teacher_joins_what_it_trained(tiny_llm: Path, two_towers, images_csv: Path, tmp_path: Path) -> None:
+    settings = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 2, "batch_size": 4, "precision": "fp32"}
+    alone = train_teacher(TeacherConfig(out=tmp_path / "alone", **settings))
+    clip = str(two_towers["clip"])
+    together = train_teacher(TeacherConfig(out=tmp_path / "together", join=(clip,), **settings))
+    one, other = (load_teacher(folder, device="cpu").encode(TEXTS) for folder in (alone, together))
+    np.testing.assert_allclose(other[:, :32], unit(one), atol=1e-5)
+    np.testing.assert_allclose(other[:, 32:], ClipEncoder.from_pretrained(clip).encode_text(TEXTS), atol=1e-5)
+    manifest = json.loads((together / "manifest.json").read_text())
+    assert [member["name"] for member in manifest["members"]] == [str(tiny_llm), clip]
+    assert manifest["dim"] == 56 and manifest["after"] == json.loads((alone / "manifest.json").read_text())["after"]
+    assert teacher_fingerprint(together) == teacher_fingerprint(join_all(tmp_path / "joined", alone, Path(clip)))
+    assert not (together / "work").exists() and llm_of(str(together)) == [tiny_llm.name, "clip"]
+
+
+def test_what_cannot_be_joined_is_told_before_the_training(tiny_llm: Path, tiny_tower, images_csv, tmp_path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"tower .*is a vision model"):
+        train_teacher(TeacherConfig(data=(str(images_csv),), model=str(tiny_llm), join=(str(tiny_tower),), out=out))
+    assert not (out / "run.json").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,13 @@ def llm_of(teacher: str | None) -> str | list[str] | None:
         return None
     manifest = Path(teacher) / MANIFEST
     facts = read_json(manifest) if manifest.is_file() else {}
-    config = facts.get("config", {})
-    if members := config.get("teachers") or facts.get("llm"):  # the latter in one that was pushed
-        return [shown_name(member) for member in members]
-    return str(config.get("model") or teacher)
+    members = members_of(facts.get("config", {})) or facts.get("llm")  # the latter in one that was pushed
+    if not members:
+        return str(teacher)
+    return str(members[0]) if len(members) == 1 else [shown_name(member) for member in members]
+
+
+def members_of(config: Mapping[str, Any]) -> list[str]:
+    """What a teacher is made of by the settings in its manifest: the LLM that was trained, and what is joined."""
+    trained = [config["model"], *config.get("join", ())] if config.get("model") else []
+    return trained or list(config.get("teachers", ()))

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm2clip.artifacts import MANIFEST, RUN, check_finished, indented_json, made_as, read_json
 from llm2clip.errors import LLM2CLIPError, UsageError, one_line, setting
-from llm2clip.export.card import is_place, origin
+from llm2clip.export.card import is_place, members_of, origin
 from llm2clip.export.config import PushConfig
 
 logger = logging.getLogger("llm2clip")
@@ -118,7 +118,7 @@ def parts_of(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The models that a folder was made of, what each is and its name, as far as its manifest tells."""
     config, llm = manifest.get("config", {}), manifest.get("llm")
     if made_as(manifest) == "teacher":
-        llm = config.get("model") or config.get("teachers") or llm  # the last if it was pushed before
+        llm = members_of(config) or llm  # the last if it was pushed before
     llms = llm.split(", ") if isinstance(llm, str) else llm or []
     found = [("the LLM" if len(llms) == 1 else "a member of the teacher", name) for name in llms]
     named = {"the teacher": "teacher", "the student": "source", "the vision tower": "tower"}

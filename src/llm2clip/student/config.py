@@ -103,9 +103,9 @@ class StudentConfig:
     """adamw; or muon for the hidden matrices, with AdamW for the rest."""
     learning_rate: float = 1e-5
     """Peak learning rate; it falls to 0 along a cosine."""
-    adaptor_learning_rate: float | None = None
-    """Peak learning rate of the adaptor, the projection and the scale. By default 3e-4, or 0.001 where there are few
-    images; the released code has 1e-5 for them too, and 20 passes over 13 million images."""
+    adaptor_learning_rate: float = 3e-4
+    """Peak learning rate of the adaptor, the projection and the scale; the released code has 1e-5 for them too, and 20
+    passes over 13 million images."""
     warmup_steps: int = 0
     """Steps of linear rise to the peak."""
     adaptor_warmup_steps: int = 0

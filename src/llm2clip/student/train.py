@@ -40,8 +40,6 @@ from llm2clip.student.session import Session
 from llm2clip.student.trainable import add_lora, merge_lora
 
 logger = logging.getLogger("llm2clip")
-ADAPTOR_RATE = 3e-4
-"""Of the fresh parts, where there are not few images (docs/student.md, "Learning rates")."""
 SCRAPS = (LOG, CURVES, INHERITED)
 """What a run leaves before its first checkpoint."""
 
@@ -84,13 +82,13 @@ def train_student(config: StudentConfig) -> Path:
 
 
 def settle_few(config: StudentConfig, accelerator: Any) -> StudentConfig:
-    """`config` with what it leaves open by the number of images in its banks: length, batch, rate, what learns."""
+    """`config` with what it leaves open by the number of images in its banks: length, batch, what learns."""
     weights = config.bank_weights or [1.0] * len(config.bank)
     images = sum(Bank.open(bank).num_samples for bank, weight in zip(config.bank, weights, strict=True) if weight)
     chosen: dict[str, Any] = {}
     if images < few.FEW_IMAGES:
         batch_size = min(few.STUDENT_BATCH, images) // accelerator.num_processes * accelerator.num_processes
-        chosen = {"batch_size": batch_size, "steps": few.STUDENT_STEPS, "adaptor_learning_rate": few.ADAPTOR_RATE}
+        chosen = {"batch_size": batch_size, "steps": few.STUDENT_STEPS}
         if not config.lora_rank and config.init == "pretrained":
             chosen["unlocked_blocks"] = 0
     found = few.settle(config, chosen, images=images, main=accelerator.is_main_process)
@@ -100,8 +98,6 @@ def settle_few(config: StudentConfig, accelerator: Any) -> StudentConfig:
             logger.info(
                 "batches of %d: all images there are, where the paper takes %d", found["batch_size"], PAPER_BATCH
             )
-    if config.adaptor_learning_rate is None:
-        found.setdefault("adaptor_learning_rate", ADAPTOR_RATE)
     return dataclasses.replace(config, **found)
 
 

@@ -33,6 +33,9 @@ class TeacherConfig(SourceConfig):
     """Folder of the teacher; made if it is not there."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub `model`."""
+    join: tuple[str, ...] = ()
+    """Encoders whose vectors go behind the trained LLM's, as join-teachers does: with few images the CLIP whose tower
+    will be trained, for what its text half knows already (docs/few-images.md)."""
     trust_remote_code: bool = False
     """Run Python code that comes with `model`. Only for sources you trust."""
 
@@ -169,6 +172,7 @@ class TeacherConfig(SourceConfig):
             ),
             f"{quantize} trains adapters only; add {lora_tuning}": self.quantize and not lora,
             f"{quantize} and {mntp} exclude each other: that step needs the full weights": self.quantize and self.mntp,
+            f"{setting('join')} and {setting('adaptor_layers')} exclude each other": self.join and self.adaptor_layers,
             f"{setting('save_adapter')} needs {lora_tuning}": self.save_adapter and not lora,
             f"{setting('positives', 'same')} needs dropout to tell the two apart; add "
             f"{setting('attention_dropout', 0.3)}": (self.positives == "same" and not dropout),

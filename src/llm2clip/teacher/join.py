@@ -46,30 +46,37 @@ def join_teachers(config: JoinConfig) -> Path:
         if is_complete(out):
             logger.info("%s is already complete", out)
             return out
-        weights = config.weights or (1.0,) * len(encoders)
-        expected = joined_vectors(encoders, weights)
-        joined = join(encoders, weights)
-        joined.save_pretrained(str(out), create_model_card=False)
-        facts = [
-            {"name": name, "fingerprint": teacher_fingerprint(encoder), "dim": member["dim"]}
-            for name, encoder, member in zip(config.teachers, encoders, joined[0].members, strict=True)  # type: ignore[union-attr,arg-type]
-        ]
-        del encoders, joined  # their copy needs the room
-        gc.collect()
-        found = load_joined(out, device="cpu", trust_remote_code=config.trust_remote_code).encode(list(PROBES))
-        least = float(torch.cosine_similarity(torch.as_tensor(found), expected).min())
-        if not least >= MIN_COSINE:
-            raise LLM2CLIPError(f"{out} gives other vectors than its members: least cosine {least:.6f}")
-        write_manifest(
-            out,
-            "teacher",
-            config=config.settings(),
-            fingerprint=compute_fingerprint(out),
-            files=quick_digests(out),
-            dim=expected.shape[1],
-            members=facts,
-        )
+        write_manifest(out, "teacher", config=config.settings(), **write_joined(config, encoders))
     return out
+
+
+def write_joined(config: JoinConfig, encoders: list[SentenceTransformer]) -> dict[str, Any]:
+    """Write the joined teacher's files; returns what its manifest says of them.
+
+    Args:
+        encoders: from `open_members`; emptied, as what was written is loaded again and needs the room.
+
+    Raises:
+        LLM2CLIPError: if what was written gives other vectors than the teachers.
+    """
+    out = Path(config.out)
+    weights = config.weights or (1.0,) * len(encoders)
+    expected = joined_vectors(encoders, weights)
+    joined = join(encoders, weights)
+    joined.save_pretrained(str(out), create_model_card=False)
+    facts = [
+        {"name": name, "fingerprint": teacher_fingerprint(encoder), "dim": member["dim"]}
+        for name, encoder, member in zip(config.teachers, encoders, joined[0].members, strict=True)  # type: ignore[union-attr,arg-type]
+    ]
+    encoders.clear()
+    del joined
+    gc.collect()
+    found = load_joined(out, device="cpu", trust_remote_code=config.trust_remote_code).encode(list(PROBES))
+    least = float(torch.cosine_similarity(torch.as_tensor(found), expected).min())
+    if not least >= MIN_COSINE:
+        raise LLM2CLIPError(f"{out} gives other vectors than its members: least cosine {least:.6f}")
+    files = {"fingerprint": compute_fingerprint(out), "files": quick_digests(out)}
+    return {**files, "dim": expected.shape[1], "members": facts}
 
 
 def join(encoders: Sequence[SentenceTransformer], weights: Sequence[float]) -> SentenceTransformer:
@@ -100,27 +107,37 @@ def open_members(config: JoinConfig) -> list[SentenceTransformer]:
     Raises:
         UsageError: if one is no text encoder, or has code of its own.
     """
-    encoders = []
     revisions = config.revisions or (None,) * len(config.teachers)
-    for name, revision in zip(config.teachers, revisions, strict=True):
-        logger.info("reading %s", name)
-        folder = find_model(name, revision=revision)
-        if folder.kind == "transformers" and folder.config.get("model_type") in TWO_TOWERS:
-            encoder = text_half(folder)
-        else:
-            encoder = load_teacher(folder, device="cpu", trust_remote_code=config.trust_remote_code)
-        for module in encoder.children():
-            if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
-                raise UsageError(
-                    f"{setting('teachers')} {name} has a module that is not sentence-transformers' own "
-                    f"({type(module).__name__}); join others, or the members of a joined teacher themselves"
-                )
-        if getattr(getattr(encoder[0], "model", None), "peft_config", None):
+    members = zip(config.teachers, revisions, strict=True)
+    return [open_member(name, revision, trust_remote_code=config.trust_remote_code) for name, revision in members]
+
+
+def open_member(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, what: str = "teachers"
+) -> SentenceTransformer:
+    """One teacher to be joined, on the CPU.
+
+    Args:
+        what: the setting that names it, for messages.
+
+    Raises:
+        UsageError: if it is no text encoder, or has code of its own.
+    """
+    logger.info("reading %s", name)
+    folder = find_model(name, revision=revision)
+    if folder.kind == "transformers" and folder.config.get("model_type") in TWO_TOWERS:
+        encoder = text_half(folder)
+    else:
+        encoder = load_teacher(folder, device="cpu", trust_remote_code=trust_remote_code)
+    for module in encoder.children():
+        if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
             raise UsageError(
-                f"{setting('teachers')} {name} is an adapter on another model's weights; merge it into them first"
+                f"{setting(what)} {name} has a module that is not sentence-transformers' own "
+                f"({type(module).__name__}); join others, or the members of a joined teacher themselves"
             )
-        encoders.append(encoder)
-    return encoders
+    if getattr(getattr(encoder[0], "model", None), "peft_config", None):
+        raise UsageError(f"{setting(what)} {name} is an adapter on another model's weights; merge it into them first")
+    return encoder
 
 
 def text_half(folder: ModelFolder) -> SentenceTransformer:

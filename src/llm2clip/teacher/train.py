@@ -26,9 +26,10 @@ from llm2clip.journal import LOG, logged
 from llm2clip.outlook import ENOUGH, ends, has_gained, has_not_moved, learned_nothing, more_steps, too_few_steps
 from llm2clip.teacher import tuning
 from llm2clip.teacher.chat import turn_of
-from llm2clip.teacher.config import TeacherConfig
+from llm2clip.teacher.config import JoinConfig, TeacherConfig
 from llm2clip.teacher.data import TRIPLET, check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
+from llm2clip.teacher.join import open_member, open_members, write_joined
 from llm2clip.teacher.mixture import BatchOrder, Mixture, Task, check_sizes, count_steps, task_weights
 from llm2clip.teacher.mntp import MNTP_LOG, mask_token_id, train_mntp
 from llm2clip.teacher.model import find_text_model, four_bit_config, llm, llm_as_encoder, one_line_errors, save
@@ -114,23 +115,31 @@ def _finish(
             if config.quantize:
                 tuning.move_lora(encoder, _base(config, llm_folder, state), folder=config.work / "adapter")
             facts["merge_error"] = merge_checked(encoder, probe_set, tolerance=MERGE_TOLERANCE[config.precision])
-        save(encoder, out, attention=config.attention)
+        save(encoder, config.work / "tuned" if config.join else out, attention=config.attention)
         facts["after"] = probe_captions(lambda texts: _encode(encoder, texts), probe_set) if probe_set else None
         _log_scores(facts, probed_on)
         if told := nothing_learned(config, facts, logged(out / LOG, "loss")):
             logger.warning("%s", told)
-        write_manifest(
-            out,
-            "teacher",
-            config=config.settings(),
-            fingerprint=compute_fingerprint(out),
-            files=quick_digests(out),
-            dim=encoder.get_embedding_dimension(),
-            probed_on=probed_on,
-            **facts,
-        )
+        if config.join:
+            facts.update(_join(config))
+        else:
+            files = {"fingerprint": compute_fingerprint(out), "files": quick_digests(out)}
+            facts.update(files, dim=encoder.get_embedding_dimension())
+        write_manifest(out, "teacher", config=config.settings(), probed_on=probed_on, **facts)
         shutil.rmtree(config.work)
     state.wait_for_everyone()
+
+
+def _join(config: TeacherConfig) -> dict[str, Any]:
+    """Write the teacher that the trained LLM and others make; returns what its manifest says of it."""
+    joining = JoinConfig(
+        teachers=(str(config.work / "tuned"), *config.join),
+        out=config.out,
+        trust_remote_code=config.trust_remote_code,
+    )
+    facts = write_joined(joining, open_members(joining))
+    facts["members"][0]["name"] = config.model
+    return facts
 
 
 def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
@@ -151,6 +160,8 @@ def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
         )
     if config.quantize:
         four_bit_config()
+    for name in config.join if state.is_main_process else ():  # what cannot be joined is told before the training
+        open_member(name, trust_remote_code=config.trust_remote_code, what="join")
     if config.chat_template or config.mntp:
         with one_line_errors(config.model):
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=config.trust_remote_code)
@@ -219,6 +230,12 @@ def settle_few(config: TeacherConfig, sizes: list[int], model: ModelFolder, *, m
         if config.tuning == "lora" and (width := model.config.get("hidden_size")):
             chosen["learning_rate"] = few.lora_rate(width)
     found = few.settle(config, chosen, images=images, main=main)
+    if "steps" in found and main and not config.join:
+        logger.info(
+            "if the tower to come has a text half that reads these captions, as CLIP's and SigLIP's, far more is found "
+            "with it beside the LLM: %s (docs/few-images.md)",
+            setting("join", ("TOWER",)),
+        )
     if config.learning_rate is None:
         found.setdefault("learning_rate", few.LORA_RATE)
     return dataclasses.replace(config, **found)

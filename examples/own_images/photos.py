@@ -45,7 +45,7 @@ def main() -> None:
             pixels = cut_out(random, split)
             name = f"{split}/{index:04d}.png"
             Image.fromarray(pixels).save(asked.folder / name)
-            lines.append(f'{name},{",".join(captions(pixels, random))}')
+            lines.append(f"{name},{','.join(captions(pixels, random))}")
         (asked.folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

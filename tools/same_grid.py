@@ -120,6 +120,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "eval_data": "--eval-data $S/more.csv",
         "eval_images": "--eval-images 5",
         "eval_every": "--eval-every 1",
+        "join": Because("the old code lacks it"),
     },
     "join-teachers": {
         "teachers": ["--teachers $S/st $S/llm", "--teachers $S/llm $S/clip"],

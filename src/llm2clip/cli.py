@@ -237,6 +237,7 @@ def _start_logging() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log with fragments
     # else transformers prints a table of the weights that a model lacks or has too many; what matters is said in a line
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # that bf16 may be slow: we take what is not
     from tqdm import tqdm
 
     class Handler(logging.Handler):

@@ -68,7 +68,8 @@ def say_cut(num_cut: int, total: int, limit: int | None, *, what: str = "caption
     """Warn that captions were cut, if any were."""
     if num_cut and limit is not None:
         logger.warning(
-            "%s of %s %s (%s) are longer than %s tokens, the most that is read of one: their ends are cut",
+            "%s of %s %s (%s) are longer than %s tokens: their ends are cut "
+            "(of a joined teacher, by one that reads least)",
             f"{num_cut:,}",
             f"{total:,}",
             what,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ LOSSES = ("softmax", "sigmoid")
 OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
 INHERIT = ("auto", "none")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
 SPEED_FIELDS = (
     *("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker"),
@@ -135,8 +137,9 @@ class StudentConfig:
     """Recompute the tower's activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
     """Compile the tower with torch.compile: slow first step, faster ones after."""
-    workers: int = 4
-    """Processes that read images ahead, for each training process; 0 reads in the training process."""
+    workers: int = min(4, CORES)
+    """Processes that read images ahead, for each training process: 4, or as many as there are cores; 0 reads in the
+    training process."""
     save_every: int | None = None
     """Steps between checkpoints, from which a killed run goes on; the last two are kept. By default a tenth of the run,
     at most 500."""

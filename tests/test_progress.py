@@ -67,7 +67,7 @@ def test_a_first_batch_that_takes_long_is_told_when_it_ends(clock: list[float], 
         assert lines() == []
         progress.advance(50)
         progress.advance(50)
-        assert lines() == ["count: 550/1,000 items, 0.8333/s, 9 min 0 s left"]
+        assert lines() == ["count: 550/1,000 items, 1.2 s each, 9 min 0 s left"]
 
 
 def test_time_left_goes_by_work(clock: list[float], lines) -> None:
@@ -76,7 +76,7 @@ def test_time_left_goes_by_work(clock: list[float], lines) -> None:
         lines()
         clock[0] = 40.0
         progress.advance(10, work=40.0)
-        assert lines() == ["count: 10/100 items, 0.25/s, 1 min 0 s left"]
+        assert lines() == ["count: 10/100 items, 4 s each, 1 min 0 s left"]
         clock[0] = 90.0
         progress.advance(90, work=60.0)
         assert lines() == ["count: 100/100 items, 1.111/s"]

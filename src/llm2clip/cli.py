@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
         found = str(error).split(". GPU ")[0].rstrip(".") or "of this machine"  # torch goes on for many sentences
         return _fail(f"out of memory ({found}); {_what_needs_less(verb, config)}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where it stopped", 130)
+        return _fail("interrupted; the same command goes on from the last checkpoint, if there is one", 130)
     if _is_main_process() and isinstance(result, os.PathLike):
         sys.stdout.write(f"{os.fspath(result)}\n")
     return 0
@@ -233,6 +233,9 @@ def _is_main_process() -> bool:
 
 
 def _start_logging() -> None:
+    # Threads of torch that wait by spinning take the cores from each other and from whatever else runs: two trainings
+    # on two cores went at a third of the speed. Read by OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log with fragments
     # else transformers prints a table of the weights that a model lacks or has too many; what matters is said in a line

@@ -101,7 +101,7 @@ class Progress:
         of = f"/{self.total:,}" if self.total is not None else ""
         parts = [
             f"{self.description}: {self.done:,}{of} {self.unit}",
-            f"{count / max(self._last_line - self._start, 1e-9):.4g}/s" if count else "",
+            _rate(count, self._last_line - self._start) if count else "",
             self._size(),
             self._left(),
             note,
@@ -174,3 +174,12 @@ def human_bytes(count: float) -> str:
         count /= 1000
         units.pop(0)
     return f"{count:.3g} {units[0]}"
+
+
+def _rate(count: int, seconds: float) -> str:
+    """How fast it goes, with a number above one.
+
+    >>> _rate(30, 4.0), _rate(3, 54.0)
+    ('7.5/s', '18 s each')
+    """
+    return f"{count / max(seconds, 1e-9):.4g}/s" if count >= seconds else f"{seconds / count:.3g} s each"

@@ -151,8 +151,8 @@ def test_bars_of_the_histogram_by_hand() -> None:
 def test_a_verdict_by_hand() -> None:
     assert judge(REPORT) == [
         "1 of 2 scores are above chance, the others may be luck",
-        "against the baseline org/clip (which reads 3 captions only in part): clearly better in 1 of 2 scores, clearly "
-        "worse in 0, no clear difference in 1",
+        "against the baseline org/clip (which reads 3 captions only in part): clearly better in 1 of 2 scores of the "
+        "first place, clearly worse in 0, no clear difference in 1",
         "images that find a caption of their own first, short: 11.0 % (95 % interval 9.0 to 13.0), by chance 4.0 %, "
         "the baseline 5.0 %: clearly better",
         "captions whose nearest other one is of the same image: 31.0 % (95 % interval 20.0 to 40.0), by chance 35.0 %, "
@@ -161,6 +161,12 @@ def test_a_verdict_by_hand() -> None:
     report = copy.deepcopy(REPORT)
     report["intervals"]["d/cra"], report["baseline"] = [0.36, 0.4], {"why": "the tower has no text half"}
     report["datasets"]["d"]["notes"] = ["captions are Spanish"]
+    further = copy.deepcopy(REPORT)
+    further["baseline"]["intervals"]["d/short/i2t_r@5"] = [0.02, 0.06]
+    assert judge(further)[2] == (
+        "looking further than the first place (recall at 5 and more): clearly better in 1 of 1 scores, clearly worse "
+        "in 0"
+    )
     found = judge(report)
     assert found[:2] == ["the model finds what it seeks: every score is above chance", "captions are Spanish"]
     assert found[2].endswith("by chance 4.0 %") and found[-1] == "no baseline: the tower has no text half"

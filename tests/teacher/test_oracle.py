@@ -110,6 +110,7 @@ NOT_LEARNING = {
     "revision": "where a source is from",
     "quantize": "needs a GPU",
     "save_adapter": "what is written",
+    "join": "encoders as they are, beside what is trained: test_join.py",
     "workers": "speed",
     "save_every": "what is written",
     "eval_data": "what is measured",
@@ -228,13 +229,18 @@ def traces(seen: Seen, out: Path, kind: str) -> Trace:
 
 
 def check(found: Trace, expected: Trace) -> None:
-    """Compare by value; the weights after a few steps, each of about the learning rate, to a five-hundredth of one."""
+    """Compare by value; the weights after a few steps, each of about the learning rate, to a five-hundredth of one.
+
+    AdamW enlarges the rounding of a gradient near zero: of a thousand weights one may be off by five times as much (a CPU
+    with AMX has one in 2,048 that is).
+    """
     assert found.losses == pytest.approx(expected.losses, rel=2e-5, abs=1e-6)
     assert found.norms == pytest.approx(expected.norms, rel=2e-4)
     assert found.rates == pytest.approx(expected.rates, rel=1e-9, abs=1e-12)
     assert set(found.weights) <= set(expected.weights)
     for name, weight in found.weights.items():
-        torch.testing.assert_close(weight, expected.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weight, expected.weights[name], rtol=0, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert (weight - expected.weights[name]).abs().gt(1e-5).float().mean() <= 1e-3, name
 
 
 @pytest.mark.parametrize("name", CASES)

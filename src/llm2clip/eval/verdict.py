@@ -19,22 +19,27 @@ WHAT = {
 
 
 def judge(report: Mapping[str, Any]) -> list[str]:
-    """The verdict: against chance and against the baseline, what must be known to read it, then score by score."""
+    """The verdict: against chance and against the baseline, what must be known to read it, then score by score.
+
+    Of a recall the first place is judged, and in one line what lies further; nothing that chance gives anyway.
+    """
     several = len(report["datasets"]) > 1
     lines = []
     for dataset, facts in report["datasets"].items():
-        names = [name for name in report["intervals"] if name.startswith(f"{dataset}/") and _is_judged(report, name)]
+        every = [n for n in report["intervals"] if n.startswith(f"{dataset}/") and report["chance"].get(n, 1.0) < 1]
         if is_by_language(report, dataset):  # the mean alone
-            names = [name for name in names if "/" not in name.removeprefix(f"{dataset}/")]
-        found = [*_summary(report, names), *facts.get("notes", ()), *(_sentence(report, dataset, n) for n in names)]
+            every = [name for name in every if "/" not in name.removeprefix(f"{dataset}/")]
+        names = [name for name in every if name.partition("_r@")[2] in ("", "1")]
+        further = [name for name in every if name not in names]
+        found = [
+            *_summary(report, names),
+            *_further(report, further),
+            *facts.get("notes", ()),
+            *(_sentence(report, dataset, n) for n in names),
+        ]
         lines += [f"{dataset}: {line}" if several else line for line in found]
     why = report["baseline"].get("why")
     return [*lines, f"no baseline: {why}"] if why else lines
-
-
-def _is_judged(report: Mapping[str, Any], name: str) -> bool:
-    """Of a recall the first place alone; nothing that chance gives anyway."""
-    return name.partition("_r@")[2] in ("", "1") and report["chance"].get(name, 1.0) < 1
 
 
 def is_above_chance(report: Mapping[str, Any], name: str) -> bool:
@@ -65,7 +70,18 @@ def _summary(report: Mapping[str, Any], names: list[str]) -> Iterator[str]:
         part = f" (which reads {cut:,} captions only in part)" if cut else ""
         yield (
             f"against the baseline {report['baseline']['model']}{part}: clearly better in {counts['better']} of "
-            f"{len(names)} scores, clearly worse in {counts['worse']}, no clear difference in {counts['alike']}"
+            f"{len(names)} scores of the first place, clearly worse in {counts['worse']}, no clear difference in "
+            f"{counts['alike']}"
+        )
+
+
+def _further(report: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    """Where more than the first place is looked at, if that shows a difference."""
+    counts = Counter(compared(report, name) for name in names)
+    if counts["better"] or counts["worse"]:
+        yield (
+            f"looking further than the first place (recall at 5 and more): clearly better in {counts['better']} of "
+            f"{len(names)} scores, clearly worse in {counts['worse']}"
         )
 
 

@@ -348,10 +348,12 @@ def _log_scores(facts: dict[str, Any], probed_on: str) -> None:
         if facts[when]:
             cra, images = facts[when], facts[when]["images"]
             logger.info(
-                "caption retrieval accuracy %s: %.1f%% among %s second captions, %.1f%% among all captions (%s)",
+                "caption retrieval accuracy %s: %.1f%% among %s second captions (by chance %.1f%%), %.1f%% among all "
+                "captions (%s)",
                 when,
                 100 * cra["cra_second"],
                 f"{images:,}",
+                100 / images,
                 100 * cra["cra_all"],
                 probed_on,
             )

@@ -231,8 +231,8 @@ def traces(seen: Seen, out: Path, kind: str) -> Trace:
 def check(found: Trace, expected: Trace) -> None:
     """Compare by value; the weights after a few steps, each of about the learning rate, to a five-hundredth of one.
 
-    AdamW enlarges the rounding of a gradient near zero: of a thousand weights one may be off by five times as much (a CPU
-    with AMX has one in 2,048 that is).
+    AdamW enlarges the rounding of a gradient near zero: of a thousand weights one may be off by five times as much (a
+    CPU with AMX has one in 2,048 that is).
     """
     assert found.losses == pytest.approx(expected.losses, rel=2e-5, abs=1e-6)
     assert found.norms == pytest.approx(expected.norms, rel=2e-4)

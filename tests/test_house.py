@@ -32,13 +32,13 @@ SIZES = {
     "student": (5_420, 29, 7.4),
     "student/inheritance": (460, 3, 9),
     # with the page of images, its verdict and the baseline; since then named benchmarks, their forms, intervals, files
-    "eval": (3_124, 23, 8.9),
+    "eval": (3_130, 23, 8.9),
     "eval/benchmarks": (930, 29, 15),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
     "export": (900, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (610, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (24_976, 185, 8.2),
+    "*": (24_982, 185, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llm2clip import LLM2CLIP
 from llm2clip.bundle import save_bundle
 from llm2clip.data.config import SourceConfig
+from llm2clip.data.source import open_source
 from llm2clip.errors import LLM2CLIPError, TooManyBadSamples, UsageError
 from llm2clip.eval import models, run
 from llm2clip.eval.config import EvaluateConfig
-from llm2clip.eval.run import evaluate
+from llm2clip.eval.run import evaluate, notes_of
 from llm2clip.hub import ModelFolder
 
 KEYS = {
@@ -411,3 +413,16 @@ def test_a_text_encoder_without_pairs_of_captions_is_told_why_it_has_no_score(
     assert why in caplog.text
     assert f"\n- {why}" in (tmp_path / "report" / "report.md").read_text()
     assert f"<li>{why}" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_captions_of_several_images_are_told(tmp_path: Path) -> None:
+    """Two of five short captions are each other's, of the long ones none; what one image says twice is its own."""
+    rows = [("a", "one"), ("b", "one, too"), ("a", "third"), ("c", "fourth"), ("d", "fifth")]
+    lines = [f'{i}.jpg,{short},"{long}"' for i, (short, long) in enumerate(rows)]
+    (tmp_path / "test.csv").write_text("image,short_caption,long_caption\n" + "\n".join([*lines, lines[-1]]) + "\n")
+    for i in range(len(rows)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.jpg")
+    source = open_source(SourceConfig(data=(str(tmp_path / "test.csv"),)))
+    notes = notes_of({"model": {}, "metrics": {"d/short/i2t_r@1": 0.5}}, "d", source, list(source))["notes"]
+    told = "2 of the 5 captions of kind short are those of another image, too"
+    assert [note.partition(":")[0] for note in notes] == [told]

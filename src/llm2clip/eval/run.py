@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,11 +251,17 @@ def notes_of(
     report: Mapping[str, Any], dataset: str, source: Source | Named, samples: Sequence[Sample]
 ) -> dict[str, list[str]]:
     """What a reader must know of a dataset to read its scores, in words; logged as well."""
-    here, trained, notes = list(Captions.of(samples).rows), report["model"].get("kinds", []), []
+    captions, trained, notes = Captions.of(samples), report["model"].get("kinds", []), []
     if isinstance(source, Named):
         notes += source.told()["found"]
-    elif trained and set(here) != set(trained):
-        notes.append(f"captions here are of kind {', '.join(here)}; the model was trained on {', '.join(trained)}")
+    elif trained and set(captions.rows) != set(trained):
+        here = ", ".join(captions.rows)
+        notes.append(f"captions here are of kind {here}; the model was trained on {', '.join(trained)}")
+    for kind, rows in captions.rows.items() if isinstance(source, Source) else ():
+        images = Counter(row for row, _ in set(zip(rows, captions.owners[kind], strict=True)))
+        if shared := sum(images[row] > 1 for row in rows):
+            whose = f"{shared:,} of the {len(rows):,} captions of kind {kind} are those of another image, too"
+            notes.append(f"{whose}: no model can tell these images apart by them, and ties count against it")
     if not any(name.startswith(f"{dataset}/") for name in report["metrics"]):
         why = "images with two different captions, and here none has two: name a second column"
         why = "captions alone, and this benchmark takes images" if isinstance(source, Named) else why

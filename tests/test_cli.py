@@ -254,6 +254,8 @@ def test_streams_that_are_closed_or_broken(tail: str, code: int) -> None:
         ("build-bank --data t.csv --teacher ./llm --out out", "./llm is no folder"),
         ("train-teacher --data t.csv u.csv --model org/llm --out out", "u.csv: no such file or folder"),
         ("train-student --bank bank --tower /no/tower --out out", "/no/tower is no folder"),
+        ("train-teacher --data t.csv --model . --join ./clip --out out", "--join ./clip is no folder"),
+        ("join-teachers --teachers . /no/clip --out out", "--teachers /no/clip is no folder"),
         ("evaluate --data t.csv --model org/clip --out out", "image '../a.jpg' lies outside the table's folder"),
         ("evaluate --data c.csv --teacher . --baseline ./clip --out out", "--baseline ./clip is no folder"),
         ("export --model student/x/y --to tower --out out", "student/x/y is no folder"),

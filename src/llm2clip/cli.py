@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,22 @@ def _look_first(config: Any) -> None:
     from llm2clip.data.config import SourceConfig
     from llm2clip.on_hub import check_model
 
-    given = {field: getattr(config, field, None) or ":" for field in REVISIONS}
+    given: list[tuple[str, Any, str | None]] = [
+        (field, getattr(config, field, None), getattr(config, REVISIONS[field], None)) for field in REVISIONS
+    ]
+    given += [("join", name, None) for name in getattr(config, "join", ())]
+    members = zip_longest(getattr(config, "teachers", ()), getattr(config, "revisions", ()))
+    given += [("teachers", *member) for member in members]
     # verify calls no teacher none; a name with a colon, such as open_clip:NAME, is for evaluate alone to judge
-    names = {field: name for field, name in given.items() if name != "none" and ":" not in name}
-    for field, name in names.items():
+    names = [one for one in given if ":" not in (one[1] or ":") and one[1] != "none"]
+    for field, name, _ in names:
         check_name(name, what=setting(field))
     if isinstance(config, SourceConfig):
         from llm2clip.data.source import look_at_sources
 
         look_at_sources(config)
-    for field, name in names.items():  # last, as it may go over the network
-        check_model(name, revision=getattr(config, REVISIONS[field], None), what=setting(field))
+    for field, name, revision in names:  # last, as it may go over the network
+        check_model(name, revision=revision, what=setting(field))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -17,13 +17,18 @@ LOSSES = ("softmax", "sigmoid")
 OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
 INHERIT = ("auto", "none")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
 SPEED_FIELDS = (
     *("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker"),
     "inherit_cache",
 )
 """Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,7 @@ class StudentConfig:
     """Recompute the tower's activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
     """Compile the tower with torch.compile: slow first step, faster ones after."""
-    workers: int = min(4, CORES)
+    workers: int = min(4, cores())
     """Processes that read images ahead, for each training process: 4, or as many as there are cores; 0 reads in the
     training process."""
     save_every: int | None = None

@@ -38,7 +38,7 @@ SIZES = {
     "export": (900, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (610, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (24_990, 185, 8.2),
+    "*": (24_995, 185, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

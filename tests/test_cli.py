@@ -142,7 +142,11 @@ def test_wrong_use_is_one_line_and_exit_code_2(
             1,
             "out of memory (CUDA out of memory. Tried to allocate 20 GiB); it takes a machine that has more",
         ),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint, if there is one"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; the same command goes on from what is written, a training from its last checkpoint",
+        ),
     ],
 )
 def test_a_failed_run_is_one_line(

@@ -80,7 +80,7 @@ def test_the_line(caplog: pytest.LogCaptureFixture) -> None:
         say_cut(2500, 10_000, 512)
     assert caplog.messages == [
         "2,500 of 10,000 captions (25.0%) are longer than 512 tokens: their ends are cut "
-        "(of a joined teacher, by one that reads least)"
+        "(a joined teacher cuts for the member that reads least)"
     ]
 
 

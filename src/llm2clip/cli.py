@@ -87,7 +87,9 @@ def run(arguments: list[str]) -> int:
         found = str(error).split(". GPU ")[0].rstrip(".") or "of this machine"  # torch goes on for many sentences
         return _fail(f"out of memory ({found}); {_what_needs_less(verb, config)}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint, if there is one", 130)
+        return _fail(
+            "interrupted; the same command goes on from what is written, a training from its last checkpoint", 130
+        )
     if _is_main_process() and isinstance(result, os.PathLike):
         sys.stdout.write(f"{os.fspath(result)}\n")
     return 0
@@ -99,16 +101,17 @@ def _look_first(config: Any) -> None:
     Raises:
         LLM2CLIPError: as the stage itself would.
     """
-    from llm2clip.artifacts import check_name
+    from llm2clip.artifacts import check_name, is_complete
     from llm2clip.data.config import SourceConfig
     from llm2clip.on_hub import check_model
 
     given: list[tuple[str, Any, str | None]] = [
         (field, getattr(config, field, None), getattr(config, REVISIONS[field], None)) for field in REVISIONS
     ]
-    given += [("join", name, None) for name in getattr(config, "join", ())]
-    members = zip_longest(getattr(config, "teachers", ()), getattr(config, "revisions", ()))
-    given += [("teachers", *member) for member in members]
+    if not is_complete(getattr(config, "out", None) or ""):  # else they are in it, and may be gone from where they were
+        members = zip_longest(getattr(config, "teachers", ()), getattr(config, "revisions", ()))
+        given += [("teachers", *member) for member in members]
+        given += [("join", name, None) for name in getattr(config, "join", ())]
     # verify calls no teacher none; a name with a colon, such as open_clip:NAME, is for evaluate alone to judge
     names = [one for one in given if ":" not in (one[1] or ":") and one[1] != "none"]
     for field, name, _ in names:

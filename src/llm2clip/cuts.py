@@ -69,7 +69,7 @@ def say_cut(num_cut: int, total: int, limit: int | None, *, what: str = "caption
     if num_cut and limit is not None:
         logger.warning(
             "%s of %s %s (%s) are longer than %s tokens: their ends are cut "
-            "(of a joined teacher, by one that reads least)",
+            "(a joined teacher cuts for the member that reads least)",
             f"{num_cut:,}",
             f"{total:,}",
             what,

@@ -182,4 +182,10 @@ def _rate(count: int, seconds: float) -> str:
     >>> _rate(30, 4.0), _rate(3, 54.0)
     ('7.5/s', '18 s each')
     """
-    return f"{count / max(seconds, 1e-9):.4g}/s" if count >= seconds else f"{seconds / count:.3g} s each"
+    return (
+        f"{count / max(seconds, 1e-9):.4g}/s"
+        if count >= seconds
+        else f"{seconds / count:.3g} s each"
+        if seconds < 100 * count
+        else f"{duration(seconds / count)} each"
+    )

@@ -59,7 +59,7 @@ def test_a_bank_counts_and_says_it_once(tmp_path: Path, short_teacher: Path, cap
     assert [shard["cut"] for shard in facts["shards"]] == [0, 2]
     assert [line for line in caplog.messages if "cut" in line] == [
         "2 of 4 distinct captions (50.0%) are longer than 8 tokens: their ends are cut "
-        "(of a joined teacher, by one that reads least)"
+        "(a joined teacher cuts for the member that reads least)"
     ]
     page = as_text(bank_facts(tmp_path / "bank"))
     assert "cut       2 distinct captions (50.0%) are longer than the 8 tokens read" in page.splitlines()

@@ -162,6 +162,14 @@ def test_a_verdict_by_hand() -> None:
     report["intervals"]["d/cra"], report["baseline"] = [0.36, 0.4], {"why": "the tower has no text half"}
     report["datasets"]["d"]["notes"] = ["captions are Spanish"]
     further = copy.deepcopy(REPORT)
+    further["chance"]["d/short/i2t_r@1"] = 0.1
+    assert judge(further)[:2] == [
+        "0 of 2 scores are above chance, the others may be luck",
+        "of those that look further (recall at 5 and more) 1 of 1 are",
+    ]
+    further["chance"]["d/short/i2t_r@5"] = 0.1
+    assert judge(further)[0].startswith("no score is above chance")
+    further = copy.deepcopy(REPORT)
     further["baseline"]["intervals"]["d/short/i2t_r@5"] = [0.02, 0.06]
     assert judge(further)[2] == (
         "looking further than the first place (recall at 5 and more): clearly better in 1 of 1 scores, clearly worse "

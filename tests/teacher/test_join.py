@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as t
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from llm2clip import (
@@ -29,6 +30,7 @@ from llm2clip import (
     TeacherConfig,
     build_bank,
     evaluate,
+    hub,
     join_teachers,
     load_teacher,
     train_student,
@@ -41,7 +43,9 @@ from llm2clip.export.card import llm_of
 from llm2clip.export.run import export_model
 from llm2clip.hub import find_model
 from llm2clip.teacher import join as joining
+from llm2clip.teacher import train as training
 from llm2clip.teacher.fingerprint import teacher_fingerprint
+from llm2clip.teacher.model import llm_as_encoder, save
 from llm2clip.two_towers import ClipEncoder
 
 LONG = "A large BLUE square on the left of the dark background, " * 4 + "near a small red disc"
@@ -354,3 +358,30 @@ def test_what_cannot_be_joined_is_told_before_the_training(tiny_llm: Path, tiny_
     with pytest.raises(UsageError, match=r"tower .*is a vision model"):
         train_teacher(TeacherConfig(data=(str(images_csv),), model=str(tiny_llm), join=(str(tiny_tower),), out=out))
     assert not (out / "run.json").exists()
+
+
+def test_a_join_that_fails_after_the_training_costs_no_checkpoint(
+    tiny_llm: Path, two_towers, images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 2, "batch_size": 4, "save_every": 1}
+    config = TeacherConfig(out=tmp_path / "out", join=(str(two_towers["clip"]),), **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "open_members", refuse)
+        with pytest.raises(UsageError, match="cannot be fetched"):
+            train_teacher(config)
+    assert list(config.work.glob("*/checkpoint-2"))
+    assert load_teacher(train_teacher(config), device="cpu").encode(TEXTS).shape == (3, 56)
+
+
+def refuse(config: JoinConfig) -> None:
+    """As a Hub does whose token has run out."""
+    raise UsageError(f"{config.teachers[1]} cannot be fetched from the Hub")
+
+
+def test_a_member_keeps_its_dtype_on_any_cpu(tiny_llm: Path, two_towers, tmp_path: Path, monkeypatch) -> None:
+    half = tmp_path / "half"
+    save(llm_as_encoder(tiny_llm, dtype=torch.bfloat16), half, attention="two-way")
+    monkeypatch.setattr(hub, "cpu_has_bf16", lambda: False)
+    joined = join_all(tmp_path / "joined", half, two_towers["clip"])
+    dtypes = {weight.dtype for file in joined.glob("0_*/**/*.safetensors") for weight in load_file(file).values()}
+    assert dtypes == {torch.bfloat16}

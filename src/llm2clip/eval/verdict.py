@@ -32,7 +32,7 @@ def judge(report: Mapping[str, Any]) -> list[str]:
         names = [name for name in every if name.partition("_r@")[2] in ("", "1")]
         further = [name for name in every if name not in names]
         found = [
-            *_summary(report, names),
+            *_summary(report, names, further),
             *_further(report, further),
             *facts.get("notes", ()),
             *(_sentence(report, dataset, n) for n in names),
@@ -56,14 +56,17 @@ def compared(report: Mapping[str, Any], name: str) -> str:
     return "better" if low > other[1] else "worse" if high < other[0] else "alike"
 
 
-def _summary(report: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+def _summary(report: Mapping[str, Any], names: list[str], further: list[str]) -> Iterator[str]:
     above = sum(is_above_chance(report, name) for name in names)
-    if names and not above:
+    if names and not above and not any(is_above_chance(report, name) for name in further):
         yield "no score is above chance: nothing shows that the model has learned to find anything here"
     elif names and above == len(names):
         yield "the model finds what it seeks: every score is above chance"
     elif names:
         yield f"{above} of {len(names)} scores are above chance, the others may be luck"
+        if not above:
+            more = sum(is_above_chance(report, name) for name in further)
+            yield f"of those that look further (recall at 5 and more) {more} of {len(further)} are"
     counts = Counter(compared(report, name) for name in names)
     if counts.keys() - {""}:
         cut = report["baseline"].get("captions_cut")

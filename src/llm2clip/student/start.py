@@ -301,7 +301,7 @@ def load_model(tower: Tower, **options: Any) -> tuple[Any, set[str]]:
         )
     drop_remote_code(model)
     if left := listed(report["unexpected_keys"]):
-        logger.info("%s: the tower alone learns; of its weights are no part of it: %s", tower, left)
+        logger.info("%s: the vision tower is taken of it; left out: %s", tower, left)
     return model, set(report["missing_keys"])
 
 

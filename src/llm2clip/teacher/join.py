@@ -128,7 +128,7 @@ def open_member(
     if folder.kind == "transformers" and folder.config.get("model_type") in TWO_TOWERS:
         encoder = text_half(folder)
     else:
-        encoder = load_teacher(folder, device="cpu", trust_remote_code=trust_remote_code)
+        encoder = load_teacher(folder, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
     for module in encoder.children():
         if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
             raise UsageError(

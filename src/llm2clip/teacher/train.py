@@ -108,6 +108,7 @@ def _finish(
     """Merge, check and save the trained model; the manifest comes last."""
     out = Path(config.out)
     probed_on = "held-out captions" if config.eval_data else "a sample of the training captions"
+    probed_on += ", by the LLM alone" if config.join else ""
     if state.is_main_process:
         if config.tuning == "lora":
             if config.save_adapter:
@@ -375,6 +376,6 @@ def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
         try:
             yield
         except (UsageError, SourceError, TooManyBadSamples):
-            if not began:
+            if not began and not any(config.work.glob("*/checkpoint-*")) and not (config.work / "mntp").exists():
                 shutil.rmtree(config.work, ignore_errors=True)
             raise

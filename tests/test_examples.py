@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llm2clip.artifacts import read_json
@@ -43,3 +45,16 @@ def test_own_images_run(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "train").glob("*.png"))) == 64
     report = read_json(tmp_path / "out" / "scores" / "report.json")
     assert report["datasets"]["test"]["images"] == 100 and (tmp_path / "out" / "bundle" / "modules.json").exists()
+
+
+def test_real_images_are_written_and_say_their_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RUN.parent)
+    words = [sys.executable, str(RUN.parent / "photos.py"), str(tmp_path), "--train", "3", "--test", "2"]
+    subprocess.run(words, check=True, capture_output=True)
+    lines = (tmp_path / "test.csv").read_text().splitlines()
+    assert lines[0] == "image,short_caption,long_caption" and len(lines) == 3
+    assert all(len(list((tmp_path / split).iterdir())) == count for split, count in (("train", 3), ("test", 2)))
+    photos = runpy.run_path(str(RUN.parent / "photos.py"))
+    red_over_black = np.zeros((8, 8, 3), np.uint8)
+    red_over_black[:4] = (224, 32, 36)
+    assert [first for first, _ in photos["quarters"](red_over_black)] == ["red", "red", "black", "black"]

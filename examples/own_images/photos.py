@@ -7,19 +7,16 @@ mini models read.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from random import Random
 
 import numpy as np
+from draw import main  # which finds demo/, too
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # demo/ is not installed
-
-from demo.images import COLOURS, GROUNDS
+from demo.images import COLOURS, GROUNDS, png_bytes
 
 SIDES = (48, 150)
 """Pixels a side of a square, drawn from this range."""
@@ -29,24 +26,12 @@ NAMES, VALUES = zip(*{**COLOURS, **GROUNDS}.items(), strict=True)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
-def main() -> None:
-    """Cut out both tables' images."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=300, help="images to learn from")
-    parser.add_argument("--test", type=int, default=100, help="images to score on")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    for split, count in (("train", asked.train), ("test", asked.test)):
-        random = Random(f"photos/{split}/{asked.seed}")
-        (asked.folder / split).mkdir(parents=True, exist_ok=True)
-        lines = ["image,short_caption,long_caption"]
-        for index in range(count):
-            pixels = cut_out(random, split)
-            name = f"{split}/{index:04d}.png"
-            Image.fromarray(pixels).save(asked.folder / name)
-            lines.append(f"{name},{','.join(captions(pixels, random))}")
-        (asked.folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def squares(split: str, count: int, seed: int) -> Iterator[tuple[bytes, str, str]]:
+    """Squares of a split, as PNG, with their captions."""
+    random = Random(f"photos/{split}/{seed}")
+    for _ in range(count):
+        pixels = cut_out(random, split)
+        yield png_bytes(Image.fromarray(pixels)), *captions(pixels, random)
 
 
 def cut_out(random: Random, split: str) -> NDArray[np.uint8]:
@@ -82,4 +67,4 @@ def half_of(middle: int) -> tuple[slice, slice]:
 
 
 if __name__ == "__main__":
-    main()
+    main(squares, __doc__)

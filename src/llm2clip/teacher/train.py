@@ -370,12 +370,15 @@ def _output(out: Path, config: TeacherConfig, *, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
-    results = [*config.work.glob("*/checkpoint-*"), *config.work.glob("mntp")]
-    scraps = () if results else (config.work.name, LOG, MNTP_LOG)
+
+    def results() -> list[Path]:
+        return [*config.work.glob("*/checkpoint-*"), *config.work.glob("mntp")]
+
+    scraps = () if results() else (config.work.name, LOG, MNTP_LOG)
     with open_output(out, "teacher", config=config.settings(), scraps=scraps) as began:
         try:
             yield
         except (UsageError, SourceError, TooManyBadSamples):
-            if not began and not any(config.work.glob("*/checkpoint-*")) and not (config.work / "mntp").exists():
+            if not began and not results():
                 shutil.rmtree(config.work, ignore_errors=True)
             raise

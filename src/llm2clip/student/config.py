@@ -25,10 +25,10 @@ SPEED_FIELDS = (
 """Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
+def readers() -> int:
+    """Four processes, or as many as the cores that this one may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
+    return min(4, len(allowed(0)) if allowed else os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class StudentConfig:
     """Recompute the tower's activations in the backward pass: less memory, about a third slower."""
     compile: bool = False
     """Compile the tower with torch.compile: slow first step, faster ones after."""
-    workers: int = min(4, cores())
+    workers: int = field(default_factory=readers)
     """Processes that read images ahead, for each training process: 4, or as many as there are cores; 0 reads in the
     training process."""
     save_every: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.own_images.photos import quarters
 from llm2clip.artifacts import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -47,14 +47,12 @@ def test_own_images_run(tmp_path: Path) -> None:
     assert report["datasets"]["test"]["images"] == 100 and (tmp_path / "out" / "bundle" / "modules.json").exists()
 
 
-def test_real_images_are_written_and_say_their_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(RUN.parent)
-    words = [sys.executable, str(RUN.parent / "photos.py"), str(tmp_path), "--train", "3", "--test", "2"]
-    subprocess.run(words, check=True, capture_output=True)
+def test_real_images_are_written_and_say_their_colours(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "examples.own_images.photos", str(tmp_path), "--train", "3", "--test", "2"]
+    subprocess.run(words, check=True, capture_output=True, cwd=ROOT)
     lines = (tmp_path / "test.csv").read_text().splitlines()
     assert lines[0] == "image,short_caption,long_caption" and len(lines) == 3
     assert all(len(list((tmp_path / split).iterdir())) == count for split, count in (("train", 3), ("test", 2)))
-    photos = runpy.run_path(str(RUN.parent / "photos.py"))
     red_over_black = np.zeros((8, 8, 3), np.uint8)
     red_over_black[:4] = (224, 32, 36)
-    assert [first for first, _ in photos["quarters"](red_over_black)] == ["red", "red", "black", "black"]
+    assert [first for first, _ in quarters(red_over_black)] == ["red", "red", "black", "black"]

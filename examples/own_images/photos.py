@@ -1,4 +1,6 @@
-"""Real images with captions: `python photos.py FOLDER [--train 300] [--test 100] [--seed 0]`, tables as of draw.py.
+"""Real images with captions, in tables as of draw.py.
+
+`python -m examples.own_images.photos FOLDER [--train 300] [--test 100] [--seed 0]`, from the root of the repository.
 
 Squares cut out of the two photographs that come with scikit-learn, those to score on out of the middle third, the
 others out of the first and last. A caption says which colours lie where, counted in the pixels, in words that the
@@ -11,12 +13,12 @@ from collections.abc import Iterator
 from random import Random
 
 import numpy as np
-from draw import main  # which finds demo/, too
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from demo.images import COLOURS, GROUNDS, png_bytes
+from examples.own_images.draw import main
 
 SIDES = (48, 150)
 """Pixels a side of a square, drawn from this range."""

@@ -17,6 +17,8 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip import cli
+from llm2clip import cli, progress
 from llm2clip.config import Columns, Texts, Weights, to_dict
 from llm2clip.data.config import SourceConfig
 from llm2clip.errors import ArtifactError, UsageError, setting
@@ -91,6 +93,19 @@ def test_flags_become_the_config(seen: list[ToyConfig]) -> None:
     assert seen == [
         ToyConfig(data=("a.csv", "b.tar"), captions={"short": "x", "long": "y"}, mix={"short": 0.25}, batch_size=8)
     ]
+
+
+def test_a_silent_run_shows_that_it_lives(
+    seen: list[ToyConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = threading.active_count()
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(progress.Progress, "running", 0)
+    monkeypatch.setattr(sys.modules["toy_verb"], "run", lambda config: time.sleep(0.6))
+    assert cli.run(["toy", "tool", "--data", "a"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert 1 <= len(told) <= 4 and set(told) <= {f"toy tool: still at work, {s} s since the last line" for s in (0, 1)}
+    assert threading.active_count() == threads
 
 
 def test_a_verb_of_two_words_is_found(seen: list[ToyConfig]) -> None:
@@ -383,6 +398,12 @@ def test_importing_the_package_and_asking_for_help_is_light() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_bars_of_other_libraries_fill_no_log() -> None:
+    code = "import llm2clip.cli as cli; cli.run(['recipes']); from tqdm import tqdm; list(tqdm(range(3)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout and done.stderr == ""
 
 
 def test_a_terminal_that_knows_only_ascii(monkeypatch: pytest.MonkeyPatch) -> None:

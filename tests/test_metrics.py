@@ -12,7 +12,7 @@ from llm2clip import metrics
 from llm2clip.errors import UsageError
 from llm2clip.metrics import (
     caption_retrieval_accuracy,
-    match_ranks,
+    match,
     recall_at_k,
     recall_both_ways,
     similarity_profile,
@@ -41,7 +41,7 @@ def test_ranks_by_hand() -> None:
     # two images, four captions: cosines of image x (1, 0) are their first numbers, of y (0, 1) their second ones
     captions = np.array([[0.6, 0.8], [0.0, 1.0], [1.0, 0.0], [0.8, 0.6]])
     owner = ["x", "y", "y", "x"]
-    to_text, to_image = match_ranks(np.eye(2), captions, ["x", "y"], owner)
+    to_text, to_image, *_ = match(np.eye(2), captions, ["x", "y"], owner)
     assert to_text.tolist() == [2, 1]  # x: 1.0 (wrong) > 0.8 (right); y: 1.0 (right)
     assert to_image.tolist() == [2, 1, 2, 1]
     assert recall_at_k(np.eye(2), captions, ["x", "y"], owner, ks=(1, 2)) == {1: 0.5, 2: 1.0}
@@ -55,7 +55,7 @@ def test_tiled_ranks_equal_dense_ones(monkeypatch: pytest.MonkeyPatch, seed: int
     monkeypatch.setattr(metrics, "PAIRS_AT_ONCE", tile[1])
     image, text, owner = random_case(seed)
     scores, right = unit(image) @ unit(text).T, np.arange(len(image))[:, None] == owner
-    forward, backward = match_ranks(image, text, np.arange(len(image)), owner)
+    forward, backward, *_ = match(image, text, np.arange(len(image)), owner)
     assert forward.tolist() == dense_ranks(scores, right).tolist()
     assert backward.tolist() == dense_ranks(scores.T, right.T).tolist()
 
@@ -90,7 +90,7 @@ def test_equal_rows_tie_whatever_their_place_in_the_product() -> None:
     # 999 copies of one vector of width 1,280: their float32 products with a query differ in the last bits
     vector = np.random.default_rng(0).normal(size=(1, 1280)).astype(np.float32)
     query = vector + 1
-    ranks, _ = match_ranks(query, np.repeat(vector, 999, axis=0), [0], np.arange(999), both=False)
+    ranks, *_ = match(query, np.repeat(vector, 999, axis=0), [0], np.arange(999), both=False)
     assert ranks.tolist() == [999]
 
 
@@ -244,6 +244,6 @@ def test_ids_may_be_lists_arrays_or_tensors_on_either_side() -> None:
     sides = ([5, 7, 5], np.array([5, 7, 5]), torch.tensor([5, 7, 5]))
     for first in sides:
         for second in sides:
-            ranks, back = match_ranks(vectors[[0, 1, 2]], vectors[[2, 1, 0]], first, second)
+            ranks, back, *_ = match(vectors[[0, 1, 2]], vectors[[2, 1, 0]], first, second)
             assert ranks.tolist() == back.tolist() == [1, 1, 1]
     assert caption_retrieval_accuracy(vectors[[0, 1, 0]], torch.tensor([5, 7, 5])) == 1.0

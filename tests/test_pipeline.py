@@ -16,7 +16,7 @@ from llm2clip.bundle import save_bundle
 from llm2clip.data.bad import BadImage
 from llm2clip.errors import ArtifactError, UsageError
 from llm2clip.pipeline import Teacher
-from llm2clip.protocols import ImageEncoder, ImageTextEncoder, TextEncoder
+from llm2clip.protocols import ImageEncoder, TextEncoder
 from llm2clip.student.model import Student
 from llm2clip.teacher.model import load_teacher
 
@@ -267,7 +267,7 @@ def test_teacher_alone_encodes_texts(finished_teacher: Path) -> None:
 
 def test_protocols(model: LLM2CLIP, finished_teacher: Path) -> None:
     teacher = Teacher.from_pretrained(finished_teacher)
-    assert isinstance(model, ImageTextEncoder) and isinstance(teacher, TextEncoder)
+    assert isinstance(model, TextEncoder) and isinstance(model, ImageEncoder) and isinstance(teacher, TextEncoder)
     assert not isinstance(teacher, ImageEncoder)
 
 

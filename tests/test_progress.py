@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from llm2clip import progress as progress_module
-from llm2clip.progress import Progress, human_bytes
+from llm2clip.progress import Progress, Silence, human_bytes
 
 
 @pytest.fixture
@@ -94,6 +94,40 @@ def test_a_run_that_fails_says_nothing_at_the_end(clock: list[float], lines) -> 
     with pytest.raises(RuntimeError), Progress(2, description="count", unit="items"):
         raise RuntimeError
     assert lines() == ["count: 0/2 items"]
+
+
+def test_a_silence_is_broken_ever_less_often_and_ends_with_a_line(
+    clock: list[float], lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "running", 0)
+    logger = logging.getLogger("llm2clip")
+    silence, said = Silence("export"), {}
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, silence])
+    for half in range(110):
+        clock[0] = half / 2
+        if clock[0] == 32:
+            logger.info("loaded")
+        silence.look()
+        if messages := lines():
+            said[clock[0]] = messages
+    told = {now: [f"export: still at work, {now} s since the last line"] for now in (5, 10, 20)}
+    after = {32 + now: [f"export: still at work, {now} s since the last line"] for now in (5, 10, 20)}
+    assert said == {**told, 32: ["loaded"], **after}
+
+
+def test_a_silence_is_none_while_a_progress_is_open(clock: list[float], lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Progress, "running", 0)
+    silence = Silence("bank")
+    with Progress(2, description="encode", unit="captions"):
+        clock[0] = 100.0
+        silence.look()
+    lines()
+    clock[0] = 104.0
+    silence.look()
+    assert lines() == []
+    clock[0] = 105.0
+    silence.look()
+    assert lines() == ["bank: still at work, 5 s since the last line"]
 
 
 def test_sizes_for_a_person() -> None:

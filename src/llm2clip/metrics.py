@@ -50,8 +50,7 @@ def recall_at_k(
         >>> recall_at_k(np.eye(3), np.eye(3)[[0, 1, 1]], ["a", "b", "c"], ["a", "b", "c"], ks=(1, 3))
         {1: 0.3333333333333333, 3: 1.0}
     """
-    ranks, _ = match_ranks(query, gallery, query_ids, gallery_ids, both=False)
-    return recall(ranks, ks)
+    return recall(match(query, gallery, query_ids, gallery_ids, both=False).ranks, ks)
 
 
 def recall_both_ways(
@@ -63,8 +62,8 @@ def recall_both_ways(
         >>> recall_both_ways(np.eye(2), np.eye(2)[[0, 0, 1]], [0, 1], [0, 0, 1], ks=(1,))
         ({1: 1.0}, {1: 1.0})
     """
-    forward, backward = match_ranks(query, gallery, query_ids, gallery_ids)
-    return recall(forward, ks), recall(backward, ks)
+    found = match(query, gallery, query_ids, gallery_ids)
+    return recall(found.ranks, ks), recall(found.ranks_back, ks)
 
 
 def recall(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float]:
@@ -74,28 +73,6 @@ def recall(ranks: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[int, float
     {1: 0.25, 5: 0.75}
     """
     return {int(k): float(np.mean(ranks <= k)) for k in ks}
-
-
-def match_ranks(
-    query: Vectors, gallery: Vectors, query_ids: Ids, gallery_ids: Ids, *, both: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rank, from 1, of each query's best right gallery row, and of each gallery row's best right query.
-
-    Args:
-        query: [N, D].
-        gallery: [M, D].
-        query_ids: [N] image ids.
-        gallery_ids: [M] image ids.
-        both: also rank the other way; if not, the second array is empty.
-
-    Returns:
-        Two int64 arrays, [N] and [M] (or [0]), in the order given.
-
-    Raises:
-        UsageError: as `recall_at_k`.
-    """
-    found = match(query, gallery, query_ids, gallery_ids, both=both)
-    return found.ranks, found.ranks_back
 
 
 class Match(NamedTuple):
@@ -116,9 +93,11 @@ class Match(NamedTuple):
 def match(
     query: Vectors, gallery: Vectors, query_ids: Ids, gallery_ids: Ids, *, both: bool = True, rivals: int = 0
 ) -> Match:
-    """Ranks as `match_ranks`, and what mean average precision and the like are made of.
+    """The ranks of both ways, and what mean average precision and the like are made of.
 
     Args:
+        query: with gallery and ids as of `recall_at_k`.
+        both: also rank the other way.
         rivals: how many of the best wrong gallery rows of each query are told.
 
     Raises:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from tqdm import tqdm
 
@@ -16,6 +17,8 @@ Item = TypeVar("Item")
 LOG_EVERY_SECONDS = 15.0
 EARLY_SECONDS = (1.0, 4.0)
 """From the start to the first early line, and to the second: long enough for a rate, soon enough to stop a mistake."""
+SILENT_SECONDS = 5.0
+"""Without a line, before one says that it goes on."""
 MEASURED = 2
 """Units after the first advance, at least, from whose rate a whole job is estimated; in the first one things are
 compiled and caches filled."""
@@ -39,6 +42,8 @@ class Progress:
         >>> with Progress(2, description="count", unit="items") as progress:
         ...     progress.advance(2)
     """
+
+    running: ClassVar[int] = 0  # how many are open
 
     def __init__(
         self,
@@ -121,6 +126,7 @@ class Progress:
         return f"{human_bytes(self.done * self._unit_bytes)} of {human_bytes(self.total * self._unit_bytes)}"
 
     def __enter__(self) -> Progress:
+        Progress.running += 1
         if self._bar is None:
             self._line()
         return self
@@ -128,6 +134,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        Progress.running -= 1
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
@@ -147,6 +154,45 @@ def track(items: Iterable[Item], *, description: str, unit: str, total: int | No
         for item in items:
             yield item
             progress.advance()
+
+
+class Silence(logging.Handler):
+    """Within `with Silence(what)` a line says that `what` is still at work where there was none for five seconds.
+
+    So it is while torch is imported or a model is read; an open `Progress` has lines of its own. Ever less often.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what, self._over = what, threading.Event()
+        self._heard = self._told = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note that there was a line."""
+        self._heard = self._told = time.monotonic()
+
+    def look(self) -> None:
+        """Say that it goes on, if it is time to."""
+        now, heard = time.monotonic(), self._heard
+        if Progress.running:
+            self._heard = self._told = now
+        elif now - self._told >= max(SILENT_SECONDS, (now - heard) / 2):
+            logger.info("%s: still at work, %s since the last line", self._what, duration(now - heard))
+            self._heard, self._told = heard, now  # ours was none
+
+    def _watch(self) -> None:
+        while not self._over.wait(SILENT_SECONDS / 20):
+            self.look()
+
+    def __enter__(self) -> None:
+        logger.addHandler(self)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        logger.removeHandler(self)
 
 
 def duration(seconds: float) -> str:

@@ -43,11 +43,6 @@ class ImageEncoder(Protocol):
         ...
 
 
-@runtime_checkable
-class ImageTextEncoder(TextEncoder, ImageEncoder, Protocol):
-    """Gives vectors of both in one space."""
-
-
 class Captioned(Protocol):
     """An image and its captions: a sample of a source, or a row of a bank."""
 

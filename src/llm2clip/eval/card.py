@@ -13,8 +13,6 @@ from llm2clip.config import to_dict
 from llm2clip.errors import setting
 
 PUBLISHED = Path(__file__).parent / "published.tsv"
-FIVE = ("flickr30k", "coco-karpathy", "sharegpt4v-1k", "urban1k", "docci")
-"""The sets of the paper's table 1, whose average it prints."""
 INNER = ("folders", "cra", "downloads", "variant_of")
 """Fields that are nothing of the protocol."""
 TIES = "a tie counts against the model (cosines within 1e-6)"
@@ -124,24 +122,15 @@ def published(name: str) -> list[Published]:
     >>> published("urban1k")[-1].model, published("urban1k")[-1].t2i
     ('VLM2Vec (7B) 1344', 92.0)
     """
-    rows = [(row, _numbers(row[name])) for row in published_table() if row.get(name)]
-    return [Published(row["source"], row["model"], *numbers) for row, numbers in rows]
+    rows = [(row, numbers(row[name])) for row in published_table() if row.get(name)]
+    return [Published(row["source"], row["model"], *both) for row, both in rows]
 
 
-def wrong_averages() -> dict[str, tuple[list[float], list[float]]]:
-    """The models whose printed average of the five sets is not the mean of their row: what is printed, and the mean."""
-    wrong = {}
-    for row in published_table():
-        if not row["average"]:
-            continue
-        printed = [value for value in _numbers(row["average"]) if value is not None]
-        cells = [_numbers(row[name]) for name in FIVE]
-        means = [sum(cell[way] or 0 for cell in cells) / len(FIVE) for way in (0, 1)]
-        if any(abs(a - b) > 0.1 for a, b in zip(printed, means, strict=True)):  # more than rounding or cutting off
-            wrong[row["model"]] = printed, [round(mean, 1) for mean in means]
-    return wrong
+def numbers(cell: str) -> tuple[float, float | None]:
+    """The numbers of a cell of the table.
 
-
-def _numbers(cell: str) -> tuple[float, float | None]:
+    >>> numbers("58.0/37.1"), numbers("76.6")
+    ((58.0, 37.1), (76.6, None))
+    """
     first, _, second = cell.partition("/")
     return float(first), float(second) if second else None

@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 from llm2clip.data.bad import BadImage
 from llm2clip.data.images import load_image
 from llm2clip.data.sample import Sample
-from llm2clip.metrics import best_columns, match_ranks
+from llm2clip.metrics import best_columns, match
 from llm2clip.protocols import Encoder
 from llm2clip.scores import Captions
 
@@ -69,7 +69,7 @@ def find_queries(samples: Sequence[Sample], encoder: Encoder, *, seed: int) -> l
         pool = np.unique(owners)
         drawn = np.sort(np.random.default_rng(seed).permutation(len(owners))[:LOOKED_AT])
         own, rows = np.array(owners)[drawn], np.array(captions.rows[kind])[drawn]
-        ranks, _ = match_ranks(texts[rows], images[pool], own, pool, both=False)
+        ranks = match(texts[rows], images[pool], own, pool, both=False).ranks
         columns, cosines = best_columns(texts[rows], images[pool], BEST)
         right = cosine_similarity(texts[rows].float(), images[own].float(), dim=1).tolist()
         for i, (owner, row) in enumerate(zip(own, rows, strict=True)):

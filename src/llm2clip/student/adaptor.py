@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -56,14 +55,3 @@ class Adaptor(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.projection(self.norm(x))
-
-
-def num_adaptor_parameters(teacher_dim: int, projection_dim: int, num_blocks: int = 4) -> int:
-    """Parameters of an `Adaptor`, without building it.
-
-    >>> num_adaptor_parameters(4096, 1280)  # the released checkpoints: 273.8 M
-    273769728
-    """
-    with torch.device("meta"):
-        adaptor = Adaptor(teacher_dim, projection_dim, num_blocks=num_blocks)
-    return sum(parameter.numel() for parameter in adaptor.parameters())

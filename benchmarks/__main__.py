@@ -2,7 +2,7 @@
 
 Figures are printed as they come; rounds are cut to end each benchmark within some minutes, which the rows then say.
 
-Names: encode, bank, step, loader, loss, recall. Peers come with `pip install 'llm2clip[bench]'`, but for
+Names: encode, bank, step, loader, loss, recall, beside. Peers come with `pip install 'llm2clip[bench]'`, but for
 LLM2Vec, which asks for an old transformers: `pip install --no-deps llm2vec`. `scripts/gpu` runs those that have sizes
 for a GPU, each within its own time.
 """
@@ -22,7 +22,7 @@ from benchmarks.rows import HEADER, line
 
 SECONDS = 240.0
 """Of a benchmark, unless all of it is asked for."""
-NAMES = ("encode", "bank", "step", "loader", "loss", "recall")
+NAMES = ("encode", "bank", "step", "loader", "loss", "recall", "beside")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ def test_what_is_imported_of_the_package_is_there(path: Path) -> None:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["encode", "loader", "loss", "step"])
+@pytest.mark.parametrize("name", ["beside", "encode", "loader", "loss", "step"])
 def test_a_tiny_benchmark_measures_all_that_needs_no_peer(name: str) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     rows = list(benchmark.run([benchmark.SETTINGS["tiny"]], "cpu", None))

@@ -245,9 +245,6 @@ def _is_main_process() -> bool:
 
 
 def _start_logging() -> None:
-    # Threads of torch that wait by spinning take the cores from each other and from whatever else runs: two trainings
-    # on two cores went at a third of the speed. Read by OpenMP when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log with fragments
     # else transformers prints a table of the weights that a model lacks or has too many; what matters is said in a line

@@ -115,17 +115,24 @@ def test_a_silence_is_broken_ever_less_often_and_ends_with_a_line(
     assert said == {**told, 32: ["loaded"], **after}
 
 
-def test_a_silence_is_none_while_a_progress_is_open(clock: list[float], lines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silence_is_none_while_a_progress_advances(
+    clock: list[float], lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Progress, "running", 0)
-    silence = Silence("bank")
-    with Progress(2, description="encode", unit="captions"):
-        clock[0] = 100.0
-        silence.look()
+    silence, said = Silence("bank"), []
+    with Progress(2, description="encode", unit="captions") as progress:
+        for clock[0] in range(100):
+            if clock[0] == 7:
+                progress.advance()
+            lines()
+            silence.look()
+            said += [(clock[0], line) for line in lines()]
+    assert said == [(5, "bank: still at work, 5 s since the last line")]
     lines()
-    clock[0] = 104.0
+    clock[0] = 103.0
     silence.look()
     assert lines() == []
-    clock[0] = 105.0
+    clock[0] = 104.0
     silence.look()
     assert lines() == ["bank: still at work, 5 s since the last line"]
 

@@ -43,7 +43,7 @@ class Progress:
         ...     progress.advance(2)
     """
 
-    running: ClassVar[int] = 0  # how many are open
+    running: ClassVar[int] = 0  # how many are open and have advanced
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Progress:
         self._first: tuple[float, int, float] | None = None  # when the first units were done, how many, and their work
         self._start = self._last_line = time.monotonic()
         self._waits = [*EARLY_SECONDS, LOG_EVERY_SECONDS]
-        self._bar = None
+        self._bar, self._has_advanced = None, False
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True)
 
@@ -74,6 +74,8 @@ class Progress:
                 smaller than others; the time left in a log goes by it.
             note: stands at the end of the bar or line (a loss, say).
         """
+        Progress.running += not self._has_advanced
+        self._has_advanced = True
         self.done += count
         self._work += count if work is None else work
         if self._bar is not None:
@@ -126,7 +128,6 @@ class Progress:
         return f"{human_bytes(self.done * self._unit_bytes)} of {human_bytes(self.total * self._unit_bytes)}"
 
     def __enter__(self) -> Progress:
-        Progress.running += 1
         if self._bar is None:
             self._line()
         return self
@@ -134,7 +135,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        Progress.running -= 1
+        Progress.running -= self._has_advanced
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
@@ -159,7 +160,8 @@ def track(items: Iterable[Item], *, description: str, unit: str, total: int | No
 class Silence(logging.Handler):
     """Within `with Silence(what)` a line says that `what` is still at work where there was none for five seconds.
 
-    So it is while torch is imported or a model is read; an open `Progress` has lines of its own. Ever less often.
+    So it is while torch is imported, a model read or a first batch computed; a `Progress` that advances has lines of
+    its own. Ever less often.
     """
 
     def __init__(self, what: str) -> None:

@@ -251,7 +251,7 @@ def test_help_puts_first_what_matters_and_ends_with_a_command(capsys: pytest.Cap
     places = [text.index(flag) for flag in ("--bank ", "--tower ", "--val-bank ", "--dim ", "--layer-decay ")]
     assert places == sorted(places)
     assert "optimizer options" in text
-    assert text.rstrip().endswith("--epochs 4 --out student")
+    assert text.rstrip().endswith("--tower openai/clip-vit-base-patch16 --out student")
     assert "recognised without it." in field_docs(SourceConfig)["captions"]
 
 

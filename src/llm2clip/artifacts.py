@@ -349,6 +349,11 @@ def is_complete(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).exists()
 
 
+def say_complete(folder: str | Path) -> None:
+    """Log that an artifact is there already, and what makes another, of other data say."""
+    logger.info("%s is already complete; to make it anew, remove it or give another %s", folder, setting("out"))
+
+
 def _check_same_run(folder: Path, kind: str, config: Mapping[str, Any], scraps: Sequence[str]) -> bool:
     """Whether a run of these settings began in a folder; what another left there without a result is removed.
 

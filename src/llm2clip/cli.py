@@ -21,6 +21,8 @@ from llm2clip.verbs import VERBS
 
 REVISIONS = {"model": "model_revision", "teacher": "teacher_revision", "tower": "tower_revision", "baseline": ""}
 """Settings that name a model, and those that name its commit."""
+MEMBERS = {"teachers": "revisions", "join": "join_revisions"}
+"""The same of settings that name several."""
 BROKEN_PIPE = 141
 """As shells say it of a program that ended by SIGPIPE, 13."""
 
@@ -112,9 +114,9 @@ def _look_first(config: Any) -> None:
         (field, getattr(config, field, None), getattr(config, REVISIONS[field], None)) for field in REVISIONS
     ]
     if not is_complete(getattr(config, "out", None) or ""):  # else they are in it, and may be gone from where they were
-        members = zip_longest(getattr(config, "teachers", ()), getattr(config, "revisions", ()))
-        given += [("teachers", *member) for member in members]
-        given += [("join", name, None) for name in getattr(config, "join", ())]
+        for field, revisions in MEMBERS.items():
+            members = zip_longest(getattr(config, field, ()), getattr(config, revisions, ()))
+            given += [(field, *member) for member in members]
     # verify calls no teacher none; a name with a colon, such as open_clip:NAME, is for evaluate alone to judge
     names = [one for one in given if ":" not in (one[1] or ":") and one[1] != "none"]
     for field, name, _ in names:

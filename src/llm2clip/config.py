@@ -137,7 +137,7 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def save_interval(asked: int | None, total_steps: int) -> int:
-    """Steps between checkpoints: as asked, or a tenth of the run, at most 500.
+    """Steps between checkpoints or scores: as asked, or a tenth of the run, at most 500.
 
     >>> save_interval(None, 120), save_interval(None, 10**6), save_interval(7, 120), save_interval(None, 3)
     (12, 500, 7, 1)

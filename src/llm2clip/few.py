@@ -33,7 +33,7 @@ def lora_rate(width: int) -> float:
 def settle(config: Any, chosen: Mapping[str, Any], *, images: int, main: bool = True) -> dict[str, Any]:
     """Those of the `chosen` settings that `config` leaves open, told in one line with their reason.
 
-    They belong together: with a length of the run's own, none of them is chosen.
+    They belong together: with a length of the run's own none of them is chosen, and a line says which would be.
 
     >>> from types import SimpleNamespace
     >>> settle(SimpleNamespace(steps=None, epochs=None, batch_size=9), {"steps": 100, "batch_size": 64}, images=300)
@@ -41,10 +41,12 @@ def settle(config: Any, chosen: Mapping[str, Any], *, images: int, main: bool = 
     >>> settle(SimpleNamespace(steps=None, epochs=3, batch_size=None), {"steps": 100, "batch_size": 64}, images=300)
     {}
     """
-    if config.steps is not None or config.epochs is not None:
-        return {}
+    length = next((name for name in ("steps", "epochs") if getattr(config, name) is not None), None)
     found = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    if found and main:
-        settings = ", ".join(setting(name, value) for name, value in found.items())
+    settings = ", ".join(setting(name, value) for name, value in found.items())
+    if main and found and length is None:
         logger.info("%s images are few: %s, unless told otherwise (docs/few-images.md)", f"{images:,}", settings)
-    return found
+    elif main and found.keys() - {"steps"}:
+        advice = f"leave {setting(length or '')} out for what suits them: {settings}"
+        logger.info("%s images are few; %s (docs/few-images.md)", f"{images:,}", advice)
+    return found if length is None else {}

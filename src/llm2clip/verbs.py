@@ -47,8 +47,7 @@ VERBS = {
             "mntp": "mntp",
             "score": "eval_images",
         },
-        example="llm2clip train-teacher --data train.csv --eval-data val.csv --model Qwen/Qwen3-0.6B --epochs 4 "
-        "--out teacher",
+        example="llm2clip train-teacher --data train.csv --eval-data val.csv --model Qwen/Qwen3-0.6B --out teacher",
     ),
     "join-teachers": Verb(
         summary="one teacher of several, such as an LLM and a CLIP's own text half",
@@ -118,7 +117,7 @@ VERBS = {
             "score": "val_every",
         },
         example="llm2clip train-student --bank bank --val-bank val-bank --tower openai/clip-vit-base-patch16 "
-        "--epochs 4 --out student",
+        "--out student",
     ),
     "evaluate": Verb(
         summary="score retrieval and caption retrieval; writes report.json, .md, .html",

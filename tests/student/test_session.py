@@ -102,7 +102,7 @@ def scored_by_step(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) ->
 def test_the_weights_with_the_best_score_are_kept_and_end_the_run(config, bank, monkeypatch, ema) -> None:
     """With an average, it is what is scored and kept. An equal score is no better one."""
     shown = scored_by_step(monkeypatch, {2: 0.1, 4: 0.5, 6: 0.5, 8: 0.4, 10: 0.9})
-    out = train_student(config(steps=20, val_bank=str(bank), val_every=2, patience=2, ema=ema))
+    out = train_student(config(steps=20, val_bank=str(bank), patience=2, ema=ema))
     manifest = read_manifest(out, "student")
     assert manifest["steps"] == 8 and manifest["best_score"] == 0.5
     assert [(line["step"], line["val/r@1"]) for line in log(out) if "val/r@1" in line] == [

@@ -83,12 +83,12 @@ def test_one_that_cannot_learn_is_told_before_and_after(config, caplog, loss) ->
     settings = {"steps": None, "epochs": 1, "batch_size": 12, "learning_rate": 1e-9, "adaptor_learning_rate": 1e-9}
     out = train_student(config(**settings, loss=loss))
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert told[0] == "2 steps of 12; a student needs some hundreds: give epochs=200"  # 150 passes of 2
+    assert told[0] == "2 steps of 12; a student needs some hundreds: leave epochs out"
     first, last = log(out)
     guess = ", 2.485 for who guesses" if loss == "softmax" else ""  # ln 12
     assert told[-1] == (
         f"the student has learned nothing: its loss is {last['loss']:.4g}, {first['loss']:.4g} at the start{guess}; "
-        f"{last['accuracy']:.1%} of a batch's images find their caption, 8.3% of who guesses; give epochs=200"
+        f"{last['accuracy']:.1%} of a batch's images find their caption, 8.3% of who guesses; leave epochs out"
     )
 
 

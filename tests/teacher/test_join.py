@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -360,6 +361,28 @@ def test_what_cannot_be_joined_is_told_before_the_training(tiny_llm: Path, tiny_
     assert not (out / "run.json").exists()
 
 
+def test_a_member_from_the_hub_is_of_its_revision(
+    tiny_llm: Path, two_towers, images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--org--clip"
+    shutil.copytree(two_towers["clip"], repository / "snapshots" / ("0" * 40))
+    other = t.CLIPModel.from_pretrained(shutil.copytree(two_towers["clip"], repository / "snapshots" / ("1" * 40)))
+    with torch.no_grad():
+        other.text_projection.weight.mul_(torch.linspace(0.5, 2, 32))
+    other.save_pretrained(repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    for digit, name in enumerate(("v1", "main")):
+        (repository / "refs" / name).write_text(str(digit) * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    settings = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 1, "batch_size": 4, "precision": "fp32"}
+    settings |= {"join": ("org/clip",), "out": tmp_path / "out"}
+    found = load_teacher(train_teacher(TeacherConfig(**settings, join_revisions=("v1",))), device="cpu").encode(TEXTS)
+    expected = ClipEncoder.from_pretrained(two_towers["clip"]).encode_text(TEXTS)
+    np.testing.assert_allclose(found[:, 32:], expected, atol=1e-5)
+    with pytest.raises(UsageError, match=r"^join_revisions has 2 values for 1 teachers; give one each"):
+        TeacherConfig(**settings, join_revisions=("v1", "main"))
+
+
 def test_a_join_that_fails_after_the_training_costs_no_checkpoint(
     tiny_llm: Path, two_towers, images_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,9 +396,11 @@ def test_a_join_that_fails_after_the_training_costs_no_checkpoint(
     assert load_teacher(train_teacher(config), device="cpu").encode(TEXTS).shape == (3, 56)
 
 
-def refuse(config: JoinConfig) -> None:
-    """As a Hub does whose token has run out."""
-    raise UsageError(f"{config.teachers[1]} cannot be fetched from the Hub")
+def refuse(names: tuple[str, ...], *_: object, what: str = "teachers", **__: object) -> list[SentenceTransformer]:
+    """As a Hub does whose token has run out, after the training."""
+    if what == "join":
+        return []
+    raise UsageError(f"{names[1]} cannot be fetched from the Hub")
 
 
 def test_a_member_keeps_its_dtype_on_any_cpu(tiny_llm: Path, two_towers, tmp_path: Path, monkeypatch) -> None:

@@ -111,6 +111,7 @@ NOT_LEARNING = {
     "quantize": "needs a GPU",
     "save_adapter": "what is written",
     "join": "encoders as they are, beside what is trained: test_join.py",
+    "join_revisions": "where those are from: test_join.py",
     "workers": "speed",
     "save_every": "what is written",
     "eval_data": "what is measured",

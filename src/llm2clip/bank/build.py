@@ -20,6 +20,7 @@ from llm2clip.artifacts import (
     open_output,
     read_json,
     read_manifest,
+    say_complete,
     write_json,
     write_manifest,
 )
@@ -208,7 +209,7 @@ def write_bank(plan: Plan) -> Path:
         with claims.hold("vectors"):
             layout.prepare()
         if is_complete(plan.out) and all(map(layout.is_whole, range(layout.num_shards))):
-            logger.info("%s is already complete", plan.out)
+            say_complete(plan.out)
             return plan.out
         _say_size(layout, table)
         fill(layout, table, plan.encoder, Reuse(plan.reuse), claims=claims, part=plan.part, offset=_rank_offset())

@@ -72,8 +72,8 @@ class BankConfig(EncodeConfig, SourceConfig):
     """Encode every distinct caption of the sources once, with the teacher; a killed run goes on where it stopped."""
 
     data: tuple[str, ...] = ()
-    """Sources, one or several: as elsewhere, paths, globs or brace ranges ending in .tar .csv .tsv .jsonl .json or
-    .parquet; folders; hf:org/name[:split]; URLs of such files."""
+    """Sources, one or several: as elsewhere, paths, globs or brace ranges ending in .tar .csv .tsv .jsonl .json
+    .parquet or .arrow; folders; hf:org/name[:split]; URLs of such files."""
     benchmark: tuple[str, ...] = ()
     """In place of --data, named benchmarks (see evaluate --list): all texts that they ask a model for, for
     train-student --val."""

@@ -23,8 +23,8 @@ class SourceConfig:
     """
 
     data: tuple[str, ...]
-    """Sources, one or several: a path, glob or brace range ({00000..00012}) ending in .tar .csv .tsv .jsonl .json or
-    .parquet; a folder (of such tars, of images with metadata.csv or .txt files, saved by datasets);
+    """Sources, one or several: a path, glob or brace range ({00000..00012}) ending in .tar .csv .tsv .jsonl .json
+    .parquet or .arrow; a folder (of such tars, of images with metadata.csv or .txt files, saved by datasets);
     hf:org/name[:split]; or a URL of such files (hf:// s3:// https://)."""
 
     captions: Columns = field(default_factory=dict)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.artifacts import is_complete, open_output, read_json, say_complete, write_json, write_manifest
 from llm2clip.cuts import say_cut
 from llm2clip.data.bad import BadSamples
 from llm2clip.data.config import SourceConfig
@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if is_complete(out):
             done = dict(read_json(out / REPORT))
             check_current(done, config, sources)
-            logger.info("%s is already complete", out)
+            say_complete(out)
             return done
         report, galleries = score_datasets(sources, config)
         report["config"] = config.settings()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
+from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, say_complete, write_manifest
 from llm2clip.errors import UsageError, setting
 from llm2clip.export.config import ConvertConfig
 from llm2clip.hub import find_model
@@ -31,7 +31,7 @@ def convert(config: ConvertConfig) -> Path:
     with open_output(out, "student", config=config.settings()):
         if is_complete(out):
             check_unchanged(out, config.model, read_json(out / MANIFEST).get("fingerprint"))
-            logger.info("%s is already complete", out)
+            say_complete(out)
             return out
         folder = find_model(config.model, revision=config.model_revision)
         if folder.kind != "released":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, write_manifest
+from llm2clip.artifacts import MANIFEST, is_complete, open_output, read_json, say_complete, write_manifest
 from llm2clip.errors import LLM2CLIPError, UsageError, setting, shortened
 from llm2clip.export.card import llm_of, read_scores, write_card
 from llm2clip.export.check import compare
@@ -40,7 +40,7 @@ def export_model(config: ExportConfig) -> Path:
     with open_output(out, "export", config=config.settings()):
         if is_complete(out):
             check_unchanged(out, config.model, read_json(out / MANIFEST).get("fingerprint"))
-            logger.info("%s is already complete", out)
+            say_complete(out)
             return out
         device = pick_device(config.device)
         model = _open(config, device)

@@ -1,8 +1,9 @@
 """Begin as the CLIP that the tower is half of, and keep what it knew while images and the LLM teach it more.
 
-What train-student does by default with such a tower, written out. In the miniature (docs/student.md), the mean of
-five retrieval columns 51.6 -> 58.5 with the images' own captions, 64.7 with 24,000 captions without images beside
-them (`--inherit-bank`), for four points of long captions. With images a third more time a step at real size (counted).
+What train-student does by default with such a tower where it learns (few images lock it), written out. In the
+miniature (docs/student.md), the mean of five retrieval columns 51.6 -> 58.5 with the images' own captions, 64.7 with
+24,000 captions without images beside them (`--inherit-bank`), for four points of long captions. With images a third
+more time a step at real size (counted).
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class Adaptor(nn.Module):
         num_blocks: 4 in the paper; its Table 8 gives 76.7 (one), 76.8 (two), 77.9 (four) text-to-image.
 
     Example:
+        >>> import torch
         >>> adaptor = Adaptor(teacher_dim=8, projection_dim=4, num_blocks=2)  # random weights, float32
         >>> adaptor(torch.ones(3, 8, dtype=torch.float16)).shape  # vectors of a bank, in any float dtype
         torch.Size([3, 4])

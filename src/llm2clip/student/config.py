@@ -18,10 +18,8 @@ OPTIMIZERS = ("adamw", "muon")
 INITS = ("pretrained", "random")
 INHERIT = ("auto", "none")
 TRACKERS = ("auto", "none", "tensorboard", "wandb", "trackio")
-SPEED_FIELDS = (
-    *("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "tracker"),
-    "inherit_cache",
-)
+SPEED_FIELDS: tuple[str, ...] = ("out", "workers", "micro_batch_size", "gradient_checkpointing", "compile")
+SPEED_FIELDS += ("save_every", "tracker", "inherit_cache")
 """Fields that do not decide what is learned (beyond rounding), so a run may go on with other values of them."""
 
 
@@ -99,7 +97,7 @@ class StudentConfig:
     """Passes over the images; if neither this nor --steps is given, 4, or 160 steps where there are few images."""
     batch_size: int | None = None
     """Images a step, over all processes; captions of the others are an image's negatives, equal ones left out. By
-    default 4096, as in the paper, or 128 where there are few images; all of them if there are fewer."""
+    default 4096, as in the paper, or 128 where there are few images; never more than there are."""
     micro_batch_size: int | None = None
     """Images in the tower at once on each process; below the batch, gradients are cached, with the same
     result, but for BatchNorm that learns."""
@@ -143,8 +141,8 @@ class StudentConfig:
     compile: bool = False
     """Compile the tower with torch.compile: slow first step, faster ones after."""
     workers: int = field(default_factory=readers)
-    """Processes that read images ahead, for each training process: 4, or as many as there are cores; 0 reads in the
-    training process."""
+    """Processes that read images ahead, for each training process: as many as there are cores, at most 4; 0 reads in
+    the training process."""
     save_every: int | None = None
     """Steps between checkpoints, from which a killed run goes on; the last two are kept. By default a tenth of the run,
     at most 500."""
@@ -156,15 +154,15 @@ class StudentConfig:
     val_bank: str | None = None
     """A bank of held-out images; its retrieval score picks the weights that are saved."""
     val: tuple[str, ...] = ()
-    """Named benchmarks (see evaluate --list) whose scores do that instead; --val-bank then holds the vectors of their
+    """Named benchmarks (see evaluate --list) whose scores pick the weights; --val-bank then holds the vectors of their
     texts (build-bank --benchmark)."""
     val_root: str | None = None
     """The folder of the benchmark's files, or the one that holds those of each benchmark under its name."""
     val_score: str | None = None
     """The score that picks, as the log names it after val/: urban1k/t2i_r@1, say. By default the mean of R@1 both ways
     over all kinds; of benchmarks the mean of theirs, and of top-1 accuracy."""
-    val_every: int = 500
-    """Steps between scores on --val-bank."""
+    val_every: int | None = None
+    """Steps between scores on --val-bank; by default a tenth of the run, at most 500."""
     patience: int | None = None
     """Stop after this many scores on --val-bank without a better one; by default never."""
 
@@ -181,19 +179,11 @@ class StudentConfig:
         check_choice(setting("inherit"), self.inherit, INHERIT)
         check_choice(setting("tracker"), self.tracker, TRACKERS)
         positive = ["captions_per_image", "adaptor_blocks", "accumulate", "learning_rate", "layer_decay"]
-        positive += ["max_grad_norm", "lora_alpha", "val_every"]
-        optional = (
-            "dim",
-            "adaptor_learning_rate",
-            "image_size",
-            "steps",
-            "epochs",
-            "micro_batch_size",
-            "patience",
-            "save_every",
-        )
-        given = [name for name in (*optional, "save_every") if getattr(self, name) is not None]
-        check_positive(**{name: getattr(self, name) for name in (*positive, *given)})
+        positive += ["max_grad_norm", "lora_alpha"]
+        positive += "dim adaptor_learning_rate image_size steps epochs micro_batch_size".split()
+        positive += ["patience", "save_every", "val_every"]
+        given = {name: getattr(self, name) for name in positive}
+        check_positive(**{name: value for name, value in given.items() if value is not None})
         self._check_numbers()
         self._check_ranges()
         self._check_combinations()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llm2clip import few
-from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.artifacts import is_complete, open_output, say_complete, write_manifest
 from llm2clip.bank.reader import Bank
 from llm2clip.config import save_interval
 from llm2clip.errors import setting
@@ -67,7 +67,7 @@ def train_student(config: StudentConfig) -> Path:
     with held:
         accelerator.wait_for_everyone()  # the others go on once the main process has the folder
         if is_complete(out):
-            logger.info("%s is already complete", out)
+            say_complete(out)
         else:
             run = Session(config, accelerator)
             _warn(run, too_short(run))
@@ -137,7 +137,7 @@ def nothing_learned(run: Session, losses: list[dict[str, float]]) -> str:
     raised = setting("adaptor_learning_rate", 1e-3)
     advice = f"see that captions belong to their images, and give another {setting('learning_rate')} or {raised}"
     if run.total_steps < ENOUGH:
-        advice = f"give {more_steps([run.loader.num_samples], **_amounts(run))}"
+        advice = more_steps("student", [run.loader.num_samples], steps=run.total_steps, **_amounts(run))
     return learned_nothing("student", first, last, guessing=guessing, found=found, advice=advice)
 
 
@@ -145,11 +145,12 @@ def train(run: Session) -> None:
     """Take the steps that are left, saving and scoring now and then."""
     config = run.config
     save_every = save_interval(config.save_every, run.total_steps)
+    val_every = save_interval(config.val_every, run.total_steps)
     for batches in run.batches():
         run.journal.add(run.step + 1, train_step(run, batches))
         run.step += 1
         last = run.step == run.total_steps
-        if config.val_bank and (last or run.step % config.val_every == 0) and run.score() and not last:
+        if config.val_bank and (last or run.step % val_every == 0) and run.score() and not last:
             logger.info("no better score for %d times: stopping at step %d", run.waited, run.step)
             break
         if not last and run.step % save_every == 0:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llm2clip.config import PRECISIONS, Texts, Weights, check_choice, check_positive, to_dict
 from llm2clip.data.config import SourceConfig
@@ -25,8 +27,8 @@ class TeacherConfig(SourceConfig):
     """Train an LLM to tell captions apart: captions of one image are pulled together, all others pushed away."""
 
     data: tuple[str, ...] = ()
-    """Sources of captions, one or several: a path, glob or brace range ending in .tar .csv .tsv .jsonl or .parquet, a
-    folder, or hf:org/name[:split]; images are not read. May be left out if there are --text-pairs."""
+    """Sources of captions, one or several: a path, glob or brace range ending in .tar .csv .tsv .jsonl .json .parquet
+    or .arrow, a folder, or hf:org/name[:split]; images are not read. May be left out if there are --text-pairs."""
     model: str
     """The LLM: a local folder or a Hub id of any decoder in transformers."""
     out: Path
@@ -36,6 +38,8 @@ class TeacherConfig(SourceConfig):
     join: tuple[str, ...] = ()
     """Encoders whose vectors go behind the trained LLM's, as join-teachers does: with few images the CLIP whose tower
     will be trained, for what its text half knows already (docs/few-images.md)."""
+    join_revisions: tuple[str, ...] = ()
+    """Branch, tag or commit of each of `join`, in their order ("main" for one that is a local folder)."""
     trust_remote_code: bool = False
     """Run Python code that comes with `model`. Only for sources you trust."""
 
@@ -134,6 +138,7 @@ class TeacherConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_one_each("join_revisions", self.join_revisions, self.join)
         check_choice(setting("attention"), self.attention, ATTENTIONS)
         check_choice(setting("pooling"), self.pooling, POOLINGS)
         check_choice(setting("tuning"), self.tuning, TUNINGS)
@@ -243,11 +248,8 @@ class JoinConfig:
         """
         if len(self.teachers) < 2:
             raise UsageError(f"{setting('teachers')} names {len(self.teachers)}; give two or more to be joined")
-        for name, values in (("weights", self.weights), ("revisions", self.revisions)):
-            if values and len(values) != len(self.teachers):
-                raise UsageError(
-                    f"{setting(name)} has {len(values)} values for {len(self.teachers)} teachers; give one each"
-                )
+        check_one_each("weights", self.weights, self.teachers)
+        check_one_each("revisions", self.revisions, self.teachers)
         for weight in self.weights:
             if not (weight > 0 and math.isfinite(weight)):
                 raise UsageError(f"{setting('weights')} has {weight}; each must be above 0")
@@ -255,3 +257,9 @@ class JoinConfig:
     def settings(self) -> dict[str, object]:
         """The fields that decide what is written, JSON-ready."""
         return {key: value for key, value in to_dict(self).items() if key != "out"}
+
+
+def check_one_each(name: str, values: Sequence[Any], teachers: Sequence[str]) -> None:
+    """Raise a UsageError if values are given, and not one for each of the teachers."""
+    if values and len(values) != len(teachers):
+        raise UsageError(f"{setting(name)} has {len(values)} values for {len(teachers)} teachers; give one each")

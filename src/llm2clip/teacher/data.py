@@ -178,9 +178,10 @@ def _paired(
     allowed = f" of the kinds {', '.join('+'.join(pair) for pair in kinds)}" if kinds else ""
     if not kept:
         needed = "a caption" if same else f"two different captions{allowed}"
+        alone = "" if same else f", or {setting('positives', 'same')} {setting('attention_dropout', 0.3)} for one each"
         raise SourceError(
             f"no image of {setting('data')} has {needed}; the kinds are {', '.join(sorted(found)) or 'none'}; give "
-            f"more caption columns with {setting('captions', {'KIND': 'COLUMN'})}"
+            f"more caption columns with {setting('captions', {'KIND': 'COLUMN'})}{alone}"
         )
     if kept < seen:
         logger.warning("%s images have no two different captions%s and are not used", f"{seen - kept:,}", allowed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch.nn.functional import normalize
 
-from llm2clip.artifacts import is_complete, open_output, write_manifest
+from llm2clip.artifacts import is_complete, open_output, say_complete, write_manifest
 from llm2clip.errors import LLM2CLIPError, UsageError, setting
 from llm2clip.hub import ModelFolder, drop_remote_code, find_model
 from llm2clip.teacher.config import JoinConfig
@@ -41,10 +42,11 @@ def join_teachers(config: JoinConfig) -> Path:
         >>> join_teachers(settings)                                                    # doctest: +SKIP
     """
     out = Path(config.out)
-    encoders = [] if is_complete(out) else open_members(config)
+    trusted = config.trust_remote_code
+    encoders = [] if is_complete(out) else open_members(config.teachers, config.revisions, trust_remote_code=trusted)
     with open_output(out, "teacher", config=config.settings()):
         if is_complete(out):
-            logger.info("%s is already complete", out)
+            say_complete(out)
             return out
         write_manifest(out, "teacher", config=config.settings(), **write_joined(config, encoders))
     return out
@@ -101,43 +103,38 @@ def joined_vectors(encoders: Sequence[SentenceTransformer], weights: Sequence[fl
     return torch.cat([weight * normalize(part, dim=-1) for part, weight in zip(parts, weights, strict=True)], dim=-1)
 
 
-def open_members(config: JoinConfig) -> list[SentenceTransformer]:
+def open_members(
+    names: Sequence[str], revisions: Sequence[str], *, trust_remote_code: bool, what: str = "teachers"
+) -> list[SentenceTransformer]:
     """The teachers to be joined, on the CPU.
+
+    Args:
+        revisions: one each, or none.
+        what: the setting that names them, for messages.
 
     Raises:
         UsageError: if one is no text encoder, or has code of its own.
     """
-    revisions = config.revisions or (None,) * len(config.teachers)
-    members = zip(config.teachers, revisions, strict=True)
-    return [open_member(name, revision, trust_remote_code=config.trust_remote_code) for name, revision in members]
-
-
-def open_member(
-    name: str, revision: str | None = None, *, trust_remote_code: bool = False, what: str = "teachers"
-) -> SentenceTransformer:
-    """One teacher to be joined, on the CPU.
-
-    Args:
-        what: the setting that names it, for messages.
-
-    Raises:
-        UsageError: if it is no text encoder, or has code of its own.
-    """
-    logger.info("reading %s", name)
-    folder = find_model(name, revision=revision)
-    if folder.kind == "transformers" and folder.config.get("model_type") in TWO_TOWERS:
-        encoder = text_half(folder)
-    else:
-        encoder = load_teacher(folder, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
-    for module in encoder.children():
-        if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
+    members = []
+    for name, revision in zip_longest(names, revisions):
+        logger.info("reading %s", name)
+        folder = find_model(name, revision=revision)
+        if folder.kind == "transformers" and folder.config.get("model_type") in TWO_TOWERS:
+            encoder = text_half(folder)
+        else:
+            encoder = load_teacher(folder, device="cpu", dtype="auto", trust_remote_code=trust_remote_code)
+        for module in encoder.children():
+            if isinstance(module, Joined) or not type(module).__module__.startswith("sentence_transformers."):
+                raise UsageError(
+                    f"{setting(what)} {name} has a module that is not sentence-transformers' own "
+                    f"({type(module).__name__}); join others, or the members of a joined teacher themselves"
+                )
+        if getattr(getattr(encoder[0], "model", None), "peft_config", None):
             raise UsageError(
-                f"{setting(what)} {name} has a module that is not sentence-transformers' own "
-                f"({type(module).__name__}); join others, or the members of a joined teacher themselves"
+                f"{setting(what)} {name} is an adapter on another model's weights; merge it into them first"
             )
-    if getattr(getattr(encoder[0], "model", None), "peft_config", None):
-        raise UsageError(f"{setting(what)} {name} is an adapter on another model's weights; merge it into them first")
-    return encoder
+        members.append(encoder)
+    return members
 
 
 def text_half(folder: ModelFolder) -> SentenceTransformer:

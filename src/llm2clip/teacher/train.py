@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from llm2clip import few
-from llm2clip.artifacts import is_complete, open_output, read_json, write_json, write_manifest
+from llm2clip.artifacts import is_complete, open_output, read_json, say_complete, write_json, write_manifest
 from llm2clip.cuts import CutCounter, say_cut
 from llm2clip.errors import LLM2CLIPError, SourceError, TooManyBadSamples, UsageError, setting
 from llm2clip.hub import ModelFolder, find_model, settle_precision
@@ -29,7 +29,7 @@ from llm2clip.teacher.chat import turn_of
 from llm2clip.teacher.config import JoinConfig, TeacherConfig
 from llm2clip.teacher.data import TRIPLET, check_tasks, prepare_probe, prepare_tasks
 from llm2clip.teacher.fingerprint import compute_fingerprint, quick_digests
-from llm2clip.teacher.join import open_member, open_members, write_joined
+from llm2clip.teacher.join import open_members, write_joined
 from llm2clip.teacher.mixture import BatchOrder, Mixture, Task, check_sizes, count_steps, task_weights
 from llm2clip.teacher.mntp import MNTP_LOG, mask_token_id, train_mntp
 from llm2clip.teacher.model import find_text_model, four_bit_config, llm, llm_as_encoder, one_line_errors, save
@@ -67,7 +67,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     config = settle_precision(config, out)
     with _output(out, config, main=state.is_main_process):
         if is_complete(out):
-            logger.info("%s: already complete", out)
+            say_complete(out)
             shutil.rmtree(config.work, ignore_errors=True)  # a kill may have come just before this
             return out
         check_tasks(config)
@@ -133,12 +133,10 @@ def _finish(
 
 def _join(config: TeacherConfig) -> dict[str, Any]:
     """Write the teacher that the trained LLM and others make; returns what its manifest says of it."""
-    joining = JoinConfig(
-        teachers=(str(config.work / "tuned"), *config.join),
-        out=config.out,
-        trust_remote_code=config.trust_remote_code,
-    )
-    facts = write_joined(joining, open_members(joining))
+    names, trusted = (str(config.work / "tuned"), *config.join), config.trust_remote_code
+    revisions = ("main", *config.join_revisions) if config.join_revisions else ()
+    joining = JoinConfig(teachers=names, out=config.out, trust_remote_code=trusted)
+    facts = write_joined(joining, open_members(names, revisions, trust_remote_code=trusted))
     facts["members"][0]["name"] = config.model
     return facts
 
@@ -161,8 +159,8 @@ def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
         )
     if config.quantize:
         four_bit_config()
-    for name in config.join if state.is_main_process else ():  # what cannot be joined is told before the training
-        open_member(name, trust_remote_code=config.trust_remote_code, what="join")
+    if state.is_main_process:  # what cannot be joined is told before the training
+        open_members(config.join, config.join_revisions, trust_remote_code=config.trust_remote_code, what="join")
     if config.chat_template or config.mntp:
         with one_line_errors(config.model):
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=config.trust_remote_code)
@@ -281,8 +279,8 @@ def nothing_learned(config: TeacherConfig, facts: Mapping[str, Any], losses: lis
         return ""
     sizes, by_steps = list(facts["rows"].values()), config.steps is not None
     advice = f"give {setting('scale', 20)} or another {setting('learning_rate')} (now {config.learning_rate:g})"
-    if num_steps(config, sizes) < ENOUGH:
-        advice = f"give {more_steps(sizes, batch_size=config.batch_size, by_steps=by_steps)}"
+    if (steps := num_steps(config, sizes)) < ENOUGH:
+        advice = more_steps("teacher", sizes, steps=steps, batch_size=config.batch_size, by_steps=by_steps)
     return learned_nothing("teacher", first, last, guessing=guessing, found=found, advice=advice)
 
 

@@ -67,7 +67,7 @@ def test_no_pairs_at_all_is_an_error_that_says_what_to_type(tmp_path):
         SourceError, match=r"two different captions of the kinds long\+short; .*captions={'KIND': 'COLUMN'}"
     ):
         kept(tmp_path / "a", [sample(0, raw=("a", "b"))], kinds={("long", "short"): 1}, same=False, bad=BadSamples(0.5))
-    with pytest.raises(SourceError, match=r"kinds are raw; .*, or positives='same' attention_dropout=0.3 for one each$"):
+    with pytest.raises(SourceError, match=r"are raw; .*, or positives='same' attention_dropout=0.3 for one each$"):
         kept(tmp_path / "b", [sample(0, raw=("a",))], kinds=None, same=False, bad=BadSamples(0.5))
 
 

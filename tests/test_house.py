@@ -35,10 +35,10 @@ SIZES = {
     "eval": (3_122, 23, 8.9),
     "eval/benchmarks": (930, 29, 15),  # one file each
     "eval/evaluators": (20, 3, 12),  # one file each
-    "export": (900, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
+    "export": (902, 9, 13.1),  # with what push may say of this machine, what the Hub is asked for, a LLaVA's timm tower
     "export/formats": (610, 6, 15.1),  # a format's imports are inside its functions
     "recipes": (170, 3, 15),  # one file each
-    "*": (25_019, 185, 8.2),
+    "*": (25_024, 185, 8.2),
 }
 DOCSTRINGS = 17
 """The fewest lines of docstrings in a hundred, those under fields and constants included."""

@@ -129,7 +129,7 @@ VERBS = {
         example="llm2clip evaluate --data test.csv --model student --teacher teacher --out report",
     ),
     "export": Verb(
-        summary="write a folder for transformers, sentence-transformers or ONNX, or the plain tower",
+        summary="write a folder for transformers, sentence-transformers, open_clip or ONNX, or the plain tower",
         config="llm2clip.export.config:ExportConfig",
         function="llm2clip.export.run:export_model",
         memory=("--device cpu",),

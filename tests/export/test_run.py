@@ -14,6 +14,7 @@ import torch
 
 from llm2clip import LLM2CLIP
 from llm2clip.errors import LLM2CLIPError, UsageError
+from llm2clip.export import run as run_module
 from llm2clip.export.card import write_card
 from llm2clip.export.check import PROBE_TEXTS, compare, in_fresh_process, least_cosine, probe_embeds, probe_images
 from llm2clip.export.config import ExportConfig
@@ -192,6 +193,28 @@ def test_transformers_folder(
     probe_images()[0].save(out / "cat.jpg")
     (code,) = snippets((out / "README.md").read_text())
     assert "tensor(" in run_in(out, code, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"), [({"unlocked_blocks": 0}, 1), ({"unlocked_blocks": 0, "lora_rank": 4}, 0), ({}, 0)]
+)
+def test_a_tower_that_did_not_learn_is_said_to_be_as_it_was(
+    finished_student: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    told: int,
+) -> None:
+    student = shutil.copytree(finished_student, tmp_path / "student")
+    manifest = json.loads((student / "manifest.json").read_text())
+    changed = {**manifest, "config": {**manifest["config"], **settings}}
+    (student / "manifest.json").write_text(json.dumps(changed))
+    for name in ("_reload", "compare"):  # of others' interest
+        monkeypatch.setattr(run_module, name, lambda *_: {})
+    export_model(ExportConfig(model=str(student), to="tower", out=tmp_path / "tower", device="cpu"))
+    line = "the tower did not learn (train-student unlocked_blocks=0): it is exported as it was before"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [line] * told
 
 
 def test_tower_folder_is_of_its_own_family(

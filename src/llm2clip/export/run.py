@@ -15,7 +15,7 @@ from llm2clip.export.card import llm_of, read_scores, write_card
 from llm2clip.export.check import compare
 from llm2clip.export.config import ExportConfig
 from llm2clip.export.format import Format, Vectors, find_format
-from llm2clip.hub import LOAD_ERRORS, cast, is_emulated, pick_device
+from llm2clip.hub import LOAD_ERRORS, cast, find_model, is_emulated, pick_device
 from llm2clip.opening import check_unchanged
 from llm2clip.pipeline import LLM2CLIP
 from llm2clip.student.tower import load_options
@@ -44,6 +44,10 @@ def export_model(config: ExportConfig) -> Path:
             return out
         device = pick_device(config.device)
         model = _open(config, device)
+        trained = find_model(config.model, revision=config.model_revision).manifest.get("config", {})
+        if config.to == "tower" and trained.get("unlocked_blocks") == 0 and not trained.get("lora_rank"):
+            locked = setting("unlocked_blocks", 0)
+            logger.warning("the tower did not learn (train-student %s): it is exported as it was before", locked)
         facts = facts_of(model, config)
         if form.needs_teacher and model.teacher is None:
             raise UsageError(f"the model has no teacher; add {setting('teacher', 'DIR')}")

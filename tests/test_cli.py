@@ -100,11 +100,11 @@ def test_a_silent_run_shows_that_it_lives(
 ) -> None:
     threads = threading.active_count()
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.1)
-    monkeypatch.setattr(progress.Progress, "running", 0)
+    monkeypatch.setattr(progress.Progress, "moved", float("-inf"))
     monkeypatch.setattr(sys.modules["toy_verb"], "run", lambda config: time.sleep(0.6))
     assert cli.run(["toy", "tool", "--data", "a"]) == 0
     told = capsys.readouterr().err.splitlines()
-    assert 1 <= len(told) <= 4 and set(told) <= {f"toy tool: still at work, {s} s since the last line" for s in (0, 1)}
+    assert 1 <= len(told) <= 4 and set(told) <= {f"toy tool: still at work, nothing new for {s} s" for s in (0, 1)}
     assert threading.active_count() == threads
 
 

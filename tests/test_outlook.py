@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,18 +31,16 @@ def flags() -> Iterator[None]:
         yield
 
 
-NEEDS = "needs some hundreds"
-
-
 @pytest.mark.parametrize(
     ("kind", "images", "steps", "batch_size", "told"),
     [
         # 300 steps of 4 a pass are 75 passes, rounded up to one digit
-        ("teacher", 5632, 4, 1280, "4 steps of 1,280; a teacher needs some hundreds: give --epochs 80"),
-        # a step a pass: of 6,000 images a quarter is 1,500, and 1,024 the power of two below, 5 a pass; 300 / 5 passes
-        ("student", 6000, 4, 6000, f"4 steps of 6,000; a student {NEEDS}: give --batch-size 1024 --epochs 60"),
-        ("student", 4999, 4, 4999, "4 steps of 4,999; a student needs some hundreds: leave --epochs out"),
-        ("teacher", 12, 10, 6, "10 steps of 6; a teacher needs some hundreds: leave --epochs out"),
+        ("teacher", 1100, 4, 256, "4 steps of 256; a teacher needs some hundreds: give --epochs 80"),
+        # a step a pass: of 300 images a quarter is 75, and 64 the power of two below; 300 / 4 passes
+        ("student", 300, 4, 300, "4 steps of 300; a student needs some hundreds: give --batch-size 64 --epochs 80"),
+        # a quarter of 24 is 6, and a batch has 16 at least: one step a pass
+        ("student", 24, 1, 24, "1 step of 24; a student needs some hundreds: give --batch-size 16 --epochs 300"),
+        ("teacher", 12, 10, 6, "10 steps of 6; a teacher needs some hundreds: give --epochs 200"),  # 150 passes of 2
         (
             "student",
             10_000,
@@ -62,15 +59,11 @@ def test_too_few_steps_by_hand(flags: None, kind: str, images: int, steps: int, 
 
 
 def test_what_is_advised_is_of_the_kind_that_was_given_and_fits_the_run(flags: None) -> None:
-    assert too_few_steps("teacher", [9000], steps=3, batch_size=300, by_steps=True).endswith("give --steps 300")
-    assert too_few_steps("teacher", [300], steps=3, batch_size=300, by_steps=True).endswith("leave --steps out")
-    more = partial(more_steps, "teacher", steps=outlook.FEWEST["teacher"])  # not too few, and not enough
-    assert more([640, 63], batch_size=64) == "give --epochs 30", "a task that fills no batch gives no step"
-    assert more([640], batch_size=64, accumulate=10) == "give --epochs 300", "ten batches a step: a step a pass"
-    assert more([300], batch_size=300, num_processes=3) == "give --batch-size 63 --epochs 80", "63 / 3 on each"
-    assert more([300], batch_size=300, by_steps=True) == "give --steps 300"
-    assert more([24], batch_size=24) == "give --batch-size 16 --epochs 300", "a quarter is 6, a batch has 16 at least"
-    assert more([40], batch_size=24, num_processes=24) == "give --epochs 300", "no batch is below the processes"
+    assert too_few_steps("teacher", [300], steps=3, batch_size=300, by_steps=True).endswith("give --steps 300")
+    assert more_steps([640, 63], batch_size=64) == "--epochs 30", "a task that fills no batch gives no step"
+    assert more_steps([640], batch_size=64, accumulate=10) == "--epochs 300", "ten batches a step: a step a pass"
+    assert more_steps([300], batch_size=300, num_processes=3) == "--batch-size 63 --epochs 80", "63 / 3 on each"
+    assert more_steps([40], batch_size=24, num_processes=24) == "--epochs 300", "no batch is below the processes"
 
 
 @pytest.mark.parametrize("images", [20, 100, 300, 1000, 3000, 40_000])
@@ -78,8 +71,7 @@ def test_what_is_advised_is_of_the_kind_that_was_given_and_fits_the_run(flags: N
 def test_what_is_advised_is_enough(images: int, batch_size: int) -> None:
     if images < batch_size:
         return
-    told = more_steps("student", [images], steps=outlook.FEWEST["student"], batch_size=batch_size)
-    words = dict(word.split("=") for word in told.removeprefix("give ").split())
+    words = dict(word.split("=") for word in more_steps([images], batch_size=batch_size).split())
     size = int(words.get("batch_size", batch_size))
     steps = images // size * int(words["epochs"])
     assert size <= batch_size and outlook.ENOUGH <= steps <= max(2 * outlook.ENOUGH, images // size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import sys
 
 import pytest
@@ -96,45 +97,48 @@ def test_a_run_that_fails_says_nothing_at_the_end(clock: list[float], lines) -> 
     assert lines() == ["count: 0/2 items"]
 
 
-def test_a_silence_is_broken_ever_less_often_and_ends_with_a_line(
-    clock: list[float], lines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Progress, "running", 0)
-    logger = logging.getLogger("llm2clip")
-    silence, said = Silence("export"), {}
-    monkeypatch.setattr(logger, "handlers", [*logger.handlers, silence])
+@pytest.fixture
+def silence(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Silence:
+    """One that is told of every line, without its thread."""
+    monkeypatch.setattr(Progress, "moved", -math.inf)
+    logger, made = logging.getLogger("llm2clip"), Silence("bank")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, made])
+    return made
+
+
+def test_a_silence_is_broken_ever_less_often_until_there_is_a_line(clock: list[float], lines, silence: Silence) -> None:
+    said = {}
     for half in range(110):
         clock[0] = half / 2
         if clock[0] == 32:
-            logger.info("loaded")
+            logging.getLogger("llm2clip").info("loaded")
         silence.look()
         if messages := lines():
             said[clock[0]] = messages
-    told = {now: [f"export: still at work, {now} s since the last line"] for now in (5, 10, 20)}
-    after = {32 + now: [f"export: still at work, {now} s since the last line"] for now in (5, 10, 20)}
-    assert said == {**told, 32: ["loaded"], **after}
+    told = {now: [f"bank: still at work, nothing new for {now} s"] for now in (5, 10, 20)}
+    assert said == {**told, 32: ["loaded"], **{32 + now: line for now, line in told.items()}}
 
 
-def test_a_silence_is_none_while_a_progress_advances(
-    clock: list[float], lines, monkeypatch: pytest.MonkeyPatch
+def test_a_progress_has_lines_of_its_own_but_before_it_moves_and_where_it_stands(
+    clock: list[float], lines, silence: Silence
 ) -> None:
-    monkeypatch.setattr(Progress, "running", 0)
-    silence, said = Silence("bank"), []
-    with Progress(2, description="encode", unit="captions") as progress:
-        for clock[0] in range(100):
-            if clock[0] == 7:
+    said: dict[float, list[str]] = {}
+    with Progress(60, description="encode", unit="captions") as progress:
+        for clock[0] in range(200):
+            if clock[0] in range(7, 120, 16):  # 7, 23, ... 119
                 progress.advance()
             lines()
             silence.look()
-            said += [(clock[0], line) for line in lines()]
-    assert said == [(5, "bank: still at work, 5 s since the last line")]
+            said |= {clock[0]: found} if (found := lines()) else {}
+    assert said == {
+        5: ["bank: still at work, nothing new for 5 s"],
+        179: ["bank: still at work, nothing new for 1 min 0 s"],
+    }
     lines()
-    clock[0] = 103.0
-    silence.look()
-    assert lines() == []
-    clock[0] = 104.0
-    silence.look()
-    assert lines() == ["bank: still at work, 5 s since the last line"]
+    for clock[0] in range(200, 206):
+        silence.look()
+        said |= {clock[0]: found} if (found := lines()) else {}
+    assert said[204] == ["bank: still at work, nothing new for 5 s"] and len(said) == 3, "its end was a line, at 199"
 
 
 def test_sizes_for_a_person() -> None:

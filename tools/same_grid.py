@@ -121,6 +121,7 @@ GRID: dict[str, dict[str, str | list[str]]] = {
         "eval_images": "--eval-images 5",
         "eval_every": "--eval-every 1",
         "join": Because("the old code lacks it"),
+        "join_revisions": HUB,
     },
     "join-teachers": {
         "teachers": ["--teachers $S/st $S/llm", "--teachers $S/llm $S/clip"],
@@ -311,7 +312,8 @@ ADDED: dict[str, dict[str, str]] = {
     "push": {"*": "a new verb"},
     "recipes": {"*": "a new verb"},
     "demo": {"ablations": "arms that a quick run has as before, others if asked"},
-    **dict.fromkeys(("train-teacher", "bank add"), _READS),
+    "train-teacher": {**_READS, **dict.fromkeys(("join", "join_revisions"), "none by default")},
+    "bank add": _READS,
     "build-bank": {**_READS, "text_only": "off by default", **dict.fromkeys(("benchmark", "root"), "in place of data")},
     "train-student": {
         **dict.fromkeys(
@@ -351,6 +353,7 @@ LEFT_OUT = {
 }
 """Names of files that are not compared, and why."""
 ALLOWED: list[tuple[str, str, str]] = [
+    ("train-student", "default val_every", "a tenth of a run of less than 5,000 steps; rows name one"),
     ("train-*", "default precision", "auto since 54488bc: what the machine computes fast; rows name fp32"),
     (
         "train-student",

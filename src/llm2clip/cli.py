@@ -75,10 +75,10 @@ def run(arguments: list[str]) -> int:
     try:
         verb, rest = find_verb(arguments)
         config = parse(verb, rest)
-        _look_first(config)
         from llm2clip.progress import Silence  # with tqdm, which is asked for no bars by now
 
         with Silence(verb):
+            _look_first(config)
             result = _load(VERBS[verb].function)(config)
     except LLM2CLIPError as error:
         return _fail(str(error), error.exit_code)

@@ -33,7 +33,7 @@ def lora_rate(width: int) -> float:
 def settle(config: Any, chosen: Mapping[str, Any], *, images: int, main: bool = True) -> dict[str, Any]:
     """Those of the `chosen` settings that `config` leaves open, told in one line with their reason.
 
-    They belong together: with a length of the run's own none of them is chosen, and a line says which would be.
+    They belong together: with a length of the run's own none of them is chosen, and a line says which to give.
 
     >>> from types import SimpleNamespace
     >>> settle(SimpleNamespace(steps=None, epochs=None, batch_size=9), {"steps": 100, "batch_size": 64}, images=300)
@@ -43,10 +43,8 @@ def settle(config: Any, chosen: Mapping[str, Any], *, images: int, main: bool = 
     """
     length = next((name for name in ("steps", "epochs") if getattr(config, name) is not None), None)
     found = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    settings = ", ".join(setting(name, value) for name, value in found.items())
-    if main and found and length is None:
-        logger.info("%s images are few: %s, unless told otherwise (docs/few-images.md)", f"{images:,}", settings)
-    elif main and found.keys() - {"steps"}:
-        advice = f"leave {setting(length or '')} out for what suits them: {settings}"
-        logger.info("%s images are few; %s (docs/few-images.md)", f"{images:,}", advice)
+    settings = ", ".join(setting(name, value) for name, value in found.items() if length is None or name != "steps")
+    if settings and main:
+        told = f"beside {setting(length)} also give {settings}" if length else f"{settings}, unless told otherwise"
+        logger.info("%s images are few: %s (docs/few-images.md)", f"{images:,}", told)
     return found if length is None else {}

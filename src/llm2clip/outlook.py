@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm2clip.errors import setting
-from llm2clip.few import FEW_IMAGES
 from llm2clip.progress import human_bytes
 
 FEWEST = {"teacher": 40, "student": 48}
@@ -32,28 +31,7 @@ LOG_BYTES = 200
 """A step's line in `log.jsonl`, at most."""
 
 
-def too_few_steps(kind: str, sizes: Sequence[int], *, steps: int, batch_size: int, **amounts: Any) -> str:
-    """A warning if a training is too short to learn anything, with what to type; empty if it is not.
-
-    Args:
-        kind: "teacher" or "student".
-        sizes: images, or rows, of each of its sources.
-        steps: it will take.
-        amounts: as of `more_steps`.
-
-    >>> too_few_steps("teacher", [9000], steps=35, batch_size=256)
-    '35 steps of 256; a teacher needs some hundreds: give epochs=9'
-    >>> too_few_steps("student", [300], steps=16, batch_size=64)  # one that is begun without a length has enough
-    '16 steps of 64; a student needs some hundreds: leave epochs out'
-    """
-    if steps >= FEWEST[kind]:
-        return ""
-    number = f"{steps} step{'' if steps == 1 else 's'} of {batch_size:,}"
-    longer = more_steps(kind, sizes, steps=steps, batch_size=batch_size, **amounts)
-    return f"{number}; a {kind} needs some hundreds: {longer}"
-
-
-def more_steps(
+def too_few_steps(
     kind: str,
     sizes: Sequence[int],
     *,
@@ -63,21 +41,37 @@ def more_steps(
     accumulate: int = 1,
     num_processes: int = 1,
 ) -> str:
-    """What to type for `ENOUGH` steps: passes, rounded up to one digit, and smaller batches where a pass has few.
-
-    Few images have enough of them, and more that suits them (`llm2clip.few`), if they are given no length.
+    """A warning if a training is too short to learn anything, with what to type; empty if it is not.
 
     Args:
+        kind: "teacher" or "student".
+        sizes: images, or rows, of each of its sources.
+        steps: it will take.
         by_steps: their number was given, and not that of passes.
         accumulate: batches a step.
 
-    >>> more_steps("student", [6000], steps=4, batch_size=6000), more_steps("student", [300], steps=4, batch_size=300)
-    ('give batch_size=1024 epochs=60', 'leave epochs out')
+    >>> too_few_steps("teacher", [1100], steps=4, batch_size=256)
+    '4 steps of 256; a teacher needs some hundreds: give epochs=80'
     """
-    if steps < FEWEST[kind] and sum(sizes) < FEW_IMAGES:
-        return f"leave {setting('steps' if by_steps else 'epochs')} out"
+    if steps >= FEWEST[kind]:
+        return ""
+    more = more_steps(
+        sizes, batch_size=batch_size, by_steps=by_steps, accumulate=accumulate, num_processes=num_processes
+    )
+    number = f"{steps} step{'' if steps == 1 else 's'} of {batch_size:,}"
+    return f"{number}; a {kind} needs some hundreds: give {more}"
+
+
+def more_steps(
+    sizes: Sequence[int], *, batch_size: int, by_steps: bool = False, accumulate: int = 1, num_processes: int = 1
+) -> str:
+    """What to type for `ENOUGH` steps: passes, rounded up to one digit, and smaller batches where a pass has few.
+
+    >>> more_steps([300], batch_size=300), more_steps([300], batch_size=300, by_steps=True)
+    ('batch_size=64 epochs=80', 'steps=300')
+    """
     if by_steps:
-        return f"give {setting('steps', ENOUGH)}"
+        return setting("steps", ENOUGH)
     smaller = batch_size
     if sum(sizes) < PASS_STEPS * batch_size:
         power = 1 << max(0, (sum(sizes) // PASS_STEPS).bit_length() - 1)
@@ -85,7 +79,7 @@ def more_steps(
     passes = ENOUGH * accumulate / max(1, sum(size // smaller for size in sizes))
     digit = 10 ** max(0, math.floor(math.log10(passes)))
     epochs = setting("epochs", math.ceil(passes / digit) * digit)
-    return f"give {epochs}" if smaller == batch_size else f"give {setting('batch_size', smaller)} {epochs}"
+    return epochs if smaller == batch_size else f"{setting('batch_size', smaller)} {epochs}"
 
 
 def training_bytes(learning: int, whole: int, *, checkpoints: int, steps: int, others: int = 0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -17,8 +18,8 @@ Item = TypeVar("Item")
 LOG_EVERY_SECONDS = 15.0
 EARLY_SECONDS = (1.0, 4.0)
 """From the start to the first early line, and to the second: long enough for a rate, soon enough to stop a mistake."""
-SILENT_SECONDS = 5.0
-"""Without a line, before one says that it goes on."""
+SILENT_SECONDS, STALLED_SECONDS = 5.0, 60.0
+"""Without a line, before one says that it goes on; and without an advance of a progress that had begun to."""
 MEASURED = 2
 """Units after the first advance, at least, from whose rate a whole job is estimated; in the first one things are
 compiled and caches filled."""
@@ -43,7 +44,7 @@ class Progress:
         ...     progress.advance(2)
     """
 
-    running: ClassVar[int] = 0  # how many are open and have advanced
+    moved: ClassVar[float] = -math.inf  # when the one that is open advanced
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Progress:
         self._first: tuple[float, int, float] | None = None  # when the first units were done, how many, and their work
         self._start = self._last_line = time.monotonic()
         self._waits = [*EARLY_SECONDS, LOG_EVERY_SECONDS]
-        self._bar, self._has_advanced = None, False
+        self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True)
 
@@ -74,8 +75,7 @@ class Progress:
                 smaller than others; the time left in a log goes by it.
             note: stands at the end of the bar or line (a loss, say).
         """
-        Progress.running += not self._has_advanced
-        self._has_advanced = True
+        Progress.moved = time.monotonic()
         self.done += count
         self._work += count if work is None else work
         if self._bar is not None:
@@ -135,7 +135,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        Progress.running -= self._has_advanced
+        Progress.moved = -math.inf
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
@@ -157,31 +157,36 @@ def track(items: Iterable[Item], *, description: str, unit: str, total: int | No
             progress.advance()
 
 
+GOES_ON = "%s: still at work, nothing new for %s"
+
+
 class Silence(logging.Handler):
     """Within `with Silence(what)` a line says that `what` is still at work where there was none for five seconds.
 
-    So it is while torch is imported, a model read or a first batch computed; a `Progress` that advances has lines of
-    its own. Ever less often.
+    So it is while torch is imported, a model read or a first batch computed. A `Progress` that advances has lines of
+    its own: there it takes a minute. A silence that lasts is broken ever less often.
     """
 
     def __init__(self, what: str) -> None:
         super().__init__()
         self._what, self._over = what, threading.Event()
-        self._heard = self._told = time.monotonic()
+        self._heard = self._moved = self._told = time.monotonic()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note that there was a line."""
-        self._heard = self._told = time.monotonic()
+        """Note that there was a line, another's."""
+        if record.msg != GOES_ON:
+            self._heard = time.monotonic()
 
     def look(self) -> None:
         """Say that it goes on, if it is time to."""
-        now, heard = time.monotonic(), self._heard
-        if Progress.running:
-            self._heard = self._told = now
-        elif now - self._told >= max(SILENT_SECONDS, (now - heard) / 2):
-            logger.info("%s: still at work, %s since the last line", self._what, duration(now - heard))
-            self._heard, self._told = heard, now  # ours was none
+        now, moved = time.monotonic(), Progress.moved
+        self._moved = max(self._moved, moved)
+        heard = max(self._heard, self._moved)
+        wait = max(SILENT_SECONDS if moved == -math.inf else STALLED_SECONDS, (now - heard) / 2)
+        if now - max(heard, self._told) >= wait:
+            self._told = now
+            logger.info(GOES_ON, self._what, duration(now - heard))
 
     def _watch(self) -> None:
         while not self._over.wait(SILENT_SECONDS / 20):

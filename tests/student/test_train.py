@@ -83,12 +83,12 @@ def test_one_that_cannot_learn_is_told_before_and_after(config, caplog, loss) ->
     settings = {"steps": None, "epochs": 1, "batch_size": 12, "learning_rate": 1e-9, "adaptor_learning_rate": 1e-9}
     out = train_student(config(**settings, loss=loss))
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert told[0] == "2 steps of 12; a student needs some hundreds: leave epochs out"
+    assert told[0] == "2 steps of 12; a student needs some hundreds: give epochs=200"  # 150 passes of 2
     first, last = log(out)
     guess = ", 2.485 for who guesses" if loss == "softmax" else ""  # ln 12
     assert told[-1] == (
         f"the student has learned nothing: its loss is {last['loss']:.4g}, {first['loss']:.4g} at the start{guess}; "
-        f"{last['accuracy']:.1%} of a batch's images find their caption, 8.3% of who guesses; leave epochs out"
+        f"{last['accuracy']:.1%} of a batch's images find their caption, 8.3% of who guesses; give epochs=200"
     )
 
 
@@ -106,6 +106,8 @@ def test_a_long_run_that_learned_nothing_is_told_of_rates(config) -> None:
         "learning_rate or adaptor_learning_rate=0.001"
     )
     assert train.nothing_learned(run, losses[:10] + [{"loss": 4.84, "accuracy": 0.05}] * 10) == "", "found above chance"
+    locked = SimpleNamespace(**{**vars(run), "config": config(batch_size=128, steps=400, unlocked_blocks=0)})
+    assert train.nothing_learned(locked, losses).endswith("and give another adaptor_learning_rate=0.001")
     assert train.nothing_learned(run, losses[:10] + [{"loss": 4.0, "accuracy": 0.016}] * 10) == "", "the loss fell"
     assert train.nothing_learned(run, []) == ""
 

@@ -402,7 +402,7 @@ def test_two_processes_equal_one_with_the_whole_batch(micro, config):
 @pytest.mark.parametrize("settings", [{"steps": 3}, {"steps": None, "epochs": 0.5}])
 def test_a_teacher_that_cannot_learn_is_told_before_and_after(config, caplog, settings):
     out = train_teacher(config(**settings, batch_size=6, learning_rate=1e-9))
-    advice = f"leave {'steps' if settings['steps'] else 'epochs'} out"
+    advice = "give steps=300" if settings["steps"] else "give epochs=80"  # 24 images: 4 steps a pass
     number = settings["steps"] or 2
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told[0] == f"{number} steps of 6; a teacher needs some hundreds: {advice}"

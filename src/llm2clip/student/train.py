@@ -134,10 +134,12 @@ def nothing_learned(run: Session, losses: list[dict[str, float]]) -> str:
     if not (near_chance(right, choices) and stands):
         return ""
     found = f"{right:.1%} of a batch's images find their caption, {1 / choices:.1%} of who guesses"
-    raised = setting("adaptor_learning_rate", 1e-3)
-    advice = f"see that captions belong to their images, and give another {setting('learning_rate')} or {raised}"
+    rates = setting("adaptor_learning_rate", 1e-3)
+    if config.unlocked_blocks != 0:
+        rates = f"{setting('learning_rate')} or {rates}"
+    advice = f"see that captions belong to their images, and give another {rates}"
     if run.total_steps < ENOUGH:
-        advice = more_steps("student", [run.loader.num_samples], steps=run.total_steps, **_amounts(run))
+        advice = f"give {more_steps([run.loader.num_samples], **_amounts(run))}"
     return learned_nothing("student", first, last, guessing=guessing, found=found, advice=advice)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ def join_teachers(config: JoinConfig) -> Path:
         >>> join_teachers(settings)                                                    # doctest: +SKIP
     """
     out = Path(config.out)
-    trusted = config.trust_remote_code
-    encoders = [] if is_complete(out) else open_members(config.teachers, config.revisions, trust_remote_code=trusted)
+    opened = open_members(config.teachers, config.revisions, trust_remote_code=config.trust_remote_code)
+    encoders = [] if is_complete(out) else list(opened)
     with open_output(out, "teacher", config=config.settings()):
         if is_complete(out):
             say_complete(out)
@@ -105,8 +105,8 @@ def joined_vectors(encoders: Sequence[SentenceTransformer], weights: Sequence[fl
 
 def open_members(
     names: Sequence[str], revisions: Sequence[str], *, trust_remote_code: bool, what: str = "teachers"
-) -> list[SentenceTransformer]:
-    """The teachers to be joined, on the CPU.
+) -> Iterator[SentenceTransformer]:
+    """The teachers to be joined, one after another, on the CPU.
 
     Args:
         revisions: one each, or none.
@@ -115,7 +115,6 @@ def open_members(
     Raises:
         UsageError: if one is no text encoder, or has code of its own.
     """
-    members = []
     for name, revision in zip_longest(names, revisions):
         logger.info("reading %s", name)
         folder = find_model(name, revision=revision)
@@ -133,8 +132,7 @@ def open_members(
             raise UsageError(
                 f"{setting(what)} {name} is an adapter on another model's weights; merge it into them first"
             )
-        members.append(encoder)
-    return members
+        yield encoder
 
 
 def text_half(folder: ModelFolder) -> SentenceTransformer:

@@ -136,7 +136,7 @@ def _join(config: TeacherConfig) -> dict[str, Any]:
     names, trusted = (str(config.work / "tuned"), *config.join), config.trust_remote_code
     revisions = ("main", *config.join_revisions) if config.join_revisions else ()
     joining = JoinConfig(teachers=names, out=config.out, trust_remote_code=trusted)
-    facts = write_joined(joining, open_members(names, revisions, trust_remote_code=trusted))
+    facts = write_joined(joining, list(open_members(names, revisions, trust_remote_code=trusted)))
     facts["members"][0]["name"] = config.model
     return facts
 
@@ -159,8 +159,9 @@ def check_model(config: TeacherConfig, state: PartialState) -> ModelFolder:
         )
     if config.quantize:
         four_bit_config()
-    if state.is_main_process:  # what cannot be joined is told before the training
-        open_members(config.join, config.join_revisions, trust_remote_code=config.trust_remote_code, what="join")
+    members = open_members(config.join, config.join_revisions, trust_remote_code=config.trust_remote_code, what="join")
+    for _ in members if state.is_main_process else ():  # what cannot be joined is told before the training
+        pass
     if config.chat_template or config.mntp:
         with one_line_errors(config.model):
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=config.trust_remote_code)
@@ -279,8 +280,8 @@ def nothing_learned(config: TeacherConfig, facts: Mapping[str, Any], losses: lis
         return ""
     sizes, by_steps = list(facts["rows"].values()), config.steps is not None
     advice = f"give {setting('scale', 20)} or another {setting('learning_rate')} (now {config.learning_rate:g})"
-    if (steps := num_steps(config, sizes)) < ENOUGH:
-        advice = more_steps("teacher", sizes, steps=steps, batch_size=config.batch_size, by_steps=by_steps)
+    if num_steps(config, sizes) < ENOUGH:
+        advice = f"give {more_steps(sizes, batch_size=config.batch_size, by_steps=by_steps)}"
     return learned_nothing("teacher", first, last, guessing=guessing, found=found, advice=advice)
 
 

@@ -26,6 +26,7 @@ def documented() -> tuple[str, str, str]:
     return before, table, behind
 
 
+@pytest.mark.ci
 def test_three_pairs_without_llm2clip(tiny_llm: Path, chat_llm: Path, tmp_path: Path) -> None:  # noqa: F811
     forms = [name for name in format_names() if name not in ("onnx", "open-clip")]
     cells = matrix.run_matrix(DEFAULT, tmp_path, forms, tiny_llm=tiny_llm, chat_llm=chat_llm)

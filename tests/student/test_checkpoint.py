@@ -195,6 +195,7 @@ MESHES = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.own_process
 def test_shards_on_a_mesh_are_written_once_and_read_in_others(tmp_path) -> None:
     for name, (shape, placements) in MESHES.items():
@@ -217,6 +218,7 @@ def test_shards_on_a_mesh_are_written_once_and_read_in_others(tmp_path) -> None:
     assert side_by_side(3, tmp_path / "again", read) == [(0, "")] * 3
 
 
+@pytest.mark.ci
 @pytest.mark.own_process
 def test_a_part_that_no_file_holds_is_found(tmp_path) -> None:
     save_in_shards(tmp_path, (3,), [Shard(0)])
@@ -231,6 +233,7 @@ def test_a_part_that_no_file_holds_is_found(tmp_path) -> None:
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.ci
 @pytest.mark.own_process
 def test_a_part_written_where_the_first_process_does_not_see_it(tmp_path) -> None:
     def save(rank: int) -> None:

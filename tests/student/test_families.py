@@ -89,6 +89,7 @@ def test_the_vision_half_of_a_pair_that_automodel_lists_whole(kind: str, tmp_pat
     torch.testing.assert_close(pooled(Student.from_pretrained(tmp_path / "student").eval(), images()), right)
 
 
+@pytest.mark.ci
 def test_a_pair_of_random_weights_opens_without_llm2clip(tmp_path: Path) -> None:
     make(tmp_path / "tower", "metaclip_2", **PAIR)
     start(tmp_path / "tower").save_pretrained(tmp_path / "student")
@@ -246,6 +247,7 @@ def test_naflex_is_no_baseline_in_the_words_of_training(tmp_path: Path) -> None:
     check_images_fit(find_model(tmp_path))
 
 
+@pytest.mark.ci
 def test_processes_of_torchrun_see_each_other_without_a_gpu(tmp_path: Path) -> None:
     if torch.accelerator.is_available():
         pytest.skip("a GPU is there")

@@ -211,6 +211,7 @@ def _process(folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.ci
 def test_two_processes_equal_one_and_reduce_once(tmp_path: Path) -> None:
     """Under DDP, in several micro-batches and in one, and in the shards of FSDP2."""
     # The processes meet at a file; accelerate only wants to see the last two set.

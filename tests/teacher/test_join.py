@@ -339,6 +339,7 @@ def test_a_context_is_no_longer_than_the_tokenizer_says(two_towers, tmp_path: Pa
     assert half.max_seq_length == 9 and half.preprocess([LONG])["input_ids"].shape == (1, 9)
 
 
+@pytest.mark.ci
 def test_train_teacher_joins_what_it_trained(tiny_llm: Path, two_towers, images_csv: Path, tmp_path: Path) -> None:
     settings = {"data": (str(images_csv),), "model": str(tiny_llm), "steps": 2, "batch_size": 4, "precision": "fp32"}
     alone = train_teacher(TeacherConfig(out=tmp_path / "alone", **settings))

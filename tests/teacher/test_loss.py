@@ -123,6 +123,7 @@ def test_cosines_are_taken_in_fp32_whatever_the_vectors_are():
     torch.testing.assert_close(loss, pair_loss([column.float() for column in half], None, scale=50.0), rtol=0, atol=0)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch takes no gradient in a fork of a process that uses a GPU")
 @pytest.mark.own_process
 @pytest.mark.parametrize("masked", [False, True])

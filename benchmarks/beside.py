@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import step
 from benchmarks.device import rounds
-from benchmarks.rows import spread
+from benchmarks.rows import not_measured, spread
 
 POLICIES = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
 """Of threads that wait: as torch comes, and what a user can set."""
@@ -41,10 +41,14 @@ SETTINGS = {
     "tiny": Size(setting=step.TINY, seconds=0.5, rounds=1),
     "cpu": Size(setting=dataclasses.replace(step.TINY, **OURS, micro_batch=128), seconds=20.0, rounds=3),
 }
+GPU_SIZES = ()
 
 
 def run(sizes: Sequence[Size], device: str, until: float | None = None) -> Iterator[dict[str, Any]]:
     """Rows of the steps a second of each training, alone and of two at once."""
+    if device != "cpu":
+        yield not_measured("trainings at once", "threads of a CPU are what is measured; leave --device out")
+        return
     for name, size in SETTINGS.items():
         if size not in sizes:
             continue

@@ -350,7 +350,7 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def say_complete(folder: str | Path) -> None:
-    """Log that an artifact is there already, and what makes another, of other data say."""
+    """Log that an artifact is there already, and how to make another, say of other data."""
     logger.info("%s is already complete; to make it anew, remove it or give another %s", folder, setting("out"))
 
 
